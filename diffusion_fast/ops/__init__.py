@@ -1,0 +1,24 @@
+"""The ops: each a plain PyTorch definition and, where a machine has them, faster kernels."""
+
+from .add_noise import add_noise
+from .attention import attention
+from .backend import BackendError, Choice, explain, use_backend
+from .geglu import geglu
+from .group_norm_silu import group_norm_silu
+from .layer_norm import layer_norm
+from .sampler_step import sampler_step
+from .weighted_mse import weighted_mse
+
+__all__ = [
+    "BackendError",
+    "Choice",
+    "add_noise",
+    "attention",
+    "explain",
+    "geglu",
+    "group_norm_silu",
+    "layer_norm",
+    "sampler_step",
+    "use_backend",
+    "weighted_mse",
+]

@@ -1,0 +1,120 @@
+"""The noising step q(x_t | x_0) and the training target, in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .op import Op
+
+TARGETS = ("epsilon", "v_prediction", "sample")
+
+
+def add_noise(
+    x_0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    sqrt_alphas_cumprod: Tensor,
+    sqrt_one_minus_alphas_cumprod: Tensor,
+    target: str = "epsilon",
+) -> tuple[Tensor, Tensor]:
+    r"""Noise data in closed form (Ho et al. 2020, eq. 4), and what a network learns from it.
+
+    .. math:: x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon
+
+    Args:
+        x_0: data, [B, ...].
+        noise: standard normal, of the shape, dtype and device of ``x_0``.
+        t: timesteps, int64 [B], values in [0, T).
+        sqrt_alphas_cumprod: [T], on the device of ``x_0``.
+        sqrt_one_minus_alphas_cumprod: [T], on the device of ``x_0``.
+        target: ``"epsilon"`` (the noise), ``"sample"`` (x_0) or ``"v_prediction"``
+            (sqrt(abar) noise - sqrt(1 - abar) x_0; Salimans & Ho 2022, appendix D).
+
+    Returns:
+        ``x_t`` and the target, both like ``x_0``. For ``"epsilon"`` and ``"sample"`` the target is
+        the argument itself, not a copy.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that don't match, ``t`` out of range, unknown target.
+            (On a GPU the values of ``t`` are not read on the host: they stay the caller's duty.)
+    """
+    checks.one_of("target", target, TARGETS)
+    checks.floating("x_0", x_0)
+    if x_0.dim() < 1:
+        checks.fail("x_0", "shape [B, ...]", list(x_0.shape))
+    checks.like("noise", noise, "x_0", x_0)
+    for name, table in (
+        ("sqrt_alphas_cumprod", sqrt_alphas_cumprod),
+        ("sqrt_one_minus_alphas_cumprod", sqrt_one_minus_alphas_cumprod),
+    ):
+        checks.floating(name, table)
+        checks.shape(name, table, (sqrt_alphas_cumprod.numel(),), "[T]")
+        checks.same_device(name, table, "x_0", x_0)
+    checks.timesteps("t", t, x_0.shape[0], sqrt_alphas_cumprod.numel())
+    checks.same_device("t", t, "x_0", x_0)
+    velocity = target == "v_prediction"
+    x_t, v = _OP(x_0, noise, t, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, velocity)
+    return x_t, {"epsilon": noise, "sample": x_0, "v_prediction": v}[target]
+
+
+def _coefficients(x: Tensor, t: Tensor, signal: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows t as [B, 1, ...], at least float32, so that half precision rounds only the result."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    shape = (-1,) + (1,) * (x.dim() - 1)
+    return signal[t].to(dtype).view(shape), sigma[t].to(dtype).view(shape)
+
+
+def reference(
+    x_0: Tensor, noise: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, velocity: bool
+) -> tuple[Tensor, Tensor]:
+    a, s = _coefficients(x_0, t, signal, sigma)  # [B, 1, ...]
+    x_t = (a * x_0 + s * noise).to(x_0.dtype)
+    v = (a * noise - s * x_0).to(x_0.dtype) if velocity else x_0.new_empty(0)
+    return x_t, v
+
+
+def reference_backward(
+    grad_x_t: Tensor, grad_v: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, velocity: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x_0 and noise."""
+    a, s = _coefficients(grad_x_t, t, signal, sigma)
+    grad_x_0, grad_noise = a * grad_x_t, s * grad_x_t
+    if velocity:
+        grad_x_0, grad_noise = grad_x_0 - s * grad_v, grad_noise + a * grad_v
+    return grad_x_0.to(grad_x_t.dtype), grad_noise.to(grad_x_t.dtype)
+
+
+_OP = Op(
+    "add_noise",
+    "(Tensor x_0, Tensor noise, Tensor t, Tensor signal, Tensor sigma, bool velocity)"
+    " -> (Tensor, Tensor)",
+    reference,
+    lambda x_0, noise, t, signal, sigma, velocity: (
+        x_0 * 1 + noise,
+        x_0 * 1 + noise if velocity else x_0.new_empty(0),
+    ),
+)
+_BACKWARD = Op(
+    "add_noise_backward",
+    "(Tensor grad_x_t, Tensor grad_v, Tensor t, Tensor signal, Tensor sigma, bool velocity)"
+    " -> (Tensor, Tensor)",
+    reference_backward,
+    lambda grad_x_t, *_: (grad_x_t * 1, grad_x_t * 1),
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, _, t, signal, sigma, ctx.velocity = inputs
+    ctx.save_for_backward(t, signal, sigma)
+
+
+def _backward(ctx: Any, grad_x_t: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x_0, grad_noise = _BACKWARD(grad_x_t, grad_v, *ctx.saved_tensors, ctx.velocity)
+    return grad_x_0, grad_noise, None, None, None, None
+
+
+_OP.autograd(_setup_context, _backward)

@@ -1,0 +1,268 @@
+"""softmax(scale * Q K^T + bias) V, in the layout a projection produces: [B, S, H, D]."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import checks
+from .op import Op
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+) -> Tensor:
+    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1), not causal.
+
+    Args:
+        q: [B, Sq, H, D]; unlike PyTorch's SDPA the heads come after the sequence, so that a
+            projection's output is used as it is.
+        k, v: [B, Sk, H, D], or [1, Sk, H, D] for one prompt shared by the batch.
+        scale: of the scores; 1 / sqrt(D) by default.
+        bias: added to the scaled scores, broadcastable to [B, H, Sq, Sk], in the dtype of ``q`` or
+            float32.
+        key_lengths: int32 or int64 [B], values in [1, Sk]: item b sees its first key_lengths[b] keys.
+
+    Returns:
+        [B, Sq, H, D], contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that don't match, no keys, a head dim of 0, lengths
+            out of range (values are read on the host for CPU tensors only).
+    """
+    _check(q, k, v, bias, key_lengths)
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
+    checks.finite("scale", scale)
+    if not q.numel():
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
+    inputs = (q, k, v, bias)
+    differentiable = torch.is_grad_enabled() and any(
+        value is not None and value.requires_grad for value in inputs
+    )
+    # Native code is differentiated by autograd itself, everything else needs the log-sum-exp.
+    save_lse = differentiable and (
+        torch.compiler.is_compiling()
+        or not _OP.choose(q, k, v, scale, bias, key_lengths, False).native
+    )
+    out, _ = _OP(q, k, v, scale, bias, key_lengths, save_lse)
+    return out
+
+
+def _check(q: Any, k: Any, v: Any, bias: Any, key_lengths: Any) -> None:
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        checks.floating(name, value)
+        if value.dim() != 4:
+            checks.fail(name, "shape [B, S, H, D]", list(value.shape))
+        checks.same_dtype(name, value, "q", q)
+        checks.same_device(name, value, "q", q)
+    batch, queries, heads, dim = q.shape
+    if dim == 0:
+        checks.fail("q", "a head dim of at least 1", 0)
+    keys = k.shape[1]
+    if keys == 0:
+        checks.fail("k", "at least one key", list(k.shape))
+    if k.shape[0] not in (1, batch) or k.shape[2:] != (heads, dim):
+        checks.fail(
+            "k", f"shape [B or 1, Sk, H, D] = [{batch} or 1, Sk, {heads}, {dim}]", list(k.shape)
+        )
+    checks.shape("v", v, k.shape, "of k")
+    if bias is not None:
+        checks.floating("bias", bias)
+        checks.same_device("bias", bias, "q", q)
+        full = (batch, heads, queries, keys)
+        padded = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+        if bias.dim() > 4 or any(n not in (1, m) for n, m in zip(padded, full, strict=True)):
+            checks.fail(
+                "bias",
+                f"a shape that broadcasts to [B, H, Sq, Sk] = {list(full)}",
+                list(bias.shape),
+            )
+        if bias.dtype not in (q.dtype, torch.float32):
+            checks.fail("bias", f"dtype {q.dtype} or torch.float32", bias.dtype)
+    if key_lengths is not None:
+        checks.tensor("key_lengths", key_lengths)
+        if key_lengths.dtype not in (torch.int32, torch.int64):
+            checks.fail("key_lengths", "dtype torch.int32 or torch.int64", key_lengths.dtype)
+        checks.shape("key_lengths", key_lengths, (batch,), "[B]")
+        checks.same_device("key_lengths", key_lengths, "q", q)
+        if key_lengths.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+            low, high = (int(n) for n in torch.aminmax(key_lengths))
+            if low < 1 or high > keys:
+                checks.fail("key_lengths", f"values in [1, {keys}]", f"values in [{low}, {high}]")
+
+
+def _mask(
+    q: Tensor, k: Tensor, bias: Tensor | None, key_lengths: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """What is added to the scores: bias, and -inf past each item's last key."""
+    mask = bias.to(dtype) if bias is not None else None
+    if mask is not None and mask.dim() < 4:
+        mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+    if key_lengths is None:
+        return mask
+    hidden = torch.arange(k.shape[1], device=q.device) >= key_lengths[:, None]  # [B, Sk]
+    if mask is None:
+        mask = torch.zeros((), dtype=dtype, device=q.device)
+    return mask.masked_fill(hidden[:, None, None], float("-inf"))
+
+
+def _scores(
+    q: Tensor, k: Tensor, scale: float, bias: Tensor | None, key_lengths: Tensor | None
+) -> Tensor:
+    """[B, H, Sq, Sk], at least float32 after the product."""
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k.expand(q.shape[0], -1, -1, -1))
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
+    mask = _mask(q, k, bias, key_lengths, scores.dtype)
+    return scores if mask is None else scores + mask
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    save_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    scores = _scores(q, k, scale, bias, key_lengths)
+    weights = torch.softmax(scores, dim=-1).to(q.dtype)
+    out = torch.einsum("bhqk,bkhd->bqhd", weights, v.expand(q.shape[0], -1, -1, -1))
+    return out.contiguous(), _lse(scores, save_lse)
+
+
+def _lse(scores: Tensor, save: bool) -> Tensor:
+    """log sum exp of the scores, [B, H, Sq], natural logarithm; empty when nobody needs it."""
+    return torch.logsumexp(scores, dim=-1) if save else scores.new_empty(0)
+
+
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    save_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's own scaled_dot_product_attention, which picks among its backends."""
+    batch = q.shape[0]
+    heads_first = [value.expand(batch, -1, -1, -1).transpose(1, 2) for value in (q, k, v)]
+    mask = _mask(q, k, bias, key_lengths, q.dtype)
+    if mask is not None:
+        mask = mask.expand(batch, q.shape[2], q.shape[1], k.shape[1])
+    out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale)
+    lse = (
+        _lse(_scores(q, k, scale, bias, key_lengths), True)
+        if save_lse
+        else q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))
+    )
+    return out.transpose(1, 2).contiguous(), lse
+
+
+def reference_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and bias (empty without one).
+
+    With P = exp(scores - lse) and delta = rowsum(grad * out): dS = P * (grad V^T - delta).
+    """
+    compute = torch.promote_types(q.dtype, torch.float32)
+    batch = q.shape[0]
+    weights = torch.exp(_scores(q, k, scale, bias, key_lengths) - lse[..., None])  # [B, H, Sq, Sk]
+    grad, value = grad.to(compute), v.to(compute).expand(batch, -1, -1, -1)
+    delta = (grad * out.to(compute)).sum(-1).transpose(1, 2)[..., None]  # [B, H, Sq, 1]
+    dscores = weights * (torch.einsum("bqhd,bkhd->bhqk", grad, value) - delta)
+    dq = torch.einsum("bhqk,bkhd->bqhd", dscores, k.to(compute).expand(batch, -1, -1, -1)) * scale
+    dk = torch.einsum("bhqk,bqhd->bkhd", dscores, q.to(compute)) * scale
+    dv = torch.einsum("bhqk,bqhd->bkhd", weights, grad)
+    return (
+        dq.to(q.dtype).contiguous(),
+        dk.sum_to_size(k.shape).to(k.dtype).contiguous(),
+        dv.sum_to_size(v.shape).to(v.dtype).contiguous(),
+        q.new_empty(0)
+        if bias is None
+        else dscores.sum_to_size((1,) * (4 - bias.dim()) + tuple(bias.shape))
+        .reshape(bias.shape)
+        .to(bias.dtype)
+        .contiguous(),
+    )
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, _ = q.shape
+    shape = (batch, heads, queries) if rest[-1] else (0,)
+    lse = q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+def _fake_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    bias = rest[1]
+    like = torch.empty_like
+    dense = torch.contiguous_format
+    return (
+        *(like(value, memory_format=dense) for value in (q, k, v)),
+        q.new_empty(0) if bias is None else like(bias, memory_format=dense),
+    )
+
+
+def _sdpa_unsupported(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, *_: Any
+) -> str | None:
+    if bias is not None and bias.dtype != q.dtype:
+        return f"the bias is {bias.dtype} and SDPA would round it to {q.dtype}"
+    return None
+
+
+_OP = Op(
+    "attention",
+    "(Tensor q, Tensor k, Tensor v, float scale, Tensor? bias, Tensor? key_lengths, bool save_lse)"
+    " -> (Tensor, Tensor)",
+    reference,
+    _fake,
+)
+_OP.add("sdpa", sdpa, unsupported=_sdpa_unsupported, native=True)
+_BACKWARD = Op(
+    "attention_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, Tensor? bias,"
+    " Tensor? key_lengths) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference_backward,
+    _fake_backward,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.scale, bias, key_lengths, _ = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, bias, key_lengths)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, bias, key_lengths = ctx.saved_tensors
+    dq, dk, dv, dbias = _BACKWARD(grad, q, k, v, out, lse, ctx.scale, bias, key_lengths)
+    return dq, dk, dv, None, dbias if bias is not None else None, None, None
+
+
+_OP.autograd(_setup_context, _backward)

@@ -1,0 +1,69 @@
+"""The gated linear unit of transformer feed-forward layers (Shazeer 2020)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import checks
+from .op import Op
+
+
+def geglu(x: Tensor) -> Tensor:
+    """first half * gelu(second half), with the exact (erf) gelu.
+
+    Args:
+        x: [..., 2C].
+
+    Returns:
+        [..., C], contiguous.
+
+    Raises:
+        ValueError: not a floating tensor with an even last dimension.
+    """
+    checks.floating("x", x)
+    if x.dim() < 1 or x.shape[-1] % 2:
+        checks.fail("x", "shape [..., 2C] with an even last dimension", list(x.shape))
+    return _OP(x)
+
+
+def reference(x: Tensor) -> Tensor:
+    value, gate = x.chunk(2, dim=-1)
+    return (value * F.gelu(gate)).contiguous()
+
+
+def reference_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """gelu(g) = g * Phi(g), gelu'(g) = Phi(g) + g * phi(g), with the normal's Phi and phi."""
+    value, gate = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    cdf = 0.5 * (1 + torch.erf(gate * math.sqrt(0.5)))
+    density = torch.exp(-0.5 * gate * gate) / math.sqrt(2 * math.pi)
+    return torch.cat((grad * gate * cdf, grad * value * (cdf + gate * density)), dim=-1).to(x.dtype)
+
+
+_OP = Op(
+    "geglu",
+    "(Tensor x) -> Tensor",
+    reference,
+    lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
+)
+_BACKWARD = Op(
+    "geglu_backward",
+    "(Tensor grad, Tensor x) -> Tensor",
+    reference_backward,
+    lambda grad, x: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> Tensor:
+    return _BACKWARD(grad, *ctx.saved_tensors)
+
+
+_OP.autograd(_setup_context, _backward)

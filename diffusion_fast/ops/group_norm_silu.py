@@ -1,0 +1,206 @@
+"""GroupNorm, and what U-Nets put around it: the time embedding before, scale, shift and SiLU after."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import checks
+from .op import Op
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    silu: bool = True,
+    add: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    r"""Group normalization (Wu & He 2018) with its neighbours.
+
+    .. math:: y = \mathrm{silu}\big(\mathrm{GN}(x + \mathrm{add}) \cdot (1 + \mathrm{scale})
+              + \mathrm{shift}\big)
+
+    Args:
+        x: [B, C, ...], contiguous or channels_last.
+        num_groups: divides C.
+        weight, bias: the affine of the norm, [C].
+        eps: added to the variance.
+        silu: whether to end with x * sigmoid(x).
+        add: [B, C], joins x before the statistics (time embedding).
+        scale, shift: [B, C], after the affine and before SiLU (adaptive norm).
+
+    Returns:
+        Like ``x``, in its memory format.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that don't match, or groups that don't divide C.
+    """
+    checks.floating("x", x)
+    if x.dim() < 2:
+        checks.fail("x", "shape [B, C, ...]", list(x.shape))
+    batch, channels = x.shape[:2]
+    checks.positive_int("num_groups", num_groups)
+    if channels % num_groups:
+        checks.fail("num_groups", f"a divisor of the {channels} channels of x", num_groups)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        checks.tensor(name, parameter)
+        checks.shape(name, parameter, (channels,), "[C]")
+        checks.same_device(name, parameter, "x", x)
+        checks.same_dtype(name, parameter, "x", x)
+    for name, value in (("add", add), ("scale", scale), ("shift", shift)):
+        if value is not None:
+            checks.tensor(name, value)
+            checks.shape(name, value, (batch, channels), "[B, C]")
+            checks.same_device(name, value, "x", x)
+            checks.same_dtype(name, value, "x", x)
+    return _OP(x, num_groups, weight, bias, eps, silu, add, scale, shift)
+
+
+def _per_channel(value: Tensor, x: Tensor) -> Tensor:
+    """[B, C] beside [B, C, ...]."""
+    return value.view(*value.shape, *(1,) * (x.dim() - 2))
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """The layout of the result: channels_last stays, everything else becomes contiguous."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def reference(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool,
+    add: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    layout = _layout(x)
+    if add is not None:
+        x = x + _per_channel(add, x)
+    x = F.group_norm(x, num_groups, weight, bias, eps)
+    if scale is not None:
+        x = x * (1 + _per_channel(scale, x))
+    if shift is not None:
+        x = x + _per_channel(shift, x)
+    if silu:
+        x = F.silu(x)
+    return x.contiguous(memory_format=layout)
+
+
+def reference_backward(
+    grad: Tensor,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool,
+    add: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, add, scale and shift; empty for an argument that is None.
+
+    With u = (x + add - mean) * rstd and p = u * weight + bias, z = p * (1 + scale) + shift.
+    """
+    dtype, layout = x.dtype, _layout(x)
+    compute = torch.promote_types(dtype, torch.float32)
+    batch, channels = x.shape[:2]
+    value = x.to(compute)
+    if add is not None:
+        value = value + _per_channel(add, x)
+    grouped = value.reshape(batch, num_groups, -1)
+    variance, mean = torch.var_mean(grouped, dim=2, correction=0, keepdim=True)
+    rstd = (variance + eps).rsqrt()
+    u = ((grouped - mean) * rstd).reshape(batch, channels, -1)  # [B, C, S]
+    dz = grad.to(compute).reshape(batch, channels, -1)
+    w, b = weight.to(compute)[:, None], bias.to(compute)[:, None]
+    factor = 1 + scale.to(compute)[..., None] if scale is not None else 1
+    p = u * w + b
+    if silu:
+        z = p * factor + (shift.to(compute)[..., None] if shift is not None else 0)
+        sigmoid = torch.sigmoid(z)
+        dz = dz * sigmoid * (1 + z * (1 - sigmoid))
+    dp = dz * factor
+    du = (dp * w).reshape(batch, num_groups, -1)
+    ug = u.reshape(batch, num_groups, -1)
+    dx = rstd * (du - du.mean(2, keepdim=True) - ug * (du * ug).mean(2, keepdim=True))
+    dx = dx.reshape(batch, channels, -1)
+    empty = x.new_empty(0)
+    return (
+        dx.reshape(x.shape).to(dtype).contiguous(memory_format=layout),
+        (dp * u).sum((0, 2)).to(dtype),
+        dp.sum((0, 2)).to(dtype),
+        dx.sum(2).to(dtype) if add is not None else empty,
+        (dz * p).sum(2).to(dtype) if scale is not None else empty,
+        dz.sum(2).to(dtype) if shift is not None else empty,
+    )
+
+
+def _fake(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=_layout(x))
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool,
+    add: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, ...]:
+    def per_image(value: Tensor | None) -> Tensor:
+        return x.new_empty(0) if value is None else x.new_empty(x.shape[:2])
+
+    parameters = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    return _fake(x), *parameters, per_image(add), per_image(scale), per_image(shift)
+
+
+_SCHEMA = (
+    "Tensor x, int num_groups, Tensor weight, Tensor bias, float eps, bool silu,"
+    " Tensor? add, Tensor? scale, Tensor? shift)"
+)
+_OP = Op("group_norm_silu", f"({_SCHEMA} -> Tensor", reference, _fake)
+_BACKWARD = Op(
+    "group_norm_silu_backward",
+    f"(Tensor grad, {_SCHEMA} -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference_backward,
+    _fake_backward,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, ctx.num_groups, weight, bias, ctx.eps, ctx.silu, add, scale, shift = inputs
+    ctx.save_for_backward(x, weight, bias, add, scale, shift)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, add, scale, shift = ctx.saved_tensors
+    dx, dweight, dbias, dadd, dscale, dshift = _BACKWARD(
+        grad, x, ctx.num_groups, weight, bias, ctx.eps, ctx.silu, add, scale, shift
+    )
+    optional = (
+        gradient if value is not None else None
+        for value, gradient in ((add, dadd), (scale, dscale), (shift, dshift))
+    )
+    return dx, None, dweight, dbias, None, None, *optional
+
+
+_OP.autograd(_setup_context, _backward)

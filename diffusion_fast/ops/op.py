@@ -1,0 +1,121 @@
+"""An op: one function with several implementations, known to eager PyTorch, autograd and compilers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import backend as _backend
+from .backend import BACKENDS, BackendError, Choice, Implementation
+
+_LIBRARY = torch.library.Library("diffusion_fast", "FRAGMENT")
+
+
+class Op:
+    """A named function ``torch.ops.diffusion_fast.<name>`` with a reference and faster backends.
+
+    Eager calls run a native implementation directly, so that on a CPU an op costs what its PyTorch
+    code costs. Under ``torch.compile`` and ``torch.export``, and for kernels, the call goes through
+    the registered operator, which has a fake (shape-only) version and a gradient.
+
+    Args:
+        name: of the op.
+        schema: its signature without the name, ``"(Tensor x, float eps) -> Tensor"``.
+        reference: the definition in plain PyTorch.
+        fake: the same signature; returns empty tensors of the right shapes, dtypes and strides.
+    """
+
+    def __init__(
+        self, name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]
+    ) -> None:
+        self.name = name
+        self.last_ran: str | None = None
+        self.implementations = [
+            Implementation("reference", reference, _always, _always_supported, native=True)
+        ]
+        _LIBRARY.define(name + schema)
+        _LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"diffusion_fast::{name}", fake, lib=_LIBRARY)
+        self.torch_op = getattr(torch.ops.diffusion_fast, name).default
+        _backend.known_ops[name] = self
+
+    def autograd(self, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+        """Register the gradient; see :func:`torch.library.register_autograd`."""
+        torch.library.register_autograd(
+            f"diffusion_fast::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY
+        )
+
+    def add(
+        self,
+        backend: str,
+        run: Callable[..., Any],
+        unavailable: Callable[[], str | None] | None = None,
+        unsupported: Callable[..., str | None] | None = None,
+        native: bool = False,
+    ) -> None:
+        """Add a backend. It takes its place in the order of :data:`~.backend.BACKENDS`."""
+        self.implementations.append(
+            Implementation(
+                backend, run, unavailable or _always, unsupported or _always_supported, native
+            )
+        )
+        self.implementations.sort(key=lambda i: BACKENDS.index(i.backend))
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.torch_op(*args)
+        chosen = self.choose(*args)
+        if chosen.native:
+            self.last_ran = chosen.backend
+            return chosen.run(*args)
+        return self.torch_op(*args)
+
+    def _run(self, *args: Any) -> Any:
+        chosen = self.choose(*args)
+        self.last_ran = chosen.backend
+        return chosen.run(*args)
+
+    def choose(self, *args: Any) -> Implementation:
+        """The implementation for this call. Raises BackendError if the one asked for can't run."""
+        name = _backend.requested(self.name)
+        if name == "auto":
+            for candidate in self.implementations:
+                if candidate.unavailable() is None and candidate.unsupported(*args) is None:
+                    return candidate
+        reasons = {}
+        for candidate in self.implementations:
+            if candidate.backend == name:
+                why = candidate.unavailable() or candidate.unsupported(*args)
+                if why is None:
+                    return candidate
+                reasons[name] = why
+        why = reasons.get(name, "not implemented for this op")
+        raise BackendError(f"{self.name}: backend {name!r} was asked for and can't run: {why}")
+
+    def explain(self, *args: Any) -> Choice:
+        """The choice for a call, or for this machine when called without arguments."""
+        rejected = {name: "not implemented for this op" for name in BACKENDS}
+        chosen: str | None = None
+        asked = _backend.requested(self.name)
+        for candidate in self.implementations:
+            why = candidate.unavailable()
+            if why is None and args:
+                why = candidate.unsupported(*args)
+            if why is None and asked not in ("auto", candidate.backend):
+                why = f"{asked} was asked for"
+            if why is None and chosen is None:
+                chosen = candidate.backend
+            rejected[candidate.backend] = why or f"{chosen} is faster"
+        if chosen is not None:
+            del rejected[chosen]
+        return Choice(self.name, chosen or f"none ({asked} can't run)", rejected, self.last_ran)
+
+
+def _always() -> None:
+    return None
+
+
+def _always_supported(*args: Any) -> None:
+    return None
