@@ -1,4 +1,4 @@
-"""Metadata lives in pyproject.toml; this file only exists to build the CUDA extension when asked to."""
+"""Metadata lives in pyproject.toml; this file builds the CUDA extension when asked to."""
 
 from setuptools import setup
 

@@ -31,7 +31,8 @@ def attention(
         scale: of the scores; 1 / sqrt(D) by default.
         bias: added to the scaled scores, broadcastable to [B, H, Sq, Sk], in the dtype of ``q`` or
             float32.
-        key_lengths: int32 or int64 [B], values in [1, Sk]: item b sees its first key_lengths[b] keys.
+        key_lengths: int32 or int64 [B], values in [1, Sk]: item b sees its first
+            key_lengths[b] keys.
 
     Returns:
         [B, Sq, H, D], contiguous.
@@ -158,11 +159,11 @@ def sdpa(
 ) -> tuple[Tensor, Tensor]:
     """PyTorch's own scaled_dot_product_attention, which picks among its backends."""
     batch = q.shape[0]
-    heads_first = [value.expand(batch, -1, -1, -1).transpose(1, 2) for value in (q, k, v)]
+    query, key, value = (x.expand(batch, -1, -1, -1).transpose(1, 2) for x in (q, k, v))
     mask = _mask(q, k, bias, key_lengths, q.dtype)
     if mask is not None:
         mask = mask.expand(batch, q.shape[2], q.shape[1], k.shape[1])
-    out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     lse = (
         _lse(_scores(q, k, scale, bias, key_lengths), True)
         if save_lse

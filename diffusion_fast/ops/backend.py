@@ -1,9 +1,9 @@
 """Which backend computes an op: the choice, its reasons, and how to override it.
 
 Every op has one definition in plain PyTorch (``"reference"``); other backends compute the same
-function faster where they can run. ``"auto"`` takes the fastest that can run a given call. A backend
-that is asked for by name and can't run raises :class:`BackendError` with the reasons: nothing falls
-back silently.
+function faster where they can run. ``"auto"`` takes the fastest that can run a given call. A
+backend that is asked for by name and can't run raises :class:`BackendError` with the reasons:
+nothing falls back silently.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def use_backend(backend: str = "auto", **per_op: str) -> Iterator[None]:
     """Choose the backend of every op inside the ``with`` block, or of single ops by keyword.
 
     Args:
-        backend: ``"reference"``, ``"triton"``, ``"cuda"``, ``"sdpa"`` (attention only) or ``"auto"``.
+        backend: ``"reference"``, ``"triton"``, ``"cuda"``, ``"sdpa"`` (attention) or ``"auto"``.
         per_op: the same for single ops, for example ``attention="sdpa"``.
 
     The choice is process-wide (a backward pass runs on autograd's own threads). A call that the

@@ -1,4 +1,4 @@
-"""GroupNorm, and what U-Nets put around it: the time embedding before, scale, shift and SiLU after."""
+"""GroupNorm with its neighbours in a U-Net: time embedding before; scale, shift, SiLU after."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An op: one function with several implementations, known to eager PyTorch, autograd and compilers."""
+"""An op: one function with several implementations, known to autograd and compilers."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Op:
 
     def explain(self, *args: Any) -> Choice:
         """The choice for a call, or for this machine when called without arguments."""
-        rejected = {name: "not implemented for this op" for name in BACKENDS}
+        rejected = dict.fromkeys(BACKENDS, "not implemented for this op")
         chosen: str | None = None
         asked = _backend.requested(self.name)
         for candidate in self.implementations:

@@ -1,4 +1,4 @@
-"""One step of any sampler: guidance, x0, update, history and the next model input, from a table row.
+"""One step of any sampler, from a table row: guidance, x0, update, history, next model input.
 
 With a fixed time grid every sampler is linear in what it keeps, so a step is one row of numbers:
 
@@ -19,11 +19,11 @@ from torch import Tensor
 from . import checks
 from .op import Op
 
-COLUMNS = (
-    ("a", "b", "clip")
-    + ("c_x", "c_0", "c_1", "c_2", "c_y", "c_m", "s")
-    + ("d_x", "d_0", "d_1", "d_2", "d_y")
-    + ("guidance", "rescale")
+COLUMNS: tuple[str, ...] = (
+    *("a", "b", "clip"),
+    *("c_x", "c_0", "c_1", "c_2", "c_y", "c_m", "s"),
+    *("d_x", "d_0", "d_1", "d_2", "d_y"),
+    *("guidance", "rescale"),
 )
 
 Coefficient = float | Tensor  # a host row holds floats, a device row 0-dim tensors
@@ -57,14 +57,15 @@ def sampler_step(
         h1, h2: the last two x0, like ``x``; shifted. None if no row uses them.
         model_input: [B, ...] or [2B, ...], any floating dtype and memory format; x' is written to
             it (to both halves).
-        peak: [N], of the dtype of ``x``; peak[step] becomes max |model_output|, NaN if it holds one.
+        peak: [N], of the dtype of ``x``; peak[step] becomes max |model_output|, NaN if it has one.
         scratch: [3, *x.shape], of the dtype of ``x``, so that the reference allocates nothing.
 
     Guidance rescale (Lin et al. 2023, eq. 15-16) brings the guided output's standard deviation per
     image towards that of the conditional one, by the row's ``rescale`` in [0, 1].
 
     Raises:
-        ValueError: a shape, dtype or device that doesn't match, or a row that reads what is missing.
+        ValueError: a shape, dtype or device that doesn't match, or a row that reads what is
+            missing.
     """
     batch = x.shape[0]
     if model_output.shape[1:] != x.shape[1:] or model_output.shape[0] not in (batch, 2 * batch):
@@ -143,9 +144,9 @@ def _step(
 
     if y is not None:
         y.copy_(y_next)
-    if h2 is not None:
-        h2.copy_(h1)
     if h1 is not None:
+        if h2 is not None:
+            h2.copy_(h1)
         h1.copy_(x0)
     if model_input is not None:
         for half in model_input.split(x.shape[0]):
@@ -185,7 +186,7 @@ def _accumulate(out: Tensor, terms: tuple[tuple[str, Coefficient, Tensor | None]
         if isinstance(coefficient, Tensor):
             if value is None:
                 continue  # the caller promises that no row reads it
-            product = torch.where(coefficient == 0, 0.0, coefficient * value).to(out.dtype)
+            product = torch.where(coefficient == 0, 0.0, coefficient * value.to(out.dtype))
             out.copy_(product) if empty else out.add_(product)
         elif coefficient == 0:
             continue

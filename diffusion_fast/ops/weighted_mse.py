@@ -57,7 +57,7 @@ def reference_backward(
     scaled = 2 * factor * difference
     if weight is not None:
         scaled = scaled * _per_image(weight, difference)
-        dweight = (factor * difference.square().flatten(1).sum(1)).to(weight.dtype)
+        dweight = (factor * difference.square().reshape(len(weight), -1).sum(1)).to(weight.dtype)
     else:
         dweight = prediction.new_empty(0)
     dprediction = scaled.to(prediction.dtype)

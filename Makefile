@@ -1,0 +1,58 @@
+# Everything runs in one virtual environment, .venv, made on first use and again when its pins change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+.PHONY: help setup demo test test-all lint docs bench dist clean
+
+help:
+	@echo "make demo      train on real digits, sample them, draw the pictures in out/"
+	@echo "make test      the test suite (no GPU needed)"
+	@echo "make test-all  the same with the slow tests"
+	@echo "make lint      ruff and mypy"
+	@echo "make bench     the benchmarks, measured"
+	@echo "make docs      the API reference, into build/docs"
+	@echo "make dist      sdist and wheel, into dist/"
+
+setup: $(STAMP)
+
+# The stamp is written last: an interrupted installation is simply done again.
+$(STAMP): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "== setting up $(VENV) (a few minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --group dev
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $(STAMP)
+
+demo: setup
+	@echo "== training on digits, then sampling: pictures go to out/"
+	$(BIN)/python examples/digits.py --out out
+
+test: setup
+	@echo "== tests"
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
+
+docs: setup
+	$(BIN)/pdoc diffusion_fast -o build/docs --docformat google --math
+
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+clean:
+	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache

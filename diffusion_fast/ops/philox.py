@@ -1,0 +1,122 @@
+"""Noise by seed, offset and element: a stream that a kernel can draw where it needs it.
+
+A ``torch.Generator`` hands out numbers in the order of calls; a kernel that draws its own noise needs
+a number that depends on the element's place only. Philox4x32-10 (Salmon et al. 2011) gives that, and
+this file is its definition: kernels draw the same integers bit for bit, and normals that differ by
+a few roundings of float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+_MASK = 0xFFFFFFFF
+
+
+class Philox:
+    """Stands for standard normal noise that is not drawn yet; ops take it in place of a tensor.
+
+    Args:
+        seed: chooses the stream.
+        offset: chooses an independent stream of the same seed, such as a training step. A sampler
+            adds its step to it.
+        device: where seed and offset live. On the CPU (the default) kernels get them as launch
+            arguments; on a GPU they are read there, so that a captured graph draws anew after
+            ``philox.set(...)``.
+
+    Raises:
+        ValueError: seed or offset is not an integer in [0, 2^63).
+    """
+
+    def __init__(
+        self, seed: int, offset: int = 0, device: torch.device | str | None = None
+    ) -> None:
+        _check(seed, offset)
+        self.state = torch.tensor([seed, offset], dtype=torch.int64, device=device or "cpu")
+
+    def set(self, seed: int, offset: int = 0) -> None:
+        """Change seed and offset in place."""
+        _check(seed, offset)
+        self.state.copy_(torch.tensor([seed, offset], dtype=torch.int64))
+
+    def normal(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """The noise as a tensor: what a kernel given this descriptor draws."""
+        return normal(self.state, shape, dtype, device)
+
+    def __repr__(self) -> str:
+        seed, offset = self.state.tolist()
+        return f"Philox(seed={seed}, offset={offset}, device={str(self.state.device)!r})"
+
+
+def _check(seed: int, offset: int) -> None:
+    for name, value in (("seed", seed), ("offset", offset)):
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+            checks.fail(name, "an integer in [0, 2^63)", repr(value))
+
+
+def check_device(argument: str, philox: Philox, x: Tensor) -> None:
+    """The state lies on the CPU or on the device of x."""
+    device = philox.state.device
+    if device.type != "cpu" and device != x.device:
+        checks.fail(argument, f"a Philox on the cpu or on {x.device}", device)
+
+
+def words(state: Tensor, counters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: four 32-bit words per counter, as int64.
+
+    Args:
+        state: int64 [2]: seed (the key) and offset (the counter's high half).
+        counters: int64, the counter's low half.
+    """
+    seed, offset = state[0], state[1]
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    c0, c1 = counters & _MASK, (counters >> 32) & _MASK
+    c2, c3 = torch.zeros_like(c0) + (offset & _MASK), torch.zeros_like(c0) + (offset >> 32)
+    for _ in range(10):
+        # A product of two 32-bit words wraps into int64, whose bits are the right ones.
+        p0, p2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((p2 >> 32) & _MASK) ^ c1 ^ k0,
+            p2 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
+
+
+def _normal_pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Box and Muller (1958), in float64 but for u, which is float32 by definition."""
+    u = first.to(torch.float32) * 2.0**-32 + 2.0**-33
+    radius = (-2 * u.double().log()).sqrt()
+    angle = second.double() * (2 * math.pi / 2**32)
+    return radius * angle.cos(), radius * angle.sin()
+
+
+def normal(
+    state: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Standard normal noise of this shape: element i in row-major order is value i of the stream.
+
+    Values are made in float32 (two words of 32 bits carry no more) and then converted.
+    """
+    state = state.to(device or state.device)
+    count = math.prod(shape)
+    counters = torch.arange((count + 3) // 4, dtype=torch.int64, device=state.device)
+    w0, w1, w2, w3 = words(state, counters)
+    values = torch.stack((*_normal_pair(w0, w1), *_normal_pair(w2, w3)), dim=-1)  # [N, 4]
+    return values.reshape(-1)[:count].reshape(tuple(shape)).to(torch.float32).to(dtype)

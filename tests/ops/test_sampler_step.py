@@ -1,0 +1,196 @@
+"""ops.sampler_step: the formula of one row, with the row on the host and on the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import assert_close
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffusion_fast import ops
+from diffusion_fast.ops.sampler_step import COLUMNS
+
+OP = torch.ops.diffusion_fast.sampler_step.default
+SHAPE = (3, 2, 5, 4)
+STATE = ("noise", "y", "h1", "h2")
+
+
+def table(**row: float) -> Tensor:
+    values = dict.fromkeys(COLUMNS, 0.0) | {"clip": float("inf"), "guidance": 1.0} | row
+    filler = torch.full((1, len(COLUMNS)), float("nan"), dtype=torch.float64)
+    return torch.cat((filler, torch.tensor([list(values.values())], dtype=torch.float64)))
+
+
+def full_row() -> dict[str, float]:
+    return {name: float(v) for name, v in zip(COLUMNS, torch.randn(len(COLUMNS)), strict=True)} | {
+        "clip": 0.7,
+        "guidance": 2.5,
+        "rescale": 0.6,
+    }
+
+
+def state(dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: torch.randn(SHAPE, dtype=dtype) for name in ("x", *STATE)}
+
+
+def expected(row: dict[str, float], now: dict[str, Tensor], output: Tensor) -> dict[str, Tensor]:
+    """The formula of the module's docstring, in float64."""
+    r, s = row, {k: v.double().clone() for k, v in now.items()}
+    m = output.double()
+    if m.shape[0] == 2 * s["x"].shape[0]:
+        uncond, cond = m.chunk(2)
+        m = uncond + r["guidance"] * (cond - uncond)
+        rescaled = m * cond.flatten(1).std(1).view(-1, 1, 1, 1)
+        rescaled = rescaled / m.flatten(1).std(1).view(-1, 1, 1, 1)
+        m = r["rescale"] * rescaled + (1 - r["rescale"]) * m
+    x0 = (r["a"] * s["x"] + r["b"] * m).clamp(-r["clip"], r["clip"])
+    x = r["c_x"] * s["x"] + r["c_0"] * x0 + r["c_1"] * s["h1"] + r["c_2"] * s["h2"]
+    x = x + r["c_y"] * s["y"] + r["c_m"] * m + r["s"] * s["noise"]
+    y = r["d_x"] * s["x"] + r["d_0"] * x0 + r["d_1"] * s["h1"] + r["d_2"] * s["h2"]
+    return {"x": x, "y": y + r["d_y"] * s["y"], "h1": x0, "h2": s["h1"]}
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "model_dtype"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+    ],
+)
+def test_a_full_row(
+    on_device: bool, halves: int, dtype: torch.dtype, model_dtype: torch.dtype
+) -> None:
+    row, now = full_row(), state(dtype)
+    output = torch.randn(halves * SHAPE[0], *SHAPE[1:], dtype=model_dtype)
+    model_input = torch.full_like(output, float("nan"), memory_format=torch.channels_last)
+    peak = torch.full((2,), -1.0, dtype=dtype)
+    truth = expected(row, now, output)
+    step = torch.tensor([1]) if on_device else 1
+    x = now.pop("x")
+    ops.sampler_step(x, output, table(**row), step, **now, model_input=model_input, peak=peak)
+    for name, value in {"x": x, **now}.items():
+        if name != "noise":
+            # One rounding per term of a sum of seven: plain PyTorch does the same.
+            assert_close(value, truth[name], truth[name].to(dtype), factor=8)
+    assert torch.equal(model_input, torch.cat([x] * halves).to(model_dtype))
+    assert model_input.is_contiguous(memory_format=torch.channels_last)
+    assert peak.tolist() == [-1.0, output.to(dtype).abs().max().item()]
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("name", [c for c in COLUMNS if c[1:2] == "_" or c in "abs"])
+def test_a_term_with_coefficient_zero_is_not_read(on_device: bool, name: str) -> None:
+    """Every other tensor is NaN and still the sum is finite."""
+    source = {"a": "x", "b": "m", "s": "noise", "x": "x", "0": "x0", "1": "h1", "2": "h2"}
+    source |= {"y": "y", "m": "m"}
+    read = source[name[-1]]
+    if read == "x0":
+        return  # x0 is computed, not read
+    now = {k: torch.full(SHAPE, float("nan")) for k in ("x", *STATE)}
+    output = torch.full(SHAPE, float("nan"))
+    (output if read == "m" else now[read]).fill_(2.0)
+    x = now.pop("x")
+    step = torch.tensor([1]) if on_device else 1
+    ops.sampler_step(x, output, table(**{name: 3.0}), step, **now)
+    if name[0] == "c" or name == "s":
+        assert (x == 6.0).all()
+    elif name[0] == "d":
+        assert (now["y"] == 6.0).all()
+        assert (x == 0).all()
+    else:
+        assert (now["h1"] == 6.0).all()
+        assert (x == 0).all()
+
+
+def test_a_constant_image_survives_rescaling() -> None:
+    output = torch.ones(2 * SHAPE[0], *SHAPE[1:])
+    for step in (1, torch.tensor([1])):
+        x = torch.zeros(SHAPE)
+        ops.sampler_step(x, output, table(b=1.0, c_0=1.0, guidance=3.0), step)
+        assert (x == 1).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_the_peak_shows_what_is_not_finite(value: float, on_device: bool) -> None:
+    output, peak = torch.randn(SHAPE), torch.zeros(2)
+    output[1, 1, 2, 3] = value
+    step = torch.tensor([1]) if on_device else 1
+    ops.sampler_step(torch.randn(SHAPE), output, table(c_x=1.0), step, peak=peak)
+    assert peak[0] == 0
+    assert not peak[1].isfinite()
+
+
+class Allocations(TorchDispatchMode):
+    """Counts what would read the device on the host, and every new storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[str] = []
+        self.new = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        known = {
+            a.untyped_storage().data_ptr()
+            for a in torch.utils._pytree.tree_leaves((args, kwargs))
+            if isinstance(a, Tensor)
+        }
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.reads.append(str(func))
+        out = func(*args, **(kwargs or {}))
+        for value in torch.utils._pytree.tree_leaves(out):
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in known:
+                self.new += value.numel() > 1
+        return out
+
+
+def test_a_host_row_allocates_nothing() -> None:
+    row, now = full_row() | {"rescale": 0.0}, state(torch.float32)
+    output, x = torch.randn(2 * SHAPE[0], *SHAPE[1:]), now.pop("x")
+    buffers = {"model_input": torch.empty_like(output), "peak": torch.zeros(2)}
+    scratch, rows = torch.empty(3, *SHAPE), table(**row)
+    with Allocations() as seen:
+        ops.sampler_step(x, output, rows, 1, **now, **buffers, scratch=scratch)
+    assert seen.new == 0
+    assert not seen.reads
+
+
+def test_a_device_row_is_never_read_on_the_host() -> None:
+    row, now = full_row(), state(torch.float32)
+    output, x = torch.randn(2 * SHAPE[0], *SHAPE[1:]), now.pop("x")
+    with Allocations() as seen:
+        ops.sampler_step(x, output, table(**row), torch.tensor([1]), **now, peak=torch.zeros(2))
+    assert not seen.reads
+
+
+def test_operator() -> None:
+    now = state(torch.float64)
+    output = torch.randn(2 * SHAPE[0], *SHAPE[1:], dtype=torch.float64)
+    args = [now["x"], output, table(**full_row()), torch.tensor([1])]
+    args += [now[name] for name in STATE] + [torch.empty_like(output), torch.zeros(2).double()]
+    torch.library.opcheck(OP, tuple(args))
+    torch.library.opcheck(OP, (*args[:4], *[None] * 6))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_output": torch.ones(3, 2, 5, 5)}, r"model_output: expected shape \[3, 2, 5, 4\]"),
+        ({"model_output": torch.ones(9, 2, 5, 4)}, r"model_output: .*got \[9, 2, 5, 4\]"),
+        ({"table": torch.ones(2, 3).double()}, r"table: expected float64 \[N, 17\]"),
+        ({"table": table().float()}, r"table: expected float64"),
+        ({"table": table().to("meta")}, "table: expected a table on the host for an int step"),
+        ({"step": 2}, r"step: expected an index in \[0, 2\), got 2"),
+        ({"table": table(s=1.0)}, "noise: expected a tensor, because this row of the table reads"),
+        ({"table": table(c_1=1.0)}, "h1: expected a tensor"),
+    ],
+)
+def test_bad_input(change: dict[str, object], message: str) -> None:
+    call = {"x": torch.ones(SHAPE), "model_output": torch.ones(SHAPE), "table": table(), "step": 1}
+    with pytest.raises(ValueError, match=message):
+        ops.sampler_step(**(call | change))
