@@ -1,1 +1,5 @@
-"""."""
+"""The sampling loop."""
+
+from .engine import Engine, sample
+
+__all__ = ["Engine", "sample"]

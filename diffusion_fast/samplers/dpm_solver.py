@@ -1,0 +1,73 @@
+"""DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095), multistep, data prediction.
+
+In lambda = log(A / S) a step of length h solves, exactly in the linear part (eq. 8),
+
+    x' = S'/S x + A' * integral over tau in [0, h] of exp(tau - h) x_0(lambda + tau)
+
+with x_0 replaced by a polynomial through the last few predictions. The SDE version (eq. 11 of the
+appendix of its v2; also SDE-DPM-Solver++) has 2h for h inside the integral, and adds noise.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..schedule import FloatArray
+from .grids import Grid
+from .table import rows_of
+
+
+def dpm_solver_rows(
+    grid: Grid,
+    order: int,
+    *,
+    sde: bool = False,
+    lower_order_final: bool = False,
+    halved_curvature: bool = False,
+) -> FloatArray:
+    """DPM-Solver++ of order 1, 2 (2M) or 3 (3M); warm-up rows have the order that history allows.
+
+    Args:
+        sde: add the posterior's noise (orders 1 and 2).
+        lower_order_final: end with orders 2 and 1, steadier for few steps. A step to no noise is of
+            first order always.
+        halved_curvature: take the second difference for the second derivative, which lacks a
+            factor 2, as diffusers does for order 3. The order of convergence falls from 3 to 2.
+    """
+    n = len(grid)
+    orders = np.minimum(order, np.arange(1, n + 1))
+    if lower_order_final:
+        orders[-2:] = np.minimum(orders[-2:], [2, 1][-n:])
+    if grid.next_noise[-1] == 0:
+        orders[-1] = 1
+
+    with np.errstate(divide="ignore"):
+        lam = np.log(grid.signal / grid.noise)
+        h = -np.log(grid.ratio)  # infinite for a step to no noise
+    integral_0 = -np.expm1(-2 * h if sde else -h)  # of exp(tau - h)
+    weights = np.zeros((n, 3))  # of x0, h1, h2 in the integral
+    weights[:, 0] = integral_0
+
+    i = np.flatnonzero(orders == 2)
+    slope = _differences(1 / (lam[i] - lam[i - 1]))
+    weights[i] += (0.5 * integral_0[i] * h[i])[:, None] * slope
+
+    i = np.flatnonzero(orders == 3)
+    h_0, h_1 = lam[i] - lam[i - 1], lam[i - 1] - lam[i - 2]
+    recent, older = _differences(1 / h_0), np.roll(_differences(1 / h_1), 1, axis=1)
+    second = (recent - older) / (h_0 + h_1)[:, None]  # divided difference: half a curvature
+    integral_1 = h[i] - integral_0[i]  # of exp(tau - h) tau
+    integral_2 = h[i] ** 2 / 2 - integral_1  # of exp(tau - h) tau^2 / 2
+    weights[i] += integral_1[:, None] * (recent + h_0[:, None] * second)
+    weights[i] += (integral_2 if halved_curvature else 2 * integral_2)[:, None] * second
+
+    c_0, c_1, c_2 = (grid.next_signal[:, None] * weights).T
+    c_x = grid.next_noise / grid.noise
+    if not sde:
+        return rows_of(n, c_x=c_x, c_0=c_0, c_1=c_1, c_2=c_2)
+    return rows_of(n, c_x=c_x * grid.ratio, c_0=c_0, c_1=c_1, c_2=c_2, s=grid.posterior_std)
+
+
+def _differences(inverse: FloatArray) -> FloatArray:
+    """[k, 3] weights of (x0 - h1) * inverse."""
+    return inverse[:, None] * np.array([1.0, -1.0, 0.0])

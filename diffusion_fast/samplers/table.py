@@ -1,0 +1,135 @@
+"""A sampler on a fixed grid is a table: one row of coefficients per model call.
+
+:mod:`diffusion_fast.ops.sampler_step` executes the rows; see there for the formula.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..guidance import HALVES
+from ..ops import checks
+from ..ops.sampler_step import COLUMNS
+from ..schedule import FloatArray
+
+INDEX = {name: i for i, name in enumerate(COLUMNS)}
+
+
+def rows_of(count: int, **columns: float | FloatArray) -> FloatArray:
+    """[count, len(COLUMNS)] with the named columns set; no clipping, guidance 1 and 0 elsewhere."""
+    rows = np.zeros((count, len(COLUMNS)))
+    for name, value in {"clip": math.inf, "guidance": 1.0, **columns}.items():
+        rows[:, INDEX[name]] = value
+    return rows
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """Everything a sampling loop needs, as data.
+
+    Attributes:
+        sampler: the sampler's name.
+        rows: float64 [N, len(COLUMNS)] on the CPU, one row per model call.
+        timesteps: float64 [N], the t handed to the model with each row.
+        step_of_row: int64 [N], the step that each row belongs to (Heun has two rows per step).
+        initial_scale: the state starts as initial_scale * x_T with standard normal x_T.
+        signal, noise: A and S of x = A x_0 + S epsilon at the first row; an image-to-image run
+            starts there with x = signal * image + noise * z.
+        halves: which halves of guidance run: "conditional", "unconditional" or "both".
+
+    The state is in the variance-preserving form (A^2 + S^2 = 1) for every sampler, so that the
+    model sees the state itself as its input.
+
+    Raises:
+        ValueError: an attribute whose shape, dtype or values break the above.
+    """
+
+    sampler: str
+    rows: Tensor
+    timesteps: Tensor
+    step_of_row: Tensor
+    initial_scale: float
+    signal: float
+    noise: float
+    halves: str
+
+    def __post_init__(self) -> None:
+        n = len(self.rows)
+        checks.shape("rows", self.rows, (n, len(COLUMNS)), "[N, len(COLUMNS)]")
+        checks.shape("timesteps", self.timesteps, (n,), "[N]")
+        checks.shape("step_of_row", self.step_of_row, (n,), "[N]")
+        for name, value, dtype in (
+            ("rows", self.rows, torch.float64),
+            ("timesteps", self.timesteps, torch.float64),
+            ("step_of_row", self.step_of_row, torch.int64),
+        ):
+            if value.dtype != dtype or value.device.type != "cpu":
+                checks.fail(name, f"{dtype} on the CPU", f"{value.dtype} on {value.device}")
+        if n == 0:
+            checks.fail("rows", "at least one row", "none")
+        clip = self.rows[:, INDEX["clip"]]
+        if not bool((clip > 0).all()):
+            checks.fail("rows", "a positive clip (infinity: off)", clip.min().item())
+        others = [i for name, i in INDEX.items() if name != "clip"]
+        bad = ~torch.isfinite(self.rows[:, others]).all(1)
+        if bool(bad.any()):
+            checks.fail(
+                "rows", "finite coefficients", f"others in rows {bad.nonzero()[:, 0].tolist()}"
+            )
+        if not bool((torch.isfinite(self.timesteps) & (self.timesteps >= 0)).all()):
+            checks.fail("timesteps", "finite values >= 0", self.timesteps.tolist())
+        checks.one_of("halves", self.halves, HALVES)
+
+    def __len__(self) -> int:
+        """The number of rows, that is of model calls."""
+        return len(self.rows)
+
+    def folded(self) -> Tensor:
+        """The rows with x0 written out, c_0 x0 = c_0 (a x + b m), where nothing else reads it.
+
+        One pass less over the data per step, and no rounding of a large x0 at high noise. Rows
+        stay as they are if x0 is clipped or kept.
+        """
+        rows = self.rows.clone()
+        column = {name: rows[:, i] for name, i in INDEX.items()}
+        if self.needs_h1 or bool((column["clip"] != math.inf).any() | (column["d_0"] != 0).any()):
+            return rows
+        column["c_x"] += column["c_0"] * column["a"]
+        column["c_m"] += column["c_0"] * column["b"]
+        for name in ("a", "b", "c_0"):
+            column[name].zero_()
+        return rows
+
+    @property
+    def steps(self) -> int:
+        return int(self.step_of_row[-1]) + 1
+
+    @property
+    def draws(self) -> Tensor:
+        """bool [N]: the rows that read noise. The others draw none from the generator."""
+        return self.rows[:, INDEX["s"]] != 0
+
+    @property
+    def integer_timesteps(self) -> bool:
+        """Whether every timestep is an integer, so that it may be handed over as int64."""
+        return bool((self.timesteps == self.timesteps.round()).all())
+
+    @property
+    def needs_y(self) -> bool:
+        return self._any("c_y", "d_x", "d_0", "d_1", "d_2", "d_y")
+
+    @property
+    def needs_h1(self) -> bool:
+        return self._any("c_1", "d_1") or self.needs_h2
+
+    @property
+    def needs_h2(self) -> bool:
+        return self._any("c_2", "d_2")
+
+    def _any(self, *columns: str) -> bool:
+        return bool((self.rows[:, [INDEX[c] for c in columns]] != 0).any())

@@ -1,0 +1,100 @@
+"""The denoising objective: one random timestep per image, one prediction, one squared error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..conditioning import Context, Model, bind
+from ..ops import checks
+from ..schedule import DiffusionSchedule
+
+
+def diffusion_loss(
+    model: Model,
+    schedule: DiffusionSchedule,
+    x_0: Tensor,
+    context: Context = None,
+    *,
+    prediction_type: str = "epsilon",
+    weight: Tensor | None = None,
+    t: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""The simplified objective of DDPM (Ho et al. 2020, eq. 14), for any prediction type.
+
+    .. math:: L = \mathbb{E}_{t, \epsilon} \, w \, \lVert target - model(x_t, t) \rVert^2
+
+    Args:
+        model: called as ``model(x_t, t)`` or ``model(x_t, t, context)``.
+        schedule: gives x_t.
+        x_0: data, [B, ...].
+        context: what the model is conditioned on, or None.
+        prediction_type: what the model predicts: ``"epsilon"``, ``"v_prediction"``, ``"sample"``.
+        weight: one per image, [B].
+        t: timesteps, int64 [B]; drawn uniformly by default.
+        generator: for the timesteps and the noise, on the device of ``x_0``.
+
+    Returns:
+        The mean over the batch, a scalar.
+
+    Raises:
+        ValueError: a batch, context or model output of another shape than expected.
+    """
+    checks.floating("x_0", x_0)
+    if t is None:
+        size = (x_0.shape[0],)
+        t = torch.randint(schedule.timesteps, size, generator=generator, device=x_0.device)
+    noise = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device)
+    tables = schedule.tables(x_0.device)
+    x_t, target = ops.add_noise(x_0, noise, t, tables["signal"], tables["noise"], prediction_type)
+    prediction = bind(model, context)(x_t, t)
+    if not isinstance(prediction, Tensor):
+        raise TypeError(f"model: expected it to return a tensor, got {type(prediction).__name__}")
+    if prediction.shape != target.shape:
+        wanted = f"an output of the shape of its input {list(target.shape)}"
+        checks.fail("model", wanted, list(prediction.shape))
+    return ops.weighted_mse(prediction, target.to(prediction.dtype), weight)
+
+
+def drop_condition(
+    context: Context,
+    null_context: Context,
+    probability: float,
+    generator: torch.Generator | None = None,
+) -> Context:
+    """Replace whole conditions by the null one, so that the model learns both halves of guidance.
+
+    Classifier-free guidance (Ho & Salimans 2022, algorithm 1) trains one network on p(x | c) and
+    p(x): with ``probability`` each image loses its condition.
+
+    Args:
+        context: a tensor [B, ...] or a dict of them; None stays None.
+        null_context: the same with a batch of 1 or B.
+        probability: in [0, 1].
+        generator: on the device of the context.
+    """
+    if not 0 <= probability <= 1:
+        checks.fail("condition_dropout", "a probability in [0, 1]", probability)
+    if context is None or probability == 0:
+        return context
+    if null_context is None:
+        checks.fail("null_context", "what stands for no condition, because of dropout", None)
+    if isinstance(context, Mapping):
+        assert isinstance(null_context, Mapping)
+        some = next(iter(context.values()))
+    else:
+        some = context
+    dropped = torch.rand(len(some), generator=generator, device=some.device) < probability
+
+    def replaced(value: Tensor, null: Tensor) -> Tensor:
+        return torch.where(dropped.view(-1, *(1,) * (value.dim() - 1)), null.to(value), value)
+
+    if isinstance(context, Mapping):
+        assert isinstance(null_context, Mapping)
+        return {key: replaced(value, null_context[key]) for key, value in context.items()}
+    assert isinstance(null_context, Tensor)
+    return replaced(context, null_context)
