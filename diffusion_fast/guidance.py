@@ -56,9 +56,13 @@ def plan_guidance(
             steps, an empty or negative interval, a rescale outside [0, 1].
     """
     steps = len(sigma)
-    g = np.asarray(scale, np.float64)
+    expected = f"a number or one for each of {steps} steps"
+    try:
+        g = np.asarray(scale, np.float64)
+    except (TypeError, ValueError):
+        checks.fail("guidance_scale", expected, repr(scale))
     if g.ndim > 1 or (g.ndim == 1 and len(g) != steps):
-        checks.fail("guidance_scale", f"a number or one for each of {steps} steps", list(g.shape))
+        checks.fail("guidance_scale", expected, f"shape {list(g.shape)}")
     if not np.isfinite(g).all():
         checks.fail("guidance_scale", "finite numbers", scale)
     g = np.broadcast_to(g, (steps,)).copy()

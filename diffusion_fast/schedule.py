@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .ops import add_noise, checks
+from .ops.add_noise import TARGETS
 
 KINDS = ("linear", "scaled_linear", "cosine", "sigmoid")
 
@@ -122,6 +123,16 @@ class DiffusionSchedule:
             betas=config.get("trained_betas"),
             zero_terminal_snr=config.get("rescale_betas_zero_snr", False),
         )
+
+    def to_config(self, prediction_type: str = "epsilon") -> dict[str, Any]:
+        """The same as a diffusers ``scheduler_config.json``, with the betas themselves."""
+        checks.one_of("prediction_type", prediction_type, TARGETS)
+        return {
+            "num_train_timesteps": self.timesteps,
+            "trained_betas": self.betas.tolist(),
+            "rescale_betas_zero_snr": bool(self.betas[-1] == 1),
+            "prediction_type": prediction_type,
+        }
 
     def __repr__(self) -> str:
         first, last = self.betas[0].item(), self.betas[-1].item()

@@ -14,6 +14,7 @@ FLOORS = {
     "kernels": 0,
     "ops": 1,
     "hardware": 1,
+    "images": 2,
     "models": 2,
     "schedule": 2,
     "prediction": 2,

@@ -128,7 +128,7 @@ def test_warm_up_and_cosine() -> None:
     )
     trainer.fit(20, on_read=lambda p: rates.append(trainer.optimizer.param_groups[0]["lr"]))
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert all(a > b for a, b in itertools.pairwise(rates[3:]))
     assert rates[-1] == pytest.approx(0.0)
 
 

@@ -1,0 +1,233 @@
+"""The command line: train, sample, doctor."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .ops.backend import Choice
+
+app = typer.Typer(
+    help="Train and sample diffusion models, and see what runs on this machine.\n\n"
+    "Start with: diffusion-fast train --out model, then diffusion-fast sample model -o out.png",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+SCHEDULER = Path("scheduler") / "scheduler_config.json"
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+) -> None:
+    """What every command shares; ``--debug`` itself is read in :func:`main`."""
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
+    data: Annotated[
+        str, typer.Option(help="What to train on: digits (1,797 real scans, 8x8 pixels).")
+    ] = "digits",
+    steps: Annotated[int, typer.Option(help="Batches to train on.", min=1)] = 800,
+    batch_size: Annotated[int, typer.Option(help="Images per batch.", min=1)] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-3,
+    prediction_type: Annotated[
+        str, typer.Option(help="What the network predicts: epsilon, v_prediction or sample.")
+    ] = "epsilon",
+    seed: Annotated[int, typer.Option(help="Seed of weights, data order and noise.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1 ...")] = "cpu",
+) -> None:
+    """Train a small class-conditional U-Net, and write a folder that `sample` reads.
+
+    About a minute on two CPU cores with the defaults.
+    """
+    import torch
+
+    from .models import UNet2DCondition, UNetConfig
+    from .ops import checks
+    from .schedule import DiffusionSchedule
+    from .training import Trainer
+    from .training.data import load_digits
+    from .training.progress import show_progress
+
+    checks.one_of("--data", data, ("digits",))
+    digits, _ = load_digits()
+    if batch_size > len(digits.images):
+        checks.fail("--batch-size", f"at most the {len(digits.images)} images", batch_size)
+    torch.manual_seed(seed)
+    model = UNet2DCondition(UNetConfig.preset("digits")).to(device)
+    schedule = DiffusionSchedule()
+    trainer = Trainer(
+        model,
+        digits.batches(batch_size, seed),
+        schedule,
+        null_context=torch.tensor([model.null_class]),
+        condition_dropout=0.1,
+        learning_rate=learning_rate,
+        warmup_steps=min(50, steps // 10),
+        decay="cosine",
+        gradient_clip=1.0,
+        ema_decay=0.99,
+        prediction_type=prediction_type,
+        seed=seed,
+    )
+    with show_progress(steps, batch_size) as on_read:
+        trainer.fit(steps, on_read)
+    assert trainer.ema is not None
+    with trainer.ema.applied():
+        model.save_pretrained(out / "unet")
+    config = schedule.to_config(prediction_type)
+    (out / SCHEDULER).parent.mkdir(parents=True, exist_ok=True)
+    (out / SCHEDULER).write_text(json.dumps(config) + "\n", encoding="utf-8")
+    typer.echo(f"wrote {out}; next: diffusion-fast sample {out} -o digits.png")
+
+
+@app.command()
+def sample(
+    model: Annotated[Path, typer.Argument(help="A folder that `train` wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")],
+    classes: Annotated[
+        str, typer.Option(help="Classes to draw, such as 0-9 or 3,1,4; one column each.")
+    ] = "0-9",
+    per_class: Annotated[int, typer.Option(help="Images of each class.", min=1)] = 4,
+    sampler: Annotated[
+        str, typer.Option(help="ddpm, ddim, dpmpp_2m, euler, heun, unipc ...")
+    ] = "dpmpp_2m",
+    steps: Annotated[
+        int | None, typer.Option(help="Steps; all of the schedule for ddpm, else 20 by default.")
+    ] = None,
+    guidance: Annotated[
+        float, typer.Option(help="1: as trained; higher: more typical, less varied; 0: no class.")
+    ] = 1.5,
+    eta: Annotated[float, typer.Option(help="Noise of ddim: 0 none, 1 as much as ddpm.")] = 0.0,
+    spacing: Annotated[
+        str, typer.Option(help="Timesteps: leading, trailing, linspace or karras.")
+    ] = "leading",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
+    scale: Annotated[int, typer.Option(help="Pixels per pixel in the PNG.", min=1)] = 8,
+    device: Annotated[str, typer.Option(help="Where to sample: cpu, cuda ...")] = "cpu",
+) -> None:
+    """Draw images of every class asked for into one PNG. The file carries its settings."""
+    import torch
+
+    from .engine import Engine
+    from .images import grid, save_png
+    from .models import UNet2DCondition
+    from .ops import checks
+    from .schedule import DiffusionSchedule
+
+    unet = UNet2DCondition.from_pretrained(model).to(device)
+    if unet.config.num_classes is None:
+        checks.fail("MODEL", "a class-conditional model", f"one without classes ({model})")
+    config = _scheduler_config(model)
+    columns = _classes(classes, unet.config.num_classes)
+    if steps is None and sampler != "ddpm":
+        steps = 20
+    engine = Engine(
+        unet,
+        DiffusionSchedule.from_config(config),
+        device=device,
+        progress=sys.stderr.isatty(),
+        sampler=sampler,
+        steps=steps,
+        eta=eta,
+        timestep_spacing=spacing,
+        prediction_type=config.get("prediction_type", "epsilon"),
+        guidance_scale=guidance,
+    )
+    labels = torch.tensor(columns * per_class, device=device)
+    side = unet.config.sample_size or 8
+    height, width = side if isinstance(side, tuple) else (side, side)
+    images = engine.sample(
+        (len(labels), unet.config.out_channels, height, width),
+        context=labels,
+        null_context=torch.tensor([unet.null_class], device=device),
+        generator=torch.Generator().manual_seed(seed),
+    )
+    settings: dict[str, object] = {"sampler": sampler, "steps": steps, "guidance": guidance, "eta": eta}
+    settings |= {"spacing": spacing, "seed": seed, "classes": columns, "per_class": per_class}
+    save_png(grid(images, len(columns), scale), out, settings)
+    typer.echo(f"wrote {out}: {len(labels)} images")
+
+
+@app.command()
+def doctor() -> None:
+    """Show what this machine has, which backend each op runs on, and why not the others."""
+    from . import hardware, ops
+
+    console = Console()
+    facts = Table("what", "found", title="This machine", title_justify="left")
+    for part in (hardware.versions, hardware.processor, hardware.gpus, hardware.compilers):
+        for name, value in part().items():
+            facts.add_row(name, value)
+    console.print(facts)
+    backends = Table("op", "runs on", "why not the others", title="Ops", title_justify="left")
+    for (backend, reasons), names in _grouped(ops.explain()).items():
+        backends.add_row("\n".join(names), backend, reasons)
+    console.print(backends)
+
+
+def _grouped(choices: list[Choice]) -> dict[tuple[str, str], list[str]]:
+    """Ops with the same backend and the same reasons, told once."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for choice in choices:
+        reasons: dict[str, list[str]] = {}
+        for name, why in choice.rejected.items():
+            reasons.setdefault(why, []).append(name)
+        text = "\n".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
+        groups.setdefault((choice.backend, text), []).append(choice.op)
+    return groups
+
+
+def _scheduler_config(model: Path) -> dict[str, object]:
+    path = model / SCHEDULER
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: can't be read as the model's schedule: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    return config
+
+
+def _classes(text: str, count: int) -> list[int]:
+    """``0-9`` or ``3,1,4`` as a list."""
+    from .ops import checks
+
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            checks.fail("--classes", "numbers and ranges such as 0-9 or 3,1,4", repr(text))
+        found += range(int(first), int(last if dash else first) + 1)
+    if not found or max(found) >= count:
+        checks.fail("--classes", f"classes in [0, {count})", repr(text))
+    return found
+
+
+def main() -> None:
+    """Run the command line; an error is one line, with ``--debug`` a traceback before it."""
+    debug = "--debug" in sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(args=arguments, prog_name="diffusion-fast")
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
+        if debug:
+            traceback.print_exc()
+        typer.echo(f"error: {error}", err=True)
+        if not debug:
+            typer.echo("(--debug shows where it happened)", err=True)
+        sys.exit(1)

@@ -1,0 +1,94 @@
+"""What this machine has: versions, processors, GPU, driver and compilers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+
+import torch
+
+from ._version import __version__
+
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "diffusers", "transformers")
+COMPILERS = {"nvcc": "CUDA compiler", "c++": "C++ compiler", "ninja": "build tool"}
+
+
+def package_version(name: str) -> str:
+    """The installed version of a package, without importing it."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def versions() -> dict[str, str]:
+    """This package, Python, and the packages it builds on or meets."""
+    found = {"diffusion_fast": __version__, "python": platform.python_version()}
+    return found | {name: package_version(name) for name in PACKAGES}
+
+
+def processor() -> dict[str, str]:
+    """The CPU and how many of its cores PyTorch uses."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "processor": _processor_name(),
+        "cores": f"{cores}, PyTorch uses {torch.get_num_threads()} threads",
+    }
+
+
+def _processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as info:
+            for line in info:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def gpus() -> dict[str, str]:
+    """Every CUDA device and the driver, or the reason why there is none."""
+    if torch.version.cuda is None:
+        return {"gpu": "none: this PyTorch is built without CUDA"}
+    if not torch.cuda.is_available():
+        return {"gpu": "none: PyTorch finds no CUDA device"}
+    found = {}
+    for index in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(index)
+        found[f"gpu {index}"] = (
+            f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB,"
+            f" {p.multi_processor_count} SMs"
+        )
+    return found | {"driver": _driver(), "cuda": torch.version.cuda}
+
+
+def _driver() -> str:
+    try:
+        import pynvml
+    except ModuleNotFoundError:
+        return "unknown: pip install nvidia-ml-py"
+    try:
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError as error:
+        return f"unknown: {error}"
+
+
+def compilers() -> dict[str, str]:
+    """Path and version of what builds the CUDA extension."""
+    return {name: _compiler(name, purpose) for name, purpose in COMPILERS.items()}
+
+
+def _compiler(name: str, purpose: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        return f"not found ({purpose})"
+    run = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    lines = [line for line in run.stdout.splitlines() if any(c.isdigit() for c in line)]
+    # nvcc states its version in the line that says "release"; the others in their first.
+    line = next((line for line in lines if "release" in line), lines[0] if lines else "")
+    return f"{line.strip() or 'unknown version'} ({path})"
