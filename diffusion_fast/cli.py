@@ -61,6 +61,7 @@ def train(
     from .training.progress import show_progress
 
     checks.one_of("--data", data, ("digits",))
+    _check_device(device)
     digits, _ = load_digits()
     if batch_size > len(digits.images):
         checks.fail("--batch-size", f"at most the {len(digits.images)} images", batch_size)
@@ -126,6 +127,7 @@ def sample(
     from .ops import checks
     from .schedule import DiffusionSchedule
 
+    _check_device(device)
     unet = UNet2DCondition.from_pretrained(model).to(device)
     if unet.config.num_classes is None:
         checks.fail("MODEL", "a class-conditional model", f"one without classes ({model})")
@@ -154,7 +156,12 @@ def sample(
         null_context=torch.tensor([unet.null_class], device=device),
         generator=torch.Generator().manual_seed(seed),
     )
-    settings: dict[str, object] = {"sampler": sampler, "steps": steps, "guidance": guidance, "eta": eta}
+    settings: dict[str, object] = {
+        "sampler": sampler,
+        "steps": steps,
+        "guidance": guidance,
+        "eta": eta,
+    }
     settings |= {"spacing": spacing, "seed": seed, "classes": columns, "per_class": per_class}
     save_png(grid(images, len(columns), scale), out, settings)
     typer.echo(f"wrote {out}: {len(labels)} images")
@@ -187,6 +194,17 @@ def _grouped(choices: list[Choice]) -> dict[tuple[str, str], list[str]]:
         text = "\n".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
         groups.setdefault((choice.backend, text), []).append(choice.op)
     return groups
+
+
+def _check_device(name: str) -> None:
+    """Fail before any work if PyTorch can't use the device."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device: expected one that works, got {name!r}: {reason}") from error
 
 
 def _scheduler_config(model: Path) -> dict[str, object]:

@@ -7,7 +7,7 @@ functions of x and m, that is as two coefficients each:
     v_prediction   m = A epsilon - S x_0    x_0 = A x - S m           epsilon = S x + A m
     sample         m = x_0                  x_0 = m                   epsilon = (x - A m) / S
 
-(Ho et al. 2020, eq. 11; Salimans & Ho 2022, appendix D.)
+(Ho et al. 2020, eq. 15; Salimans & Ho 2022, appendix D.)
 """
 
 from __future__ import annotations

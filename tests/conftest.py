@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+# One thread a process: most tensors here are tiny, and workers share the cores.
+torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():

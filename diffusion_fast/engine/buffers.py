@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,20 +76,21 @@ class Buffers:
                 half.copy_(x)
 
 
-def fill_with_noise(out: Tensor, generator: Generators) -> None:
-    """Standard normal noise in the order of :func:`torch.randn`.
+def noise_source(out: Tensor, generator: Generators) -> Callable[[], object]:
+    """A function that fills ``out`` with standard normal noise, in the order of torch.randn.
 
     With one generator per image, image i has the noise that it would have if made alone. A
     generator on another device draws there, so that a seed means the same image everywhere.
     """
-    if isinstance(generator, torch.Generator) or generator is None:
-        parts, generators = [out], [generator]
-    else:
+    if generator is None:
+        return out.normal_
+    if not isinstance(generator, torch.Generator):
         if len(generator) != len(out):
             checks.fail("generator", f"one or {len(out)} generators (the batch)", len(generator))
-        parts, generators = list(out.split(1)), list(generator)
-    for part, one in zip(parts, generators, strict=True):
-        if one is None or one.device == part.device:
-            part.normal_(generator=one)
-        else:
-            part.copy_(torch.randn(part.shape, generator=one, dtype=part.dtype, device=one.device))
+        pairs = zip(out.split(1), generator, strict=True)
+        sources = [noise_source(image, one) for image, one in pairs]
+        return lambda: [source() for source in sources]
+    if generator.device == out.device:
+        return functools.partial(out.normal_, generator=generator)
+    staged = torch.empty(out.shape, dtype=out.dtype, device=generator.device)
+    return lambda: out.copy_(staged.normal_(generator=generator))

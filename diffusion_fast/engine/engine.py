@@ -15,7 +15,7 @@ from ..conditioning import Context, Model, bind, join_halves
 from ..ops import checks
 from ..samplers import make_table
 from ..schedule import DiffusionSchedule
-from .buffers import Buffers, Generators, fill_with_noise
+from .buffers import Buffers, Generators, noise_source
 from .progress import track
 
 Callback = Callable[[int, float, Tensor], None]
@@ -110,13 +110,13 @@ class Engine:
             buffers = self._buffers_for(shape, halves)
             buffers.start(self._first_state(buffers, x_T, x_0, generator))
             predict = bind(self.model, context)
+            draw = noise_source(buffers.noise, generator) if buffers.noise is not None else None
             timesteps = table.timesteps.tolist()
             draws = table.draws.tolist()
             for step in track(range(len(table)), table.sampler, enabled=self.progress):
                 output = predict(buffers.model_input, buffers.timesteps[step])
-                if draws[step]:
-                    assert buffers.noise is not None
-                    fill_with_noise(buffers.noise, generator)
+                if draw is not None and draws[step]:
+                    draw()
                 self._advance(buffers, step, output)
                 if callback is not None:
                     callback(step, timesteps[step], buffers.x.clone())
@@ -152,7 +152,7 @@ class Engine:
         if x_T is not None:
             x.copy_(x_T)
         else:
-            fill_with_noise(x, generator)
+            noise_source(x, generator)()
         if x_0 is None:
             return x.mul_(self.table.initial_scale)
         return x.mul_(self.table.noise).add_(x_0.to(x), alpha=self.table.signal)

@@ -1,11 +1,11 @@
 """DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095), multistep, data prediction.
 
-In lambda = log(A / S) a step of length h solves, exactly in the linear part (eq. 8),
+In lambda = log(A / S) a step of length h solves, exactly in the linear part (proposition 4.1),
 
     x' = S'/S x + A' * integral over tau in [0, h] of exp(tau - h) x_0(lambda + tau)
 
-with x_0 replaced by a polynomial through the last few predictions. The SDE version (eq. 11 of the
-appendix of its v2; also SDE-DPM-Solver++) has 2h for h inside the integral, and adds noise.
+with x_0 replaced by a polynomial through the last few predictions. The SDE version
+(SDE-DPM-Solver++ in the paper) has 2h for h inside the integral, and adds noise.
 """
 
 from __future__ import annotations

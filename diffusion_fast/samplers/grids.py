@@ -123,7 +123,11 @@ def ddim_grid(
 def solver_grid(
     schedule: DiffusionSchedule, steps: int, spacing: str, offset: int, final_alpha: str
 ) -> Grid:
-    """DPM-Solver++ and UniPC: the first n of n + 1 integer timesteps."""
+    """DPM-Solver++ and UniPC: the first n of n + 1 integer timesteps.
+
+    Leading spacing therefore starts at n (T // (n + 1)), far from the noise for many steps: at 500
+    for n = 500 of 1000. There, trailing is the better choice.
+    """
     if spacing == "karras":
         return _karras_grid(schedule, steps, final_alpha, rounded=True)
     count = schedule.timesteps

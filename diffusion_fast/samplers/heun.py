@@ -20,8 +20,8 @@ def heun_points(steps: int) -> tuple[np.ndarray, np.ndarray]:
 def heun_rows(grid: Grid, prediction_type: str, clipped: bool) -> FloatArray:
     """Two rows per step; the last step, mostly to sigma = 0, is a single Euler row.
 
-    With x_0 + sigma epsilon as the state, epsilon is its slope in sigma. The first row is Euler's and
-    keeps y = epsilon; the second, at its result, replaces that slope by the mean of both:
+    With x_0 + sigma epsilon as the state, epsilon is its slope in sigma. The first row is Euler's
+    and keeps y = epsilon; the second, at its result, replaces that slope by the mean of both:
 
         x' = x_euler + (sigma' - sigma) / 2 (epsilon' - epsilon)
 

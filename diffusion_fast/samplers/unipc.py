@@ -54,8 +54,8 @@ def _set(row: FloatArray, letter: str, source: str, decay: float, history: Float
 def _weights(nodes: FloatArray, h: float) -> FloatArray:
     """Weights of x_0 at tau = 0 and at ``nodes`` in the integral of exp(tau - h) x_0 over [0, h].
 
-    Exact for polynomials through all of these (theorem 3.1), but with a single node besides 0 the
-    paper's choice is the rule of weight 1/2.
+    Exact for polynomials through all of these, but with a single node besides 0 the paper's choice
+    is the rule of weight 1/2.
     """
     total = -np.expm1(-h)  # integral of exp(tau - h)
     if len(nodes) == 0:

@@ -1,0 +1,261 @@
+"""What the U-Net is made of. Parameters have diffusers' names, so its weights load as they are.
+
+Each block that needs the timestep or the context says what it computes from them in a method of its
+own (``project_time``, ``project_kv``): neither depends on the image, so a sampling loop can do that
+work once instead of once per step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import ops
+
+KeyValue = tuple[Tensor, Tensor]  # [B, L, H, D] each
+
+
+def timestep_embedding(t: Tensor, dim: int, cosine_first: bool, freq_shift: int) -> Tensor:
+    """Sinusoids of the timestep (Vaswani et al. 2017, section 3.5; Ho et al. 2020, appendix B).
+
+    Args:
+        t: [N], int64 or floating.
+        dim: how many sinusoids, half of them sines.
+        cosine_first: order of the two halves.
+        freq_shift: 0 or 1; frequencies are 10000^(-i / (dim / 2 - freq_shift)).
+
+    Returns:
+        [N, dim], float32: half precision can't tell large timesteps apart.
+    """
+    half = dim // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(exponent / (half - freq_shift))
+    angle = t.float()[:, None] * frequencies  # [N, dim / 2]
+    sine, cosine = angle.sin(), angle.cos()
+    out = torch.cat((cosine, sine) if cosine_first else (sine, cosine), dim=-1)
+    return F.pad(out, (0, 1)) if dim % 2 else out
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers with a SiLU between them."""
+
+    def __init__(self, in_features: int, features: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_features, features)
+        self.linear_2 = nn.Linear(features, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm with its neighbours in one op, see :func:`diffusion_fast.ops.group_norm_silu`."""
+
+    def forward(
+        self,
+        x: Tensor,
+        silu: bool = True,
+        add: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        return ops.group_norm_silu(
+            x, self.num_groups, self.weight, self.bias, self.eps, silu, add, scale, shift
+        )
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm over the channels, see :func:`diffusion_fast.ops.layer_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class ResBlock(nn.Module):
+    """The residual block of Ho et al. (2020): x + conv(silu(norm(conv(silu(norm(x))) + time))).
+
+    With ``scale_shift`` the time embedding scales and shifts the second norm instead (Dhariwal &
+    Nichol 2021, section 3.1).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        time_dim: int,
+        groups: int,
+        eps: float,
+        scale_shift: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.norm1 = GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_dim, 2 * channels if scale_shift else channels)
+        self.norm2 = GroupNorm(groups, channels, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_shortcut = (
+            nn.Conv2d(in_channels, channels, 1) if in_channels != channels else None
+        )
+
+    def project_time(self, emb: Tensor) -> Tensor:
+        """What the block takes from the time embedding [B, T]: [B, C], or [B, 2C]."""
+        return self.time_emb_proj(emb)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = self.conv1(self.norm1(x))  # [B, C, H, W]
+        if self.scale_shift:
+            scale, shift = time.chunk(2, dim=1)
+            h = self.norm2(h, scale=scale, shift=shift)
+        else:
+            h = self.norm2(h, add=time)
+        h = self.conv2(self.dropout(h))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    """Multi-head attention to keys and values made elsewhere (Vaswani et al. 2017, section 3.2)."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim, channels, bias=False)
+        self.to_v = nn.Linear(context_dim, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[B, S, C] as [B, S, H, D]: a view."""
+        return x.view(x.shape[0], x.shape[1], self.heads, x.shape[2] // self.heads)
+
+    def project_kv(self, context: Tensor) -> KeyValue:
+        """Keys and values [B, L, H, D] of what is attended to, [B, L, C]."""
+        return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
+
+    def forward(self, x: Tensor, kv: KeyValue, key_lengths: Tensor | None = None) -> Tensor:
+        q = self.split_heads(self.to_q(x))  # [B, S, H, D]
+        out = ops.attention(q, *kv, key_lengths=key_lengths)
+        return self.to_out[0](out.flatten(2))  # [B, S, C]
+
+
+class GEGLU(nn.Module):
+    """A linear layer to twice the width, gated (Shazeer 2020)."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.geglu(self.proj(x))
+
+
+class FeedForward(nn.Module):
+    """The gated feed-forward layer of a transformer, four channels wide for each of its input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        width = 4 * channels
+        # The names are net.0.proj and net.2; net.1 is a dropout elsewhere.
+        self.net = nn.ModuleList(
+            [GEGLU(channels, width), nn.Identity(), nn.Linear(width, channels)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each after a layer norm and residual."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(channels)
+        self.attn1 = Attention(channels, channels, heads)
+        self.norm2 = LayerNorm(channels)
+        self.attn2 = Attention(channels, context_dim, heads)
+        self.norm3 = LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, kv: KeyValue, key_lengths: Tensor | None = None) -> Tensor:
+        h = self.norm1(x)  # [B, S, C]
+        x = x + self.attn1(h, self.attn1.project_kv(h))
+        x = x + self.attn2(self.norm2(x), kv, key_lengths)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2D(nn.Module):
+    """Transformer blocks over the pixels of an image (Rombach et al. 2022, appendix E.2.1)."""
+
+    def __init__(
+        self,
+        channels: int,
+        context_dim: int,
+        heads: int,
+        layers: int,
+        groups: int,
+        linear_projection: bool,
+    ) -> None:
+        super().__init__()
+        self.norm = GroupNorm(groups, channels, 1e-6)
+        self.proj_in = _projection(channels, linear_projection)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, context_dim, heads) for _ in range(layers)
+        )
+        self.proj_out = _projection(channels, linear_projection)
+
+    def project_context(self, context: Tensor) -> list[KeyValue]:
+        """Keys and values of the context [B, L, C] for each transformer block."""
+        blocks = cast("list[TransformerBlock]", self.transformer_blocks)
+        return [block.attn2.project_kv(context) for block in blocks]
+
+    def forward(self, x: Tensor, kv: list[KeyValue], key_lengths: Tensor | None = None) -> Tensor:
+        batch, channels, height, width = x.shape
+        h = self.norm(x, silu=False)
+        h = h.permute(0, 2, 3, 1).contiguous()  # [B, H, W, C]; a view if x is channels_last
+        h = _project(self.proj_in, h.view(batch, height * width, channels))  # [B, HW, C]
+        for block, block_kv in zip(self.transformer_blocks, kv, strict=True):
+            h = block(h, block_kv, key_lengths)
+        h = _project(self.proj_out, h)
+        return x + h.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _projection(channels: int, linear: bool) -> nn.Module:
+    return nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+
+
+def _project(projection: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer, or a 1x1 convolution as one, on [B, S, C]."""
+    if isinstance(projection, nn.Conv2d):
+        return F.linear(x, projection.weight.flatten(1), projection.bias)
+    return projection(x)
+
+
+class Downsample(nn.Module):
+    """Half the height and width by a strided convolution."""
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        self.padding = padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.padding == 0:
+            x = F.pad(x, (0, 1, 0, 1))
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbours up to a size of about twice the input's, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))

@@ -1,0 +1,398 @@
+"""The conditional U-Net of latent diffusion models (Ronneberger 2015; Rombach et al. 2022)."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import checks
+from .blocks import (
+    Downsample,
+    GroupNorm,
+    KeyValue,
+    ResBlock,
+    TimestepEmbedding,
+    Transformer2D,
+    Upsample,
+    timestep_embedding,
+)
+from .checkpoints import (
+    AnyPath,
+    find_model,
+    load_weights,
+    read_config,
+    save_model,
+    weight_files,
+)
+from .config import UNetConfig
+
+TimeProjections = list[list[Tensor]]  # per block, per residual block: [B, C] or [B, 2C]
+ContextProjections = list[list[list[KeyValue]]]  # per block, per transformer, per layer
+
+
+class Block(nn.Module):
+    """Residual blocks of one resolution, with a transformer after each where there is attention."""
+
+    def __init__(
+        self, config: UNetConfig, level: int, widths: list[tuple[int, int]], transformers: int
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResBlock(
+                in_channels,
+                channels,
+                config.time_dim,
+                config.norm_num_groups,
+                config.norm_eps,
+                scale_shift=config.resnet_time_scale_shift == "scale_shift",
+                dropout=config.dropout,
+            )
+            for in_channels, channels in widths
+        )
+        self.attentions = nn.ModuleList(
+            Transformer2D(
+                config.block_out_channels[level],
+                config.cross_attention_dim,
+                config.per_level("attention_head_dim")[level],
+                config.per_level("transformer_layers_per_block")[level],
+                config.norm_num_groups,
+                config.use_linear_projection,
+            )
+            for _ in range(transformers)
+        )
+
+    def project_time(self, emb: Tensor) -> list[Tensor]:
+        return [resnet.project_time(emb) for resnet in cast("list[ResBlock]", self.resnets)]
+
+    def project_context(self, context: Tensor) -> list[list[KeyValue]]:
+        attentions = cast("list[Transformer2D]", self.attentions)
+        return [attention.project_context(context) for attention in attentions]
+
+
+class DownBlock(Block):
+    """One level on the way down. Keeps every result for the way up."""
+
+    def __init__(self, config: UNetConfig, level: int) -> None:
+        channels = config.block_out_channels[level]
+        layers = config.per_level("layers_per_block")[level]
+        widths = [(config.block_out_channels[max(level - 1, 0)], channels)]
+        widths += [(channels, channels)] * (layers - 1)
+        attends = config.down_block_types[level] == "CrossAttnDownBlock2D"
+        super().__init__(config, level, widths, layers if attends else 0)
+        last = level == config.num_levels - 1
+        self.downsamplers = nn.ModuleList(
+            [] if last else [Downsample(channels, config.downsample_padding)]
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        skips: list[Tensor],
+        time: list[Tensor],
+        kv: list[list[KeyValue]],
+        key_lengths: Tensor | None,
+    ) -> Tensor:
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, time[i])
+            if kv:
+                x = self.attentions[i](x, kv[i], key_lengths)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            skips.append(x)
+        return x
+
+
+class MidBlock(Block):
+    """The bottom of the U: residual block, transformer, residual block."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        channels = config.block_out_channels[-1]
+        super().__init__(config, config.num_levels - 1, [(channels, channels)] * 2, 1)
+
+    def forward(
+        self,
+        x: Tensor,
+        time: list[Tensor],
+        kv: list[list[KeyValue]],
+        key_lengths: Tensor | None,
+    ) -> Tensor:
+        x = self.resnets[0](x, time[0])
+        x = self.attentions[0](x, kv[0], key_lengths)
+        return self.resnets[1](x, time[1])
+
+
+class UpBlock(Block):
+    """One level on the way up. Each residual block also reads what was kept on the way down."""
+
+    def __init__(self, config: UNetConfig, level: int) -> None:
+        channels = config.block_out_channels
+        layers = config.per_level("layers_per_block")[level] + 1
+        # What comes up from the level below, and what was kept: this level's results, and last of
+        # all the one that this level began with.
+        below = channels[min(level + 1, config.num_levels - 1)]
+        inputs = [below] + [channels[level]] * (layers - 1)
+        kept = [channels[level]] * (layers - 1) + [channels[max(level - 1, 0)]]
+        widths = [(x + skip, channels[level]) for x, skip in zip(inputs, kept, strict=True)]
+        attends = config.up_block_types[-1 - level] == "CrossAttnUpBlock2D"
+        super().__init__(config, level, widths, layers if attends else 0)
+        self.upsamplers = nn.ModuleList([] if level == 0 else [Upsample(channels[level])])
+
+    def forward(
+        self,
+        x: Tensor,
+        skips: list[Tensor],
+        time: list[Tensor],
+        kv: list[list[KeyValue]],
+        key_lengths: Tensor | None,
+    ) -> Tensor:
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat((x, skips.pop()), dim=1), time[i])
+            if kv:
+                x = self.attentions[i](x, kv[i], key_lengths)
+        for upsample in self.upsamplers:
+            x = upsample(x, skips[-1].shape[2:])  # odd sizes don't just double
+        return x
+
+
+class UNet2DCondition(nn.Module):
+    """Predicts the noise (or v, or x_0) in an image, given the timestep and a context.
+
+    Parameters have the names and shapes of diffusers' ``UNet2DConditionModel`` of the same config.
+    The context is text states, or with ``config.num_classes`` a class label for each image.
+
+    Args:
+        config: the shape, see :class:`UNetConfig`.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.block_out_channels
+        levels = range(config.num_levels)
+
+        self.conv_in = _conv(config.in_channels, channels[0], config.conv_in_kernel)
+        self.time_embedding = TimestepEmbedding(channels[0], config.time_dim)
+        if config.addition_embed_type == "text_time":
+            assert config.projection_class_embeddings_input_dim is not None  # checked by the config
+            self.add_embedding = TimestepEmbedding(
+                config.projection_class_embeddings_input_dim, config.time_dim
+            )
+        if config.num_classes is not None:
+            self.class_token = nn.Embedding(config.num_classes + 1, config.cross_attention_dim)
+        self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in levels)
+        self.mid_block = MidBlock(config)
+        self.up_blocks = nn.ModuleList(UpBlock(config, level) for level in reversed(levels))
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
+        self.conv_out = _conv(channels[0], config.out_channels, config.conv_out_kernel)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: AnyPath,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> UNet2DCondition:
+        """A model with the weights of a diffusers folder, in eval mode.
+
+        Args:
+            path: the folder with ``config.json`` and safetensors files, a pipeline's folder with
+                such a folder ``unet``, or one safetensors file beside its ``config.json``.
+            dtype: of the parameters; None for that of the files.
+            device: of the parameters.
+
+        Raises:
+            CheckpointError: a missing or damaged file, an unsupported config, or tensors that are
+                missing, extra or misshapen (listed by name).
+        """
+        folder = find_model(path, "unet")
+        config = read_config(folder, UNetConfig.from_dict)
+        with torch.device("meta"):
+            model = cls(config)
+        load_weights(model, weight_files(path, folder), dtype, device)
+        return model.eval()
+
+    def save_pretrained(self, folder: AnyPath) -> None:
+        """Write a folder that :meth:`from_pretrained` and diffusers load.
+
+        Raises:
+            OSError: it can't be written, for example because the disk is full. What the folder held
+                before is still there then.
+        """
+        save_model(self, {"_class_name": "UNet2DConditionModel", **self.config.to_dict()}, folder)
+
+    @property
+    def null_class(self) -> int:
+        """The label that means "no class", for classifier-free guidance."""
+        if self.config.num_classes is None:
+            raise ValueError("null_class: expected a model with num_classes, got one without")
+        return self.config.num_classes
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | None = None,
+        *,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        context_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """The model's output for noisy images.
+
+        Args:
+            x: noisy images or latents, [B, C, H, W], of the model's dtype; contiguous or
+                channels_last. Any height and width.
+            t: timesteps, int64 or floating, [B] or a 0-dim tensor.
+            context: text states [B, L, cross_attention_dim] of the model's dtype, or [1, L, ...]
+                for one prompt shared by the batch. For a model with classes: int64 labels [B],
+                where ``null_class`` means none.
+            text_embeds: pooled text [B, P] (``addition_embed_type="text_time"`` only).
+            time_ids: numbers beside it, such as SDXL's six sizes and crops, [B, N].
+            context_lengths: int64 [B], how many of the tokens each item sees; all by default.
+
+        Returns:
+            [B, out_channels, H, W]; channels_last if ``x`` is or the parameters are.
+
+        Raises:
+            ValueError: an argument that is missing, not expected, or of the wrong shape or dtype.
+        """
+        self._check(x, t, context, text_embeds, time_ids, context_lengths)
+        emb = self.embed_time(t.expand(x.shape[0]), text_embeds, time_ids)
+        return self.denoise(
+            x,
+            self.project_time(emb),
+            self.project_context(self.embed_context(context)),
+            context_lengths,
+        )
+
+    def embed_time(
+        self, t: Tensor, text_embeds: Tensor | None = None, time_ids: Tensor | None = None
+    ) -> Tensor:
+        """The activated time embedding [B, T] of timesteps [B], with SDXL's additions."""
+        config, dtype = self.config, self.conv_in.weight.dtype
+        order = config.flip_sin_to_cos, config.freq_shift
+        sinusoids = timestep_embedding(t, config.block_out_channels[0], *order)
+        emb = self.time_embedding(sinusoids.to(dtype))
+        if text_embeds is not None and time_ids is not None:
+            assert config.addition_time_embed_dim is not None
+            sizes = timestep_embedding(time_ids.flatten(), config.addition_time_embed_dim, *order)
+            sizes = sizes.view(time_ids.shape[0], -1).to(dtype)  # [B, N * D]
+            emb = emb + self.add_embedding(torch.cat((text_embeds, sizes), dim=1))
+        return F.silu(emb)  # every residual block begins with it
+
+    def embed_context(self, context: Tensor | None) -> Tensor:
+        """The tokens to attend to, [B, L, C]: text states as they are, one token of a label."""
+        assert context is not None
+        return context if self.config.num_classes is None else self.class_token(context)[:, None]
+
+    def blocks(self) -> list[Block]:
+        """All blocks in the order of the computation."""
+        return [*self.down_blocks, self.mid_block, *self.up_blocks]
+
+    def project_time(self, emb: Tensor) -> TimeProjections:
+        """What each residual block takes from :meth:`embed_time`'s result."""
+        return [block.project_time(emb) for block in self.blocks()]
+
+    def project_context(self, context: Tensor) -> ContextProjections:
+        """Keys and values of each cross-attention for tokens [B, L, C]."""
+        return [block.project_context(context) for block in self.blocks()]
+
+    def denoise(
+        self,
+        x: Tensor,
+        time: TimeProjections,
+        kv: ContextProjections,
+        context_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """The U itself, top to bottom and up again: the part that depends on the image."""
+        bottom = len(self.down_blocks)
+
+        x = self.conv_in(x)  # [B, C, H, W]
+        skips = [x]
+        for i, down_block in enumerate(self.down_blocks):
+            x = down_block(x, skips, time[i], kv[i], context_lengths)
+        x = self.mid_block(x, time[bottom], kv[bottom], context_lengths)
+        for i, up_block in enumerate(self.up_blocks, bottom + 1):
+            x = up_block(x, skips, time[i], kv[i], context_lengths)
+        return self.conv_out(self.conv_norm_out(x))
+
+    def _check(
+        self,
+        x: Any,
+        t: Any,
+        context: Any,
+        text_embeds: Any,
+        time_ids: Any,
+        context_lengths: Any,
+    ) -> None:
+        config = self.config
+        checks.floating("x", x)
+        if x.dim() != 4 or x.shape[1] != config.in_channels:
+            checks.fail("x", f"shape [B, {config.in_channels}, H, W]", list(x.shape))
+        weight = self.conv_in.weight
+        if x.dtype != weight.dtype:
+            checks.fail("x", f"the dtype of the model ({weight.dtype})", x.dtype)
+        checks.same_device("x", x, "the model", weight)
+        batch = x.shape[0]
+
+        checks.tensor("t", t)
+        if t.dim() != 0 and t.shape != (batch,):
+            checks.fail("t", f"shape [B] = [{batch}], or a 0-dim tensor", list(t.shape))
+        checks.same_device("t", t, "x", x)
+
+        if context is None:
+            checks.fail("context", "class labels" if config.num_classes else "text states", None)
+        checks.tensor("context", context)
+        checks.same_device("context", context, "x", x)
+        if config.num_classes is not None:
+            checks.timesteps("context", context, batch, config.num_classes + 1)
+            if context_lengths is not None:
+                checks.fail("context_lengths", "None for a model with classes", "a tensor")
+        else:
+            width = config.cross_attention_dim
+            if (
+                context.dim() != 3
+                or context.shape[0] not in (1, batch)
+                or context.shape[2] != width
+            ):
+                checks.fail(
+                    "context",
+                    f"shape [B or 1, L, cross_attention_dim] = [{batch} or 1, L, {width}]",
+                    list(context.shape),
+                )
+            if context.shape[1] == 0:
+                checks.fail("context", "at least one token", list(context.shape))
+            checks.same_dtype("context", context, "x", x)
+            if context_lengths is not None:
+                checks.tensor("context_lengths", context_lengths)
+                checks.shape("context_lengths", context_lengths, (batch,), "[B]")
+
+        additions = (("text_embeds", text_embeds), ("time_ids", time_ids))
+        if config.addition_embed_type is None:
+            for name, value in additions:
+                if value is not None:
+                    checks.fail(name, "None: the model has no addition_embed_type", "a tensor")
+            return
+        for name, value in additions:
+            checks.tensor(name, value)
+            if value.dim() != 2 or value.shape[0] != batch:
+                checks.fail(name, f"shape [B, ...] with B = {batch}", list(value.shape))
+            checks.same_device(name, value, "x", x)
+        checks.same_dtype("text_embeds", text_embeds, "x", x)
+        features = text_embeds.shape[1] + time_ids.shape[1] * config.addition_time_embed_dim
+        if features != config.projection_class_embeddings_input_dim:
+            checks.fail(
+                "text_embeds, time_ids",
+                f"{config.projection_class_embeddings_input_dim} features, pooled text and"
+                f" {config.addition_time_embed_dim} for each of time_ids",
+                f"{list(text_embeds.shape)} and {list(time_ids.shape)}",
+            )
+
+
+def _conv(in_channels: int, channels: int, kernel: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2)
