@@ -67,14 +67,16 @@ class Result:
     images: Tensor
 
 
-def train(digits: Digits, steps: int, batch_size: int) -> tuple[df.Trainer, list[float]]:
+def train(
+    digits: Digits, steps: int, batch_size: int, timesteps: int
+) -> tuple[df.Trainer, list[float]]:
     torch.manual_seed(0)
     model = df.UNet2DCondition(df.UNetConfig.preset("digits"))
     model = model.to(memory_format=torch.channels_last)
     trainer = df.Trainer(
         model,
         digits.batches(batch_size, seed=0),
-        df.DiffusionSchedule(),
+        df.DiffusionSchedule(timesteps),
         null_context=torch.tensor([model.null_class]),
         condition_dropout=0.1,
         learning_rate=2e-3,
@@ -163,6 +165,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures")
     parser.add_argument("--train-steps", type=int, default=1000, help="batches to train on")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--timesteps", type=int, default=1000, help="of the noise schedule")
     parser.add_argument("--per-class", type=int, default=10, help="digits of each class to judge")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -170,7 +173,9 @@ def main() -> None:
 
     digits, held_out = load_digits()
     console.print(f"training on {len(digits.images)} scans, {len(held_out.images)} are held out")
-    trainer, losses = train(digits, arguments.train_steps, arguments.batch_size)
+    trainer, losses = train(
+        digits, arguments.train_steps, arguments.batch_size, arguments.timesteps
+    )
     pictures.loss(arguments.out / "loss.png", losses)
 
     labels = torch.arange(10).repeat_interleave(arguments.per_class)
