@@ -54,6 +54,7 @@ def train(
     import torch
 
     from .models import UNet2DCondition, UNetConfig
+    from .models.checkpoints import write_json
     from .ops import checks
     from .schedule import DiffusionSchedule
     from .training import Trainer
@@ -88,8 +89,7 @@ def train(
     with trainer.ema.applied():
         model.save_pretrained(out / "unet")
     config = schedule.to_config(prediction_type)
-    (out / SCHEDULER).parent.mkdir(parents=True, exist_ok=True)
-    (out / SCHEDULER).write_text(json.dumps(config) + "\n", encoding="utf-8")
+    write_json(config, out / SCHEDULER)
     typer.echo(f"wrote {out}; next: diffusion-fast sample {out} -o digits.png")
 
 

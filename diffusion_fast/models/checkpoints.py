@@ -193,6 +193,23 @@ def save_model(model: nn.Module, config: Mapping[str, Any], folder: AnyPath) -> 
             path.unlink(missing_ok=True)
 
 
+def write_json(value: Mapping[str, Any], path: AnyPath) -> None:
+    """Write a JSON file, whole or not at all.
+
+    Raises:
+        OSError: it can't be written; what was there before still is.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _flush(path: Path) -> None:
     """Wait until a file's contents, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from unet_parity import TEXT_TIME, ask_diffusers, inputs, small_config, twins
 
 from diffusion_fast.models import CheckpointError, UNet2DCondition
-from diffusion_fast.models.checkpoints import CONFIG, INDEX, WEIGHTS
+from diffusion_fast.models.checkpoints import CONFIG, INDEX, WEIGHTS, write_json
 
 load = UNet2DCondition.from_pretrained
 
@@ -283,3 +283,23 @@ def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         UNet2DCondition(small_config()).save_pretrained(tmp_path / "file")
+
+
+def test_json_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "folder" / "config.json"
+    write_json({"b": 1, "a": [2]}, path)
+    before = path.read_text()
+    assert json.loads(before) == {"a": [2], "b": 1}
+
+    def full(self: Path, text: str, **_: object) -> None:
+        with open(self, "w") as file:
+            file.write(text[:3])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        write_json({}, path)
+    assert path.read_text() == before
+    assert [p.name for p in path.parent.iterdir()] == ["config.json"]
