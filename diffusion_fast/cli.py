@@ -6,13 +6,16 @@ import json
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from .ops.backend import Choice
+
+if TYPE_CHECKING:
+    from .schedule import DiffusionSchedule
 
 app = typer.Typer(
     help="Train and sample diffusion models, and see what runs on this machine.\n\n"
@@ -23,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
+MOST_LINES = 6  # of an error that lists what is wrong, such as the tensors of a checkpoint
 
 
 @app.callback()
@@ -54,7 +58,7 @@ def train(
     import torch
 
     from .models import UNet2DCondition, UNetConfig
-    from .models.checkpoints import write_json
+    from .models.checkpoints import staged, write_json
     from .ops import checks
     from .schedule import DiffusionSchedule
     from .training import Trainer
@@ -64,6 +68,7 @@ def train(
     checks.one_of("--data", data, ("digits",))
     _check_device(device)
     digits, _ = load_digits()
+    _check_folder("--out", out)
     if batch_size > len(digits.images):
         checks.fail("--batch-size", f"at most the {len(digits.images)} images", batch_size)
     torch.manual_seed(seed)
@@ -86,10 +91,9 @@ def train(
     with show_progress(steps, batch_size) as on_read:
         trainer.fit(steps, on_read)
     assert trainer.ema is not None
-    with trainer.ema.applied():
-        model.save_pretrained(out / "unet")
-    config = schedule.to_config(prediction_type)
-    write_json(config, out / SCHEDULER)
+    with trainer.ema.applied(), staged(out) as folder:
+        model.save_pretrained(folder / "unet")
+        write_json(schedule.to_config(prediction_type), folder / SCHEDULER)
     typer.echo(f"wrote {out}; next: diffusion-fast sample {out} -o digits.png")
 
 
@@ -125,19 +129,21 @@ def sample(
     from .images import grid, save_png
     from .models import UNet2DCondition
     from .ops import checks
-    from .schedule import DiffusionSchedule
 
     _check_device(device)
+    if out.is_dir():
+        checks.fail("--out", "a file to write, such as out.png", f"the folder {out}")
+    _check_folder("--out", out.parent)
     unet = UNet2DCondition.from_pretrained(model).to(device)
     if unet.config.num_classes is None:
         checks.fail("MODEL", "a class-conditional model", f"one without classes ({model})")
-    config = _scheduler_config(model)
+    config = _read_config(model)
     columns = _classes(classes, unet.config.num_classes)
     if steps is None and sampler != "ddpm":
         steps = 20
     engine = Engine(
         unet,
-        DiffusionSchedule.from_config(config),
+        _schedule(model, config),
         device=device,
         progress=sys.stderr.isatty(),
         sampler=sampler,
@@ -207,7 +213,29 @@ def _check_device(name: str) -> None:
         raise ValueError(f"--device: expected one that works, got {name!r}: {reason}") from error
 
 
-def _scheduler_config(model: Path) -> dict[str, object]:
+def _check_folder(option: str, folder: Path) -> None:
+    """Fail before any work if files can't be written to a folder that may not exist yet."""
+    import tempfile
+
+    present = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=present):
+            pass
+    except OSError as error:
+        expected = f"{option}: expected a folder that can be written, got {folder}"
+        raise ValueError(f"{expected}: {error.strerror}") from error
+
+
+def _schedule(model: Path, config: dict[str, Any]) -> DiffusionSchedule:
+    from .schedule import DiffusionSchedule
+
+    try:
+        return DiffusionSchedule.from_config(config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{model / SCHEDULER}: {error}") from error
+
+
+def _read_config(model: Path) -> dict[str, Any]:
     path = model / SCHEDULER
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -227,7 +255,10 @@ def _classes(text: str, count: int) -> list[int]:
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
             checks.fail("--classes", "numbers and ranges such as 0-9 or 3,1,4", repr(text))
-        found += range(int(first), int(last if dash else first) + 1)
+        numbers = range(int(first), int(last if dash else first) + 1)
+        if not numbers:
+            checks.fail("--classes", "ranges that go up, such as 0-9", repr(part))
+        found += numbers
     if not found or max(found) >= count:
         checks.fail("--classes", f"classes in [0, {count})", repr(text))
     return found
@@ -245,7 +276,8 @@ def main() -> None:
     except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
         if debug:
             traceback.print_exc()
-        typer.echo(f"error: {error}", err=True)
-        if not debug:
-            typer.echo("(--debug shows where it happened)", err=True)
+        lines = str(error).splitlines() or [type(error).__name__]
+        if len(lines) > MOST_LINES and not debug:
+            lines[MOST_LINES:] = [f"  and {len(lines) - MOST_LINES} more, --debug shows them"]
+        typer.echo("error: " + "\n".join(lines), err=True)
         sys.exit(1)

@@ -16,9 +16,10 @@ import numpy as np
 from torch import Tensor
 
 from .ops import checks
+from .ops.add_noise import TARGETS
 from .schedule import DiffusionSchedule, FloatArray
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+PREDICTION_TYPES = TARGETS
 
 
 def x0_coefficients(

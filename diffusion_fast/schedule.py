@@ -69,7 +69,10 @@ class DiffusionSchedule:
                         checks.fail(name, "a number in (0, 1)", value)
             exact = _betas(kind, timesteps, beta_start, beta_end)
         else:
-            exact = torch.as_tensor(betas).detach().to("cpu", torch.float64).numpy()
+            try:
+                exact = torch.as_tensor(betas).detach().to("cpu", torch.float64).numpy()
+            except (TypeError, ValueError, RuntimeError):
+                checks.fail("betas", "numbers [T]", repr(betas)[:60])
             if exact.ndim != 1 or exact.size == 0:
                 checks.fail("betas", "shape [T]", list(exact.shape))
         beta = exact.astype(np.float32)
@@ -158,7 +161,7 @@ class DiffusionSchedule:
         Raises:
             ValueError: as :func:`diffusion_fast.ops.add_noise`.
         """
-        return self._noised(x_0, t, noise, generator, "signal", "noise")
+        return self._noised("x_0", x_0, t, noise, generator, "signal", "noise")
 
     def step_forward(
         self,
@@ -171,7 +174,7 @@ class DiffusionSchedule:
 
         Arguments as in :meth:`add_noise`, with x_{t-1} in the place of x_0; x_{-1} is the data.
         """
-        return self._noised(x, t, noise, generator, "step_signal", "step_noise")
+        return self._noised("x", x, t, noise, generator, "step_signal", "step_noise")
 
     def posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 6-7).
@@ -207,6 +210,7 @@ class DiffusionSchedule:
 
     def _noised(
         self,
+        argument: str,
         x: Tensor,
         t: Tensor,
         noise: Tensor | None,
@@ -214,7 +218,7 @@ class DiffusionSchedule:
         signal: str,
         sigma: str,
     ) -> Tensor:
-        checks.floating("x_0", x)
+        checks.floating(argument, x)
         if noise is None:
             noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
         tables = self.tables(x.device)

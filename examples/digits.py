@@ -7,6 +7,7 @@ CPU cores, most of them for DDPM, which takes all 1,000 steps.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ GUIDANCE = 1.5
 SAMPLERS = (("ddpm", None), ("ddim", 50), ("dpmpp_2m", 20))
 GUIDANCE_SCALES = (0.0, 1.0, 1.5, 3.0, 5.0, 7.5, 10.0, 20.0)
 SHAPE = (1, 8, 8)
+LEAST_SHARE, LEAST_SPREAD = 0.95, 0.75  # what the demo must reach with its defaults
 
 
 class Judge:
@@ -143,6 +145,12 @@ def draw(
     ]
 
 
+def falls_short(result: Result, labels: Tensor, judge: Judge) -> bool:
+    """Whether the digits are not what was asked for, or all alike."""
+    share = judge.share(result.images, labels)
+    return share < LEAST_SHARE or judge.spread(result.images, labels) < LEAST_SPREAD
+
+
 def report(results: list[Result], labels: Tensor, judge: Judge) -> Table:
     table = Table(title="Digits", title_justify="left")
     for name in ("sampler", "steps", "seconds", "images/s", "read as asked", "spread / real"):
@@ -184,7 +192,12 @@ def main() -> None:
         results = [sample(trainer, labels, sampler, steps) for sampler, steps in SAMPLERS]
         written = draw(arguments.out, trainer, digits, results, labels)
     console.print("wrote", ", ".join(str(p) for p in [*written, arguments.out / "loss.png"]))
-    console.print(report(results, labels, Judge(digits, held_out)))
+    judge = Judge(digits, held_out)
+    console.print(report(results, labels, judge))
+    short = [r.sampler for r in results if falls_short(r, labels, judge)]
+    if short:
+        needed = f"at least {LEAST_SHARE:.0%} read as asked and a spread of {LEAST_SPREAD}"
+        sys.exit(f"below what is expected ({needed}): {', '.join(short)}")
 
 
 if __name__ == "__main__":

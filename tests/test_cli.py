@@ -99,23 +99,64 @@ def test_help(command: str) -> None:
             "--batch-size: expected at most the 1437",
         ),
         (("train", "--out", "x", "--device", "cuda:9"), "--device: expected one that works"),
+        (("train", "--out", "/proc/x"), "--out: expected a folder that can be written"),
+        (("train", "--out", __file__), "--out: expected a folder that can be written"),
+        (("sample", "nowhere", "-o", "."), "--out: expected a file to write"),
     ],
 )
 def test_errors_are_one_line_that_names_the_fix(
-    arguments: tuple[str, ...], message: str, tmp_path: Path
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     done = run(*arguments)
     assert done.returncode == 1
     assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
     assert "Traceback" in run("--debug", *arguments).stderr
+
+
+def test_a_full_disk_leaves_the_model_that_was_there(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {p: p.read_bytes() for p in model.rglob("*") if p.is_file()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("diffusion_fast.models.checkpoints.write_json", full)
+    done = run("train", "--out", model, "--steps", 2, "--batch-size", 8)
+    assert done.returncode == 1
+    assert f"error: {model}: can't be written" in done.stderr
+    assert {p: p.read_bytes() for p in model.rglob("*") if p.is_file()} == before
+    assert [p.name for p in model.parent.iterdir()] == [model.name]
+
+
+def test_a_long_list_of_tensors_is_cut(model: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(model, tmp_path / "model")
+    config = json.loads((copy / "unet" / "config.json").read_text())
+    config["block_out_channels"] = [32, 96]
+    (copy / "unet" / "config.json").write_text(json.dumps(config))
+    done = run("sample", copy, "-o", tmp_path / "x.png")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 7
+    assert "more, --debug shows them" in done.stderr
+    assert len(run("--debug", "sample", copy, "-o", tmp_path / "x.png").stderr.splitlines()) > 50
+
+
+def test_a_truncated_model_is_named(model: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(model, tmp_path / "model")
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    done = run("sample", copy, "-o", tmp_path / "x.png")
+    assert f"error: {weights}: truncated, or not a safetensors file" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
         (("--classes", "0-12"), r"--classes: expected classes in \[0, 10\)"),
+        (("--classes", "5-3,1"), "--classes: expected ranges that go up"),
         (("--classes", "cat"), r"--classes: expected numbers and ranges such as 0-9"),
         (("--sampler", "fast"), "sampler: expected one of ddpm"),
         (("--steps", "5000"), "steps: expected"),
@@ -135,10 +176,15 @@ def test_a_broken_schedule_is_named(model: Path, tmp_path: Path) -> None:
     copy = tmp_path / "model"
     shutil.copytree(model, copy)
     config = copy / "scheduler" / "scheduler_config.json"
-    config.write_text("{")
-    done = run("sample", copy, "-o", tmp_path / "x.png")
-    assert done.returncode == 1
-    assert "scheduler_config.json: can't be read" in done.stderr
+    for text, message in (
+        ("{", "scheduler_config.json: can't be read"),
+        ('{"trained_betas": "abc"}', "scheduler_config.json: betas: expected numbers [T]"),
+        ('{"trained_betas": [0.1, 2.0]}', "scheduler_config.json: betas: expected"),
+    ):
+        config.write_text(text)
+        done = run("sample", copy, "-o", tmp_path / "x.png")
+        assert done.returncode == 1
+        assert message in done.stderr
 
 
 def test_a_missing_package_names_the_command(
@@ -146,7 +192,7 @@ def test_a_missing_package_names_the_command(
 ) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
     done = run("train", "--out", tmp_path / "m")
-    assert "pip install 'diffusion-fast[demo]'" in done.stderr
+    assert "pip install scikit-learn" in done.stderr
     assert not (tmp_path / "m").exists()
 
 

@@ -72,7 +72,8 @@ def test_the_wheel_holds_the_package_only(built: Path) -> None:
     (path,) = built.glob("*.whl")
     names = set(zipfile.ZipFile(path).namelist())
     assert sources("diffusion_fast/", ".py", "py.typed") <= names
-    assert {f"diffusion_fast/{name}" for name in sources("kernels/", ".py")} <= names
+    kernels = sources("kernels/", ".py") | sources("csrc/", "")
+    assert {f"diffusion_fast/{name}" for name in kernels} <= names
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"diffusion_fast"}
 

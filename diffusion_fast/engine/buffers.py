@@ -85,6 +85,10 @@ def noise_source(out: Tensor, generator: Generators) -> Callable[[], object]:
     if generator is None:
         return out.normal_
     if not isinstance(generator, torch.Generator):
+        if not isinstance(generator, (list, tuple)) or not all(
+            isinstance(one, torch.Generator) for one in generator
+        ):
+            checks.fail("generator", "a torch.Generator or a list of them", repr(generator)[:60])
         if len(generator) != len(out):
             checks.fail("generator", f"one or {len(out)} generators (the batch)", len(generator))
         pairs = zip(out.split(1), generator, strict=True)

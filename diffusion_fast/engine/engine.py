@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,12 +16,14 @@ from .. import ops
 from ..conditioning import Context, Model, bind, join_halves
 from ..ops import checks
 from ..samplers import make_table
+from ..samplers.table import StepTable
 from ..schedule import DiffusionSchedule
 from .buffers import Buffers, Generators, noise_source
 from .progress import track
 
 Callback = Callable[[int, float, Tensor], None]
 GRAPHS = ("auto", "loop", "step", "off")
+TABLE_KEYWORDS = inspect.signature(make_table).parameters.keys() - {"schedule"}
 
 
 class Engine:
@@ -33,7 +37,8 @@ class Engine:
         model: called as ``model(x, t)``, ``model(x, t, context)``, or with a dict context's tensors
             as keywords. x is [B, ...] in the model's dtype, t is [B]: int64 where every timestep
             of the grid is whole, else float32. With guidance, B is doubled and the unconditional
-            half comes first. An ``nn.Module`` is put in eval mode while it samples.
+            half comes first. It must not change x or t in place. An ``nn.Module`` is put in eval
+            mode while it samples, and may be moved or cast between two runs.
         schedule: what the model was trained with.
         graph: ``"auto"``, ``"loop"``, ``"step"`` or ``"off"``: whether to capture the loop as a
             CUDA graph. Asking for one where none can be captured raises.
@@ -63,14 +68,19 @@ class Engine:
             kind = type(schedule).__name__
             raise TypeError(f"schedule: expected a DiffusionSchedule, got {kind}")
         checks.one_of("graph", graph, GRAPHS)
+        unknown = sorted(table.keys() - TABLE_KEYWORDS)
+        if unknown:
+            known = ", ".join(sorted(TABLE_KEYWORDS))
+            raise TypeError(f"{unknown[0]}: expected one of the keywords {known}")
         self.table = make_table(schedule=schedule, **{"sampler": "ddpm", **table})
+        self._starts_from_image = table.get("strength") is not None
         self._rows: list[list[float]] = self.table.folded().tolist()
         self.model, self.schedule, self.progress = model, schedule, progress
-        self.device = _device_of(model, device)
-        self.model_dtype = _dtype_of(model)
-        self.dtype = torch.float64 if self.model_dtype == torch.float64 else torch.float32
+        self._asked_device = device
+        _device_of(model, device)
         self.graph, self.graph_reason = _graph_mode(graph)
         self._buffers: Buffers | None = None
+        self._buffers_key: tuple[Any, ...] = ()
         self._lock = threading.Lock()
 
     def sample(
@@ -92,8 +102,11 @@ class Engine:
             null_context: the same for the unconditional half of guidance.
             x_T: standard normal noise to start from, in place of drawn noise.
             generator: for all noise; or one per image, so that image i doesn't depend on the batch.
-            callback: called as ``callback(step, t, x)`` after each step with a copy of the state.
-            x_0: an image to start from, noised to where ``strength`` begins (image-to-image).
+            callback: called as ``callback(step, t, x)`` after each step (of which some samplers'
+                have two model calls) with a copy of the state; steps count from 0, t is the
+                step's first timestep.
+            x_0: an image to start from, noised to where ``strength`` begins (image-to-image);
+                needed with ``strength``, and only then.
 
         Returns:
             [B, ...] on the engine's device, float32 (float64 for float64 models).
@@ -104,6 +117,10 @@ class Engine:
         """
         shape = _checked_shape(shape)
         table = self.table
+        if self._starts_from_image and x_0 is None:
+            checks.fail("x_0", "an image to start from, because strength is given", None)
+        if x_0 is not None and not self._starts_from_image:
+            checks.fail("strength", "how far to noise x_0, in (0, 1]", None)
         halves = 2 if table.halves == "both" else 1
         context = join_halves(context, null_context, table.halves, shape[0])
         with self._lock, torch.no_grad(), _evaluating(self.model):
@@ -111,34 +128,41 @@ class Engine:
             buffers.start(self._first_state(buffers, x_T, x_0, generator))
             predict = bind(self.model, context)
             draw = noise_source(buffers.noise, generator) if buffers.noise is not None else None
-            timesteps = table.timesteps.tolist()
-            draws = table.draws.tolist()
-            for step in track(range(len(table)), table.sampler, enabled=self.progress):
-                output = predict(buffers.model_input, buffers.timesteps[step])
-                if draw is not None and draws[step]:
+            draws, steps = table.draws.tolist(), _Steps(table)
+            for row in track(range(len(table)), table.sampler, enabled=self.progress):
+                output = self._call(predict, buffers, row)
+                if draw is not None and draws[row]:
                     draw()
-                self._advance(buffers, step, output)
-                if callback is not None:
-                    callback(step, timesteps[step], buffers.x.clone())
-            _check_finite(buffers.peak, timesteps)
+                self._advance(buffers, row, output)
+                if callback is not None and steps.ends(row):
+                    callback(*steps.of(row), buffers.x.clone())
+            _check_finite(buffers.peak, steps)
             return buffers.x.clone()
 
     def explain(self) -> dict[str, str]:
         """What a run of this engine does: table, halves of guidance, dtypes, graph, backends."""
         step = ops.explain("sampler_step")
+        device, model_dtype, dtype = self._placement()
         return {
             "sampler": f"{self.table.sampler}, {len(self.table)} model calls",
             "guidance halves": self.table.halves,
-            "state": f"{self.dtype} on {self.device}, model in {self.model_dtype}",
+            "state": f"{dtype} on {device}, model in {model_dtype}",
             "graph": f"{self.graph} ({self.graph_reason})",
             "sampler_step": step.backend,
         }
 
+    def _placement(self) -> tuple[torch.device, torch.dtype, torch.dtype]:
+        """Device, dtype of the model and dtype of the state, as the model is now."""
+        model_dtype = _dtype_of(self.model)
+        dtype = torch.float64 if model_dtype == torch.float64 else torch.float32
+        return _device_of(self.model, self._asked_device), model_dtype, dtype
+
     def _buffers_for(self, shape: tuple[int, ...], halves: int) -> Buffers:
-        if self._buffers is None or self._buffers.x.shape != shape:
-            self._buffers = Buffers.allocate(
-                self.table, shape, halves, self.dtype, self.model_dtype, self.device
-            )
+        device, model_dtype, dtype = self._placement()
+        key = (shape, device, model_dtype, dtype)
+        if self._buffers is None or self._buffers_key != key:
+            self._buffers = Buffers.allocate(self.table, shape, halves, dtype, model_dtype, device)
+            self._buffers_key = key
         return self._buffers
 
     def _first_state(
@@ -157,7 +181,23 @@ class Engine:
             return x.mul_(self.table.initial_scale)
         return x.mul_(self.table.noise).add_(x_0.to(x), alpha=self.table.signal)
 
-    def _advance(self, buffers: Buffers, step: int, output: Tensor) -> None:
+    def _call(
+        self, predict: Callable[[Tensor, Tensor], Tensor], buffers: Buffers, row: int
+    ) -> Tensor:
+        """One call of the model, which is handed the buffers themselves: it may only read them."""
+        x, t = buffers.model_input, buffers.timesteps[row]
+        versions = x._version, t._version
+        output = predict(x, t)
+        if (x._version, t._version) != versions:
+            changed = "x" if x._version != versions[0] else "t"
+            checks.fail(
+                "model",
+                f"one that leaves {changed} as it is",
+                f"one that changes it in place (give it {changed}.clone())",
+            )
+        return output
+
+    def _advance(self, buffers: Buffers, row: int, output: Tensor) -> None:
         if not isinstance(output, Tensor):
             raise TypeError(f"model: expected it to return a tensor, got {type(output).__name__}")
         if output.shape != buffers.model_input.shape:
@@ -172,7 +212,7 @@ class Engine:
             buffers.x,
             output,
             self._rows,
-            step,
+            row,
             noise=buffers.noise,
             y=buffers.y,
             h1=buffers.h1,
@@ -251,7 +291,11 @@ def _device_of(model: Model, device: torch.device | str | None) -> torch.device:
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     if device is None:
         return parameter.device if parameter is not None else torch.device("cpu")
-    device = torch.empty(0, device=device).device  # "cuda" means the current one, such as cuda:0
+    try:
+        device = torch.empty(0, device=device).device  # "cuda" is the current one, such as cuda:0
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: expected one that works, got {device!r}: {reason}") from error
     if parameter is not None and parameter.device != device:
         checks.fail("device", f"the device of the model's parameters ({parameter.device})", device)
     return device
@@ -266,10 +310,13 @@ def _dtype_of(model: Model) -> torch.dtype:
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    shape = tuple(shape)
-    if not shape or any(not isinstance(n, int) or n < 1 for n in shape):
-        checks.fail("shape", "positive sizes [B, ...]", list(shape))
-    return shape
+    try:
+        sizes = tuple(operator.index(n) for n in shape)
+    except TypeError:
+        checks.fail("shape", "positive sizes [B, ...]", repr(shape))
+    if not sizes or min(sizes) < 1:
+        checks.fail("shape", "positive sizes [B, ...]", list(sizes))
+    return sizes
 
 
 @contextlib.contextmanager
@@ -286,12 +333,31 @@ def _evaluating(model: Model) -> Iterator[None]:
             module.training = True
 
 
-def _check_finite(peak: Tensor, timesteps: list[float]) -> None:
+class _Steps:
+    """Which step each row belongs to: some samplers call the model twice in a step."""
+
+    def __init__(self, table: StepTable) -> None:
+        self._step: list[int] = table.step_of_row.tolist()
+        self._t: list[float] = table.timesteps.tolist()
+
+    def __len__(self) -> int:
+        return self._step[-1] + 1
+
+    def ends(self, row: int) -> bool:
+        return row + 1 == len(self._step) or self._step[row + 1] != self._step[row]
+
+    def of(self, row: int) -> tuple[int, float]:
+        """The step, counted from 0, and its first timestep."""
+        step = self._step[row]
+        return step, self._t[self._step.index(step)]
+
+
+def _check_finite(peak: Tensor, steps: _Steps) -> None:
     """The one host read of a run, after its last step."""
     finite = peak.isfinite()
     if not finite.all():
-        step = int((~finite).nonzero()[0])
+        step, t = steps.of(int((~finite).nonzero()[0]))
         raise FloatingPointError(
-            f"model: expected finite outputs, got NaN or infinity first at step {step}"
-            f" of {len(timesteps)} (t = {timesteps[step]:g})"
+            f"model: expected finite outputs, got NaN or infinity first at step {step} (t = {t:g};"
+            f" steps count from 0 to {len(steps) - 1})"
         )

@@ -63,8 +63,10 @@ class GroupNorm(nn.GroupNorm):
         scale: Tensor | None = None,
         shift: Tensor | None = None,
     ) -> Tensor:
+        # Under autocast x is narrower than the parameters; elsewhere .to() does nothing.
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         return ops.group_norm_silu(
-            x, self.num_groups, self.weight, self.bias, self.eps, silu, add, scale, shift
+            x, self.num_groups, weight, bias, self.eps, silu, add, scale, shift
         )
 
 
@@ -72,7 +74,8 @@ class LayerNorm(nn.LayerNorm):
     """Layer norm over the channels, see :func:`diffusion_fast.ops.layer_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)  # as above
+        return ops.layer_norm(x, weight, bias, self.eps)
 
 
 class ResBlock(nn.Module):

@@ -18,7 +18,7 @@ from ..prediction import x0_coefficients
 from ..schedule import DiffusionSchedule, FloatArray
 from . import grids
 from .ddim import ddim_rows
-from .ddpm import ddpm_rows
+from .ddpm import VARIANCES, ddpm_rows
 from .dpm_solver import dpm_solver_rows
 from .euler import euler_ancestral_rows, euler_rows
 from .grids import Grid
@@ -86,6 +86,7 @@ def make_table(
         ValueError: unknown names, numbers out of range, timesteps past T - 1, epsilon at zero SNR.
     """
     checks.one_of("sampler", sampler, SAMPLERS)
+    checks.one_of("variance", variance, VARIANCES)
     checks.one_of("timestep_spacing", timestep_spacing, grids.SPACINGS)
     checks.one_of("final_alpha", final_alpha, grids.FINAL_ALPHAS)
     count = schedule.timesteps

@@ -28,7 +28,10 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         self.calls.append((x.clone(), t, context))
         out = self.mix(x) * (1 + t.to(x.dtype).view(-1, 1, 1, 1) / 100)
-        return out if context is None else out + context.to(x.dtype).mean((1, 2)).view(-1, 1, 1, 1)
+        if context is None:
+            return out
+        amount = context.to(x.dtype).mean((1, 2)).view(-1, 1, 1, 1)
+        return out * (1 + amount) + amount
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -81,6 +84,39 @@ def test_the_loop_is_the_recurrence(sampler: str, guidance_scale: float) -> None
     with torch.no_grad():
         truth = by_hand(model.double(), x_T, seeded(), context, null_context, **options)
     assert error(x, truth) < 1e-5
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp_2m_sde", "unipc"])
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        {"guidance_scale": [3.0, 0.0, 1.0, 7.5, 2.0]},
+        {"guidance_scale": 4.0, "guidance_rescale": 0.7},
+        {"guidance_scale": 4.0, "guidance_interval": (0.3, 2.0)},
+    ],
+    ids=["per step", "rescale", "interval"],
+)
+def test_guidance_schedules(sampler: str, guidance: dict[str, object]) -> None:
+    options = {"sampler": sampler, "steps": 5, **guidance}
+    contexts = {"context": torch.randn(3, 2, 5), "null_context": torch.randn(3, 2, 5)}
+    model, x_T = Linear(), torch.randn(SHAPE)
+    x = df.sample(model, SCHEDULE, SHAPE, x_T=x_T, generator=seeded(), **contexts, **options)
+    with torch.no_grad():
+        truth = by_hand(model.double(), x_T, seeded(), **contexts, **options)
+        plain = by_hand(
+            model, x_T, seeded(), **contexts, sampler=sampler, steps=5, guidance_scale=4.0
+        )
+    assert error(x, truth) < 1e-5
+    assert error(plain, truth) > 1e-3
+
+
+def test_a_silent_model_can_be_rescaled() -> None:
+    """Its outputs have no deviation at all."""
+    contexts = {"context": torch.zeros(3, 1), "null_context": torch.zeros(3, 1)}
+    guidance = {"guidance_scale": 3.0, "guidance_rescale": 0.5}
+    for shape in (SHAPE, (3, 1)):
+        x = df.sample(lambda x, t, c: torch.zeros_like(x), SCHEDULE, shape, **contexts, **guidance)
+        assert x.isfinite().all()
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m", "heun", "unipc"])
@@ -260,6 +296,37 @@ def test_the_callback_gets_copies() -> None:
     assert not torch.equal(seen[0][2], seen[1][2])
 
 
+def test_the_callback_comes_once_per_step_also_where_the_model_is_called_twice() -> None:
+    seen: list[tuple[int, float]] = []
+    model = Linear()
+    options = {"sampler": "heun", "steps": 3, "callback": lambda step, t, x: seen.append((step, t))}
+    df.sample(model, SCHEDULE, SHAPE, **options)
+    assert seen == [(0, 66.0), (1, 33.0), (2, 0.0)]
+    assert len(model.calls) == 5
+
+
+def test_a_model_that_writes_to_its_input_is_found() -> None:
+    with pytest.raises(ValueError, match=r"model: expected one that leaves x as it is.*x\.clone"):
+        df.sample(lambda x, t: x.mul_(2) * 1, SCHEDULE, SHAPE, steps=2)
+    with pytest.raises(ValueError, match=r"model: expected one that leaves t as it is"):
+        df.sample(lambda x, t: x * t.add_(1).view(-1, 1, 1, 1), SCHEDULE, SHAPE, steps=2)
+
+
+def test_the_model_may_be_cast_between_runs() -> None:
+    model = Linear()
+    engine = df.Engine(model, SCHEDULE, sampler="ddim", steps=4)
+    first = engine.sample(SHAPE, generator=seeded())
+    model.double()
+    second = engine.sample(SHAPE, x_T=torch.randn(SHAPE, generator=seeded()))
+    assert (first.dtype, second.dtype) == (torch.float32, torch.float64)
+    assert error(first, second) < 1e-5
+
+
+def test_unknown_keywords_list_the_known_ones() -> None:
+    with pytest.raises(TypeError, match=r"sampelr: expected one of the keywords .*sampler, steps"):
+        df.Engine(Linear(), SCHEDULE, sampelr="ddim")
+
+
 def test_image_to_image_starts_from_the_noised_image() -> None:
     starts = []
 
@@ -301,7 +368,9 @@ def test_what_is_not_finite_is_reported_with_its_first_step(
     def model(x: Tensor, t: Tensor) -> Tensor:
         return torch.where(t.view(-1, 1, 1, 1) <= 50, value, 0.0) + x
 
-    with pytest.raises(FloatingPointError, match=r"model: .* step 2 of 4 \(t = 50\)|step 1 of 4"):
+    with pytest.raises(
+        FloatingPointError, match=r"model: .* step 1 \(t = 50; steps count from 0 to 3\)"
+    ):
         df.sample(model, SCHEDULE, SHAPE, sampler="ddim", steps=4, clip_sample=clip_sample)
 
 
@@ -329,11 +398,19 @@ def test_what_is_not_finite_is_reported_with_its_first_step(
         ({"sampler": "fast"}, "sampler: expected one of ddpm"),
         ({"prediction_type": "noise"}, "prediction_type: expected one of epsilon"),
         ({"timestep_spacing": "even"}, "timestep_spacing: expected one of leading"),
-        ({"variance": "medium"}, "variance: expected one of"),
+        ({"variance": "medium", "sampler": "ddim"}, "variance: expected one of"),
         ({"x_T": torch.zeros(3, 1, 4, 5)}, r"x_T: expected shape of the samples"),
         ({"x_T": torch.zeros(SHAPE).long()}, "x_T: expected a floating point dtype"),
         ({"shape": (3, 0, 4, 4)}, r"shape: expected positive sizes"),
         ({"shape": ()}, r"shape: expected positive sizes"),
+        ({"shape": 3}, r"shape: expected positive sizes \[B, ...\], got 3"),
+        ({"shape": (3, 1.5)}, r"shape: expected positive sizes"),
+        ({"generator": 3}, r"generator: expected a torch.Generator or a list of them, got 3"),
+        ({"generator": ["a", "b", "c"]}, r"generator: expected a torch.Generator or a list"),
+        ({"device": "gpu"}, r"device: expected one that works, got 'gpu'"),
+        ({"strength": 0.5}, r"x_0: expected an image to start from, because strength is given"),
+        ({"x_0": torch.zeros(SHAPE)}, r"strength: expected how far to noise x_0"),
+        ({"strength": 0.5, "x_0": torch.zeros(1, 1, 4, 4)}, r"x_0: expected shape of the samples"),
         ({"generator": [torch.Generator()]}, r"generator: expected one or 3 generators"),
         ({"device": "meta"}, "device: expected the device of the model's parameters"),
     ],
