@@ -33,6 +33,7 @@ struct Options {
 struct Report {
   std::vector<std::string> errors;
   uint64_t mma = 0, ldmatrix = 0, cp_async = 0, bank_conflicts = 0;
+  uint64_t blocks = 0, shared_bytes = 0;  // of the last launch
 };
 
 struct AsyncCopy {

@@ -37,9 +37,9 @@ inline uint16_t to_bits(float f, Half) {
   const uint16_t sign = std::signbit(f) ? 0x8000 : 0;
   const float a = std::fabs(f);
   if (a >= 65520.f) return sign | 0x7c00;  // rounds past the largest finite, 65504
-  int exponent;
-  std::frexp(a, &exponent);
-  exponent = std::max(exponent, -13);  // subnormals share one spacing
+  int exponent = -13;  // subnormals and zero share one spacing
+  if (a > 0.f) std::frexp(a, &exponent);
+  exponent = std::max(exponent, -13);
   const float units = std::nearbyint(std::ldexp(a, 11 - exponent));  // 11 significant bits
   const int base = exponent + 13;  // 0 for subnormals; a carry out of the mantissa lands in the exponent by itself
   return static_cast<uint16_t>(sign | (base * 1024 + static_cast<int>(units)));

@@ -134,6 +134,8 @@ const char* launch(void (*kernel)(Params), unsigned blocks, int threads, int sha
   block.report = &emulator::report;
   block.seen.clear();
   block.grid = {blocks, 1, 1};
+  emulator::report.blocks = blocks;
+  emulator::report.shared_bytes = shared_bytes;
   block.shared.resize(shared_bytes);
   block.words.resize(emulator::options.races ? (shared_bytes + 3) / 4 : 0);
   block.body = [&] { kernel(params); };

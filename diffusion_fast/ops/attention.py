@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import checks
+from . import attention_cuda, checks
 from .op import Op
 
 
@@ -244,12 +244,19 @@ _OP = Op(
     _fake,
 )
 _OP.add("sdpa", sdpa, unsupported=_sdpa_unsupported, native=True)
+_OP.add("cuda", attention_cuda.forward, attention_cuda.unavailable, attention_cuda.unsupported)
 _BACKWARD = Op(
     "attention_backward",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, Tensor? bias,"
     " Tensor? key_lengths) -> (Tensor, Tensor, Tensor, Tensor)",
     reference_backward,
     _fake_backward,
+)
+_BACKWARD.add(
+    "cuda",
+    attention_cuda.backward,
+    attention_cuda.unavailable,
+    attention_cuda.unsupported_backward,
 )
 
 

@@ -1,0 +1,200 @@
+"""Attention on the CUDA kernels of csrc/: what they can run, and calling them.
+
+Both functions allocate their outputs (and, backward, their workspace) with torch and launch on the
+current stream, so they can be captured in a CUDA graph once the library is loaded. Every sum has
+one order: results are the same bit for bit, call after call.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import extension
+from .extension import HEAD_DIMS, OLDEST_CAPABILITY
+
+_ALIGNMENT = 16  # bytes; the kernels read rows in pieces of this size
+_MOST = 2**31 - 1
+
+
+def unavailable() -> str | None:
+    """Why this machine can't run the kernels, and what to install; None if it can."""
+    return _machine()
+
+
+@cache
+def _machine() -> str | None:
+    if not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            return "torch is built without CUDA; install a CUDA build of torch"
+        return "no CUDA device; check the driver with nvidia-smi"
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_CAPABILITY:
+        return f"the GPU is sm_{capability[0]}{capability[1]}, the kernels need sm_80 or newer"
+    if extension.prebuilt() is None:
+        tools = extension.toolchain()
+        if isinstance(tools, str):
+            return tools
+    return None
+
+
+def unsupported(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    save_lse: bool,
+) -> str | None:
+    """Why the kernels can't run this call; None if they can. Builds them on first use."""
+    why = _unsupported_inputs(q, k, v, scale, bias)
+    if why is not None:
+        return why
+    if q.device.type != "cuda":
+        return f"the tensors are on {q.device}, not on a CUDA device"
+    return extension.load(q.shape[-1])
+
+
+def unsupported_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+) -> str | None:
+    """As :func:`unsupported`; ``grad`` and ``out`` are copied where their layout doesn't fit."""
+    return unsupported(q, k, v, scale, bias, key_lengths, True)
+
+
+def _unsupported_inputs(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
+) -> str | None:
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype {q.dtype}; the kernels take float16 and bfloat16"
+    if q.shape[-1] not in HEAD_DIMS:
+        return f"head dim {q.shape[-1]}; the kernels take {', '.join(map(str, HEAD_DIMS))}"
+    if scale <= 0:
+        return f"scale {scale}; the kernels need a positive one"
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        why = _unaligned(tensor)
+        if why is not None:
+            return f"{name} {why}"
+    if bias is not None and bias.dim() > 1 and bias.shape[-2] != 1:
+        return f"bias {list(bias.shape)} differs by query; the kernels add one number per key"
+    if max(q.shape[0] * q.shape[2] * q.shape[1], k.shape[1]) > _MOST:
+        return f"more than {_MOST} rows of q or keys"
+    return None
+
+
+def _unaligned(tensor: Tensor) -> str | None:
+    if tensor.stride(-1) != 1:
+        return "is not contiguous in its last dim"
+    elements = _ALIGNMENT // tensor.element_size()
+    strides = [s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1][:-1]
+    # A fake tensor has no address; a real one is read again when the op runs.
+    real = not isinstance(tensor, torch._subclasses.FakeTensor)
+    if any(s % elements for s in strides) or (real and tensor.data_ptr() % _ALIGNMENT):
+        return f"has rows that do not begin at multiples of {_ALIGNMENT} bytes"
+    return None
+
+
+def _stream(tensor: Tensor) -> int:
+    return int(torch.cuda.current_stream(tensor.device).cuda_stream)
+
+
+def _key_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """float32 [B, H, Sk], broadcast dims as strides of 0."""
+    if bias is None:
+        return None
+    padded = bias.float().reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
+    full = padded.expand(-1, -1, -1, k.shape[1]) if k.shape[1] != 1 else padded
+    if full.stride(-1) != 1:
+        full = full.contiguous()
+    return full.expand(q.shape[0], q.shape[2], 1, k.shape[1])[:, :, 0]
+
+
+def _op(name: str, head_dim: int) -> torch._ops.OpOverload:
+    overload: torch._ops.OpOverload = getattr(
+        torch.ops.diffusion_fast_cuda, f"attention_{name}_{head_dim}"
+    ).default
+    return overload
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    save_lse: bool,
+    kernel: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """out [B, Sq, H, D] and lse [B, H, Sq] float32 (empty unless ``save_lse``).
+
+    Args:
+        kernel: 0 chooses by shape and device; 1 asks for the short-key kernel, 2 for the tiled one
+            (tests and benchmarks).
+    """
+    batch, queries, heads, head_dim = q.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((batch, heads, queries) if save_lse else (0,), dtype=torch.float32)
+    lengths = None if key_lengths is None else key_lengths.to(torch.int32).contiguous()
+    shared = (x.expand(batch, -1, -1, -1) for x in (k, v))
+    _op("forward", head_dim)(
+        q, *shared, _key_bias(bias, q, k), lengths, out, lse, scale, kernel, _stream(q)
+    )
+    return out, lse
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and bias (empty without one)."""
+    batch, queries, heads, head_dim = q.shape
+    keys = k.shape[1]
+    grad, out = (x.contiguous() if _unaligned(x) else x for x in (grad, out))
+    splits: int = _op("splits", head_dim)(batch * heads, queries, keys, q.device.index or 0)
+    dense = torch.contiguous_format
+    dq = torch.empty_like(q, memory_format=dense)
+    delta = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    shared = batch > 1 and k.shape[0] == 1  # one prompt for all: its gradients sum over the batch
+    dk = dv = dk_parts = dv_parts = dbias_parts = None
+    if splits > 1 or shared:
+        parts = (splits, batch, keys, heads, head_dim)
+        dk_parts, dv_parts = (q.new_empty(parts, dtype=torch.float32) for _ in range(2))
+    else:
+        dk, dv = (torch.empty_like(x, memory_format=dense) for x in (k, v))
+    if bias is not None:
+        dbias_parts = q.new_empty((splits, batch, heads, keys), dtype=torch.float32)
+    lengths = None if key_lengths is None else key_lengths.to(torch.int32).contiguous()
+    inputs = (grad, q, k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1), out, lse)
+    outputs = (delta, dq, dk, dv, dk_parts, dv_parts, dbias_parts)
+    _op("backward", head_dim)(
+        *inputs, _key_bias(bias, q, k), lengths, *outputs, scale, splits, _stream(q)
+    )
+    if dk_parts is not None and dv_parts is not None:
+        over = (0, 1) if shared else (0,)
+        dk, dv = (x.sum(over).to(q.dtype).reshape(k.shape) for x in (dk_parts, dv_parts))
+    assert dk is not None
+    assert dv is not None
+    if bias is None or dbias_parts is None:
+        return dq, dk, dv, q.new_empty(0)
+    padded = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+    dbias = dbias_parts.sum(0)[:, :, None].sum_to_size(padded)
+    return dq, dk, dv, dbias.reshape(bias.shape).to(bias.dtype).contiguous()

@@ -1,0 +1,115 @@
+"""nvcc compiles and links the kernels for every architecture, and nothing spills that did not.
+
+benchmarks/results/compile/attention.csv is the record; `python benchmarks/attention_resources.py`
+writes it anew.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import attention_resources as resources
+from diffusion_fast.ops import extension
+
+needs_nvcc = pytest.mark.skipif(
+    extension.find_nvcc() is None, reason="needs nvcc (the CUDA toolkit)"
+)
+DEFAULT = {(dim, "90a") for dim in extension.HEAD_DIMS} | {
+    (40, name) for name in resources.ARCHITECTURES
+}
+
+# Spills that remain, and why. Empty: there are none.
+KNOWN_SPILLS: dict[tuple[str, str, int, int], str] = {}
+
+
+def _cases() -> list[object]:
+    return [
+        pytest.param(dim, name, marks=[] if (dim, name) in DEFAULT else [pytest.mark.slow])
+        for name in resources.ARCHITECTURES
+        for dim in extension.HEAD_DIMS
+    ]
+
+
+def _spills(kernels: list[resources.Kernel]) -> list[resources.Kernel]:
+    return [k for k in kernels if k.spill_store_bytes or k.spill_load_bytes]
+
+
+def test_the_record_is_complete_and_explains_its_spills() -> None:
+    recorded = resources.read_table()
+    per_head_dim = 2 * (3 + 4)  # types; short-key kernels and the others
+    expected = len(resources.ARCHITECTURES) * len(extension.HEAD_DIMS) * per_head_dim
+    assert len(set(recorded)) == expected
+    for k in _spills(recorded):
+        assert (k.architecture, k.kernel, k.head_dim, k.keys) in KNOWN_SPILLS, k
+    for k in recorded:
+        limit = resources.LIMITS[k.architecture]
+        if k.kernel == "short" and k.keys > 80:
+            continue  # where it does not fit, the tiled kernel runs
+        assert k.blocks_per_multiprocessor >= 1, k
+        assert k.shared_bytes + resources.SYSTEM_SHARED <= limit.shared_bytes, k
+
+
+@needs_nvcc
+@pytest.mark.parametrize("head_dim, architecture", _cases())
+def test_compiles_without_new_spills(head_dim: int, architecture: str) -> None:
+    compiled = resources.compile_kernels(head_dim, architecture)
+    recorded = {
+        (k.kernel, k.type, k.keys): k
+        for k in resources.read_table()
+        if (k.head_dim, k.architecture) == (head_dim, architecture)
+    }
+    assert {(k.kernel, k.type, k.keys) for k in compiled} == set(recorded)
+    for k in compiled:
+        before = recorded[k.kernel, k.type, k.keys]
+        assert k.spill_store_bytes <= before.spill_store_bytes, (k, before)
+        assert k.spill_load_bytes <= before.spill_load_bytes, (k, before)
+        assert k.shared_bytes == before.shared_bytes, (k, before)
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_all_of_it_links_for_all_architectures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFUSION_FAST_CACHE", str(tmp_path))
+    library = extension.build_library(extension.HEAD_DIMS, resources.ARCHITECTURES, jobs=2)
+    code = (
+        "import sys, torch\n"
+        "from diffusion_fast.ops import extension\n"
+        "torch.ops.load_library(sys.argv[1])\n"
+        "for dim in extension.HEAD_DIMS:\n"
+        "    getattr(torch.ops.diffusion_fast_cuda, f'attention_forward_{dim}').default\n"
+        "print(extension.built_architectures(sys.argv[1]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(library)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[800, 900, 1000, 1200]\n"
+
+
+@needs_nvcc
+def test_ptxas_output_is_understood() -> None:
+    log = """
+ptxas info    : Compiling entry function '_ZN14diffusion_fast15attention_shortINS_4HalfELi40ELi5EEEvNS_13ForwardParamsE' for 'sm_90a'
+ptxas info    : Function properties for _ZN
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 102 registers, used 1 barriers, 8 bytes cumulative stack size
+"""  # noqa: E501
+    (kernel,) = resources.parse("90a", log)
+    assert (kernel.kernel, kernel.type, kernel.head_dim, kernel.keys) == ("short", "fp16", 40, 80)
+    assert (kernel.registers, kernel.stack_bytes) == (102, 8)
+    assert (kernel.spill_store_bytes, kernel.spill_load_bytes) == (4, 12)
+    assert kernel.shared_bytes == (2 * 80 + 128) * 80
+    assert kernel.blocks_per_multiprocessor == 4
+
+
+@pytest.mark.parametrize(
+    "registers, shared, blocks", [(128, 0, 4), (96, 0, 5), (32, 0, 16), (64, 113 << 10, 2)]
+)
+def test_blocks_per_multiprocessor(registers: int, shared: int, blocks: int) -> None:
+    assert resources.blocks_per_multiprocessor("90a", registers, shared) == blocks
