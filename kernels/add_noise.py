@@ -28,8 +28,8 @@ def _rotate(
     out_ptr,
     target_ptr,
     state_ptr,
-    seed,
-    offset,
+    seed: tl.int64,
+    offset: tl.int64,
     inner,
     batch,
     chunks,
@@ -81,7 +81,9 @@ def _rotate(
         tl.store(target_ptr + base + index, second, mask=valid)
 
 
-def _run(first, second, t, signal, sigma, out, target, kind, back=False, state=None, layout="quads"):
+def _run(
+    first, second, t, signal, sigma, out, target, kind, back=False, state=None, layout="quads"
+):
     outer, batch, inner = launch.dense_batch(out)
     chunks = triton.cdiv(inner, BLOCK)
     how = "draw" if state is not None else "zero" if second is None else "load"

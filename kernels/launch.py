@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
@@ -83,18 +82,18 @@ def dense_batch(value: Tensor) -> tuple[int, int, int]:
 
 
 def image_strides(value: Tensor) -> tuple[int, int, int] | None:
-    """Strides of [B, C, ...] seen as [B, C, S]; None where the spatial dimensions don't collapse."""
-    spatial = 0
+    """Strides of [B, C, ...] seen as [B, C, S]; None where the space does not collapse."""
+    inner: int | None = None
+    expected = 0
     for size, stride in zip(reversed(value.shape[2:]), reversed(value.stride()[2:]), strict=True):
         if size == 1:
             continue
-        if spatial == 0:
-            spatial, expected = stride, stride * size
+        if inner is None:
+            inner = stride  # 0 for an expanded tensor
         elif stride != expected:
             return None
-        else:
-            expected *= size
-    return value.stride(0), value.stride(1), spatial or 1
+        expected = stride * size
+    return value.stride(0), value.stride(1), 1 if inner is None else inner
 
 
 def power_of_2(n: int) -> int:

@@ -4,8 +4,8 @@ Element i takes lane i % 4 of the four normals made from one Philox4x32-10 block
 
     key     = seed                                        (64 bits, low word first)
     counter = (i // 4, offset)                            (64 bits each, low words first)
-    u       = float32(w) * 2^-32 + 2^-33                  (in (0, 1]; rounded twice, everywhere alike)
-    z       = sqrt(-2 log u_0) * cos(2 pi w_1 2^-32), the same with sin, and both again from w_2, w_3
+    u       = float32(w) * 2^-32 + 2^-33                  (in (0, 1]; rounded twice, all alike)
+    z       = sqrt(-2 log u_0) * cos(2 pi w_1 2^-32), the same with sin, both again with w_2, w_3
 
 so a stream is a function of the element's place in the row-major tensor and of nothing else: not of
 the block size, the grid, the layout or the GPU. The logarithm, sine and cosine are polynomials of
@@ -49,9 +49,7 @@ def _cos_sin(word):
     # 2 pi / 2^32
     a = rest.to(tl.float32) * 1.4629180792671596e-09
     q = a * a
-    sine = a + a * q * (
-        -0.16666667 + q * (0.008333334 + q * (-0.00019841270 + q * 2.7557319e-06))
-    )
+    sine = a + a * q * (-0.16666667 + q * (0.008333334 + q * (-0.00019841270 + q * 2.7557319e-06)))
     cosine = 1.0 + q * (
         -0.5 + q * (0.041666668 + q * (-0.0013888889 + q * (2.4801588e-05 - q * 2.7557319e-07)))
     )
@@ -92,7 +90,7 @@ def normal(seed, offset, element):
 
 @triton.jit
 def stream(state_ptr, seed, offset, ON_DEVICE: tl.constexpr):
-    """Seed and offset as int64 scalars: read from memory for graphs, else the launch's arguments."""
+    """Seed and offset as int64 scalars: from memory for graphs, else the launch's arguments."""
     if ON_DEVICE:
         seed = tl.load(state_ptr)
         offset = tl.load(state_ptr + 1)

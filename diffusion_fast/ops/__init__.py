@@ -6,18 +6,22 @@ from .backend import BackendError, Choice, explain, use_backend
 from .geglu import geglu
 from .group_norm_silu import group_norm_silu
 from .layer_norm import layer_norm
+from .philox import Philox
+from .residual import residual
 from .sampler_step import sampler_step
 from .weighted_mse import weighted_mse
 
 __all__ = [
     "BackendError",
     "Choice",
+    "Philox",
     "add_noise",
     "attention",
     "explain",
     "geglu",
     "group_norm_silu",
     "layer_norm",
+    "residual",
     "sampler_step",
     "use_backend",
     "weighted_mse",

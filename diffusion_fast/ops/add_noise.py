@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, triton_backend
+from . import philox as _philox
 from .op import Op
+from .philox import Philox
 
 TARGETS = ("epsilon", "v_prediction", "sample")
 
 
 def add_noise(
     x_0: Tensor,
-    noise: Tensor,
+    noise: Tensor | Philox,
     t: Tensor,
     sqrt_alphas_cumprod: Tensor,
     sqrt_one_minus_alphas_cumprod: Tensor,
@@ -27,7 +29,8 @@ def add_noise(
 
     Args:
         x_0: data, [B, ...].
-        noise: standard normal, of the shape, dtype and device of ``x_0``.
+        noise: standard normal, of the shape, dtype and device of ``x_0``, or a
+            :class:`~diffusion_fast.ops.Philox`: then it is drawn on the way and never read.
         t: timesteps, int64 [B], values in [0, T).
         sqrt_alphas_cumprod: [T], on the device of ``x_0``.
         sqrt_one_minus_alphas_cumprod: [T], on the device of ``x_0``.
@@ -36,7 +39,7 @@ def add_noise(
 
     Returns:
         ``x_t`` and the target, both like ``x_0``. For ``"epsilon"`` and ``"sample"`` the target is
-        the argument itself, not a copy.
+        the argument itself, not a copy; noise that was drawn is returned for ``"epsilon"``.
 
     Raises:
         ValueError: shapes, dtypes or devices that don't match, ``t`` out of range, unknown target.
@@ -46,7 +49,10 @@ def add_noise(
     checks.floating("x_0", x_0)
     if x_0.dim() < 1:
         checks.fail("x_0", "shape [B, ...]", list(x_0.shape))
-    checks.like("noise", noise, "x_0", x_0)
+    if isinstance(noise, Philox):
+        _philox.check_device("noise", noise, x_0)
+    else:
+        checks.like("noise", noise, "x_0", x_0)
     for name, table in (
         ("sqrt_alphas_cumprod", sqrt_alphas_cumprod),
         ("sqrt_one_minus_alphas_cumprod", sqrt_one_minus_alphas_cumprod),
@@ -56,6 +62,10 @@ def add_noise(
         checks.same_device(name, table, "x_0", x_0)
     checks.timesteps("t", t, x_0.shape[0], sqrt_alphas_cumprod.numel())
     checks.same_device("t", t, "x_0", x_0)
+    if isinstance(noise, Philox):
+        tables = (sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
+        x_t, drawn = _PHILOX(x_0, noise.state, t, *tables, target)
+        return x_t, x_0 if target == "sample" else drawn
     velocity = target == "v_prediction"
     x_t, v = _OP(x_0, noise, t, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, velocity)
     return x_t, {"epsilon": noise, "sample": x_0, "v_prediction": v}[target]
@@ -73,7 +83,8 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     a, s = _coefficients(x_0, t, signal, sigma)  # [B, 1, ...]
     x_t = (a * x_0 + s * noise).to(x_0.dtype)
-    v = (a * noise - s * x_0).to(x_0.dtype) if velocity else x_0.new_empty(0)
+    # x_0 stands first in both, as its layout is that of the result.
+    v = (-s * x_0 + a * noise).to(x_0.dtype) if velocity else x_0.new_empty(0)
     return x_t, v
 
 
@@ -88,6 +99,16 @@ def reference_backward(
     return grad_x_0.to(grad_x_t.dtype), grad_noise.to(grad_x_t.dtype)
 
 
+def philox_reference(
+    x_0: Tensor, state: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, target: str
+) -> tuple[Tensor, Tensor]:
+    """x_t and the target; an empty one for ``"sample"``, which is x_0 itself."""
+    noise = _philox.normal(state, x_0.shape, x_0.dtype, x_0.device)
+    noise = torch.empty_like(x_0).copy_(noise)
+    x_t, v = reference(x_0, noise, t, signal, sigma, target == "v_prediction")
+    return x_t, noise if target == "epsilon" else v
+
+
 _OP = Op(
     "add_noise",
     "(Tensor x_0, Tensor noise, Tensor t, Tensor signal, Tensor sigma, bool velocity)"
@@ -96,6 +117,16 @@ _OP = Op(
     lambda x_0, noise, t, signal, sigma, velocity: (
         x_0 * 1 + noise,
         x_0 * 1 + noise if velocity else x_0.new_empty(0),
+    ),
+)
+_PHILOX = Op(
+    "add_noise_philox",
+    "(Tensor x_0, Tensor state, Tensor t, Tensor signal, Tensor sigma, str target)"
+    " -> (Tensor, Tensor)",
+    philox_reference,
+    lambda x_0, state, t, signal, sigma, target: (
+        torch.empty_like(x_0),
+        x_0.new_empty(0) if target == "sample" else torch.empty_like(x_0),
     ),
 )
 _BACKWARD = Op(
@@ -118,3 +149,20 @@ def _backward(ctx: Any, grad_x_t: Tensor, grad_v: Tensor) -> tuple[Tensor | None
 
 
 _OP.autograd(_setup_context, _backward)
+
+
+def _setup_philox_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, _, t, signal, sigma, target = inputs
+    ctx.velocity = target == "v_prediction"
+    ctx.save_for_backward(t, signal, sigma)
+
+
+def _philox_backward(ctx: Any, grad_x_t: Tensor, grad_target: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x_0, _ = _BACKWARD(grad_x_t, grad_target, *ctx.saved_tensors, ctx.velocity)
+    return grad_x_0, None, None, None, None, None
+
+
+_PHILOX.autograd(_setup_philox_context, _philox_backward)
+
+for _op in (_OP, _PHILOX, _BACKWARD):
+    triton_backend.add(_op, "add_noise")

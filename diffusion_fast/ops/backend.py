@@ -80,11 +80,12 @@ known_ops: dict[str, Any] = {}  # name -> Op, filled by ops/op.py
 
 
 @contextlib.contextmanager
-def use_backend(backend: str = "auto", **per_op: str) -> Iterator[None]:
+def use_backend(backend: str | None = None, **per_op: str) -> Iterator[None]:
     """Choose the backend of every op inside the ``with`` block, or of single ops by keyword.
 
     Args:
-        backend: ``"reference"``, ``"triton"``, ``"cuda"``, ``"sdpa"`` (attention) or ``"auto"``.
+        backend: ``"reference"``, ``"triton"``, ``"cuda"``, ``"sdpa"`` (attention) or ``"auto"``;
+            None leaves what an outer block chose.
         per_op: the same for single ops, for example ``attention="sdpa"``.
 
     The choice is process-wide (a backward pass runs on autograd's own threads). A call that the
@@ -94,15 +95,17 @@ def use_backend(backend: str = "auto", **per_op: str) -> Iterator[None]:
         ValueError: a backend or op of this name doesn't exist.
     """
     global overrides
-    _check_name("backend", backend)
+    if backend is not None:
+        _check_name("backend", backend)
     for op, name in per_op.items():
         if op not in known_ops:
             raise ValueError(f"use_backend: expected ops among {', '.join(known_ops)}, got {op!r}")
         _check_name(op, name)
     before = overrides
-    inherited = before.per_op if backend == "auto" else {}
-    everywhere = before.everywhere if backend == "auto" and per_op else backend
-    overrides = _Overrides(everywhere, {**inherited, **per_op})
+    if backend is None:
+        overrides = _Overrides(before.everywhere, before.per_op | per_op)
+    else:
+        overrides = _Overrides(backend, per_op)
     try:
         yield
     finally:

@@ -66,6 +66,12 @@ def finite(argument: str, value: object) -> None:
         fail(argument, "a finite number", repr(value))
 
 
+def not_negative(argument: str, value: object) -> None:
+    finite(argument, value)
+    if value < 0:  # type: ignore[operator]
+        fail(argument, "a number of at least 0", value)
+
+
 def timesteps(argument: str, t: Any, batch: int, count: int) -> None:
     """int64 [B] with values in [0, count). The values are read on the host only for CPU tensors."""
     tensor(argument, t)

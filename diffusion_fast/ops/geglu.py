@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import checks
+from . import checks, triton_backend
 from .op import Op
 
 
@@ -67,3 +67,7 @@ def _backward(ctx: Any, grad: Tensor) -> Tensor:
 
 
 _OP.autograd(_setup_context, _backward)
+
+
+for _op in (_OP, _BACKWARD):
+    triton_backend.add(_op, "geglu")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import checks
+from . import checks, triton_backend
 from .op import Op
 
 
@@ -22,6 +22,7 @@ def group_norm_silu(
     add: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    x2: Tensor | None = None,
 ) -> Tensor:
     r"""Group normalization (Wu & He 2018) with its neighbours.
 
@@ -36,9 +37,11 @@ def group_norm_silu(
         silu: whether to end with x * sigmoid(x).
         add: [B, C], joins x before the statistics (time embedding).
         scale, shift: [B, C], after the affine and before SiLU (adaptive norm).
+        x2: [B, C2, ...], joins x behind its last channel, as ``torch.cat((x, x2), 1)`` would (the
+            skip connection of a U-Net); then C counts the channels of both.
 
     Returns:
-        Like ``x``, in its memory format.
+        [B, C, ...], in the memory format of ``x``.
 
     Raises:
         ValueError: shapes, dtypes or devices that don't match, or groups that don't divide C.
@@ -47,7 +50,16 @@ def group_norm_silu(
     if x.dim() < 2:
         checks.fail("x", "shape [B, C, ...]", list(x.shape))
     batch, channels = x.shape[:2]
+    if x2 is not None:
+        checks.tensor("x2", x2)
+        if x2.dim() != x.dim():
+            checks.fail("x2", f"{x.dim()} dimensions, as x has", x2.dim())
+        checks.shape("x2", x2, (batch, x2.shape[1], *x.shape[2:]), "[B, C2, ...]")
+        checks.same_dtype("x2", x2, "x", x)
+        checks.same_device("x2", x2, "x", x)
+        channels += x2.shape[1]
     checks.positive_int("num_groups", num_groups)
+    checks.not_negative("eps", eps)
     if channels % num_groups:
         checks.fail("num_groups", f"a divisor of the {channels} channels of x", num_groups)
     for name, parameter in (("weight", weight), ("bias", bias)):
@@ -61,7 +73,7 @@ def group_norm_silu(
             checks.shape(name, value, (batch, channels), "[B, C]")
             checks.same_device(name, value, "x", x)
             checks.same_dtype(name, value, "x", x)
-    return _OP(x, num_groups, weight, bias, eps, silu, add, scale, shift)
+    return _OP(x, num_groups, weight, bias, eps, silu, add, scale, shift, x2)
 
 
 def _per_channel(value: Tensor, x: Tensor) -> Tensor:
@@ -86,8 +98,11 @@ def reference(
     add: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    x2: Tensor | None = None,
 ) -> Tensor:
     layout = _layout(x)
+    if x2 is not None:
+        x = torch.cat((x, x2), 1)
     if add is not None:
         x = x + _per_channel(add, x)
     x = F.group_norm(x, num_groups, weight, bias, eps)
@@ -111,12 +126,16 @@ def reference_backward(
     add: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, add, scale and shift; empty for an argument that is None.
+    x2: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, add, scale, shift and x2; empty for an argument that is None.
 
     With u = (x + add - mean) * rstd and p = u * weight + bias, z = p * (1 + scale) + shift.
     """
     dtype, layout = x.dtype, _layout(x)
+    first, layout2 = x.shape[1], None if x2 is None else _layout(x2)
+    if x2 is not None:
+        x = torch.cat((x, x2), 1)
     compute = torch.promote_types(dtype, torch.float32)
     batch, channels = x.shape[:2]
     value = x.to(compute)
@@ -140,18 +159,25 @@ def reference_backward(
     dx = rstd * (du - du.mean(2, keepdim=True) - ug * (du * ug).mean(2, keepdim=True))
     dx = dx.reshape(batch, channels, -1)
     empty = x.new_empty(0)
+    dboth = dx.reshape(x.shape).to(dtype)
     return (
-        dx.reshape(x.shape).to(dtype).contiguous(memory_format=layout),
+        dboth[:, :first].contiguous(memory_format=layout),
         (dp * u).sum((0, 2)).to(dtype),
         dp.sum((0, 2)).to(dtype),
         dx.sum(2).to(dtype) if add is not None else empty,
         (dz * p).sum(2).to(dtype) if scale is not None else empty,
         dz.sum(2).to(dtype) if shift is not None else empty,
+        empty if layout2 is None else dboth[:, first:].contiguous(memory_format=layout2),
     )
 
 
-def _fake(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=_layout(x))
+def _like(x: Tensor, channels: int) -> Tensor:
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+
+
+def _fake(x: Tensor, num_groups: int, weight: Tensor, *_: Any) -> Tensor:
+    return _like(x, weight.shape[0])
 
 
 def _fake_backward(
@@ -165,42 +191,59 @@ def _fake_backward(
     add: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    x2: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    def per_image(value: Tensor | None) -> Tensor:
-        return x.new_empty(0) if value is None else x.new_empty(x.shape[:2])
-
-    parameters = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
-    return _fake(x), *parameters, per_image(add), per_image(scale), per_image(shift)
+    optional = (
+        x.new_empty(0) if value is None else x.new_empty(value.shape)
+        for value in (add, scale, shift)
+    )
+    dx2 = x.new_empty(0) if x2 is None else _like(x2, x2.shape[1])
+    return _like(x, x.shape[1]), x.new_empty(weight.shape), x.new_empty(bias.shape), *optional, dx2
 
 
 _SCHEMA = (
     "Tensor x, int num_groups, Tensor weight, Tensor bias, float eps, bool silu,"
-    " Tensor? add, Tensor? scale, Tensor? shift)"
+    " Tensor? add, Tensor? scale, Tensor? shift, Tensor? x2=None)"
 )
 _OP = Op("group_norm_silu", f"({_SCHEMA} -> Tensor", reference, _fake)
 _BACKWARD = Op(
     "group_norm_silu_backward",
-    f"(Tensor grad, {_SCHEMA} -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, {_SCHEMA} -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference_backward,
     _fake_backward,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, ctx.num_groups, weight, bias, ctx.eps, ctx.silu, add, scale, shift = inputs
-    ctx.save_for_backward(x, weight, bias, add, scale, shift)
+    x, ctx.num_groups, weight, bias, ctx.eps, ctx.silu, add, scale, shift, x2 = inputs
+    ctx.save_for_backward(x, weight, bias, add, scale, shift, x2)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, add, scale, shift = ctx.saved_tensors
-    dx, dweight, dbias, dadd, dscale, dshift = _BACKWARD(
-        grad, x, ctx.num_groups, weight, bias, ctx.eps, ctx.silu, add, scale, shift
+    x, weight, bias, add, scale, shift, x2 = ctx.saved_tensors
+    dx, dweight, dbias, dadd, dscale, dshift, dx2 = _BACKWARD(
+        grad, x, ctx.num_groups, weight, bias, ctx.eps, ctx.silu, add, scale, shift, x2
     )
     optional = (
         gradient if value is not None else None
-        for value, gradient in ((add, dadd), (scale, dscale), (shift, dshift))
+        for value, gradient in ((add, dadd), (scale, dscale), (shift, dshift), (x2, dx2))
     )
     return dx, None, dweight, dbias, None, None, *optional
 
 
 _OP.autograd(_setup_context, _backward)
+
+
+def _kernel_unsupported(
+    *args: Any,
+) -> str | None:
+    """A group's channels are one block of a kernel, whose size is bounded."""
+    weight, num_groups = next(
+        (args[i + 1], args[i]) for i, value in enumerate(args) if isinstance(value, int)
+    )
+    width = weight.shape[0] // num_groups
+    return f"{width} channels in a group, more than 8192" if width > 8192 else None
+
+
+triton_backend.add(_OP, "group_norm_silu", _kernel_unsupported)
+triton_backend.add(_BACKWARD, "group_norm_silu_backward", _kernel_unsupported)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import checks
+from . import checks, triton_backend
 from .op import Op
 
 
@@ -34,6 +34,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
         checks.shape(name, parameter, x.shape[-1:], "[C]")
         checks.same_dtype(name, parameter, "x", x)
         checks.same_device(name, parameter, "x", x)
+    checks.not_negative("eps", eps)
     return _OP(x, weight, bias, eps)
 
 
@@ -84,3 +85,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _OP.autograd(_setup_context, _backward)
+
+
+def _kernel_unsupported(*args: Any) -> str | None:
+    """A row is one block of the kernel, whose size is bounded."""
+    columns = args[0].shape[-1]
+    return f"rows of {columns}, more than 16384" if columns > 16384 else None
+
+
+for _op in (_OP, _BACKWARD):
+    triton_backend.add(_op, "layer_norm", _kernel_unsupported)

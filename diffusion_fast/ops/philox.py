@@ -1,9 +1,9 @@
 """Noise by seed, offset and element: a stream that a kernel can draw where it needs it.
 
-A ``torch.Generator`` hands out numbers in the order of calls; a kernel that draws its own noise needs
-a number that depends on the element's place only. Philox4x32-10 (Salmon et al. 2011) gives that, and
-this file is its definition: kernels draw the same integers bit for bit, and normals that differ by
-a few roundings of float32.
+A ``torch.Generator`` hands out numbers in the order of calls; a kernel that draws its own noise
+needs a number that depends on the element's place only. Philox4x32-10 (Salmon et al. 2011) gives
+that, and this file is its definition: kernels draw the same integers bit for bit, and normals that
+differ by a few roundings of float32.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def words(state: Tensor, counters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     seed, offset = state[0], state[1]
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     c0, c1 = counters & _MASK, (counters >> 32) & _MASK
-    c2, c3 = torch.zeros_like(c0) + (offset & _MASK), torch.zeros_like(c0) + (offset >> 32)
+    zero = torch.zeros_like(c0)
+    c2, c3 = zero + (offset & _MASK), zero + ((offset >> 32) & _MASK)
     for _ in range(10):
         # A product of two 32-bit words wraps into int64, whose bits are the right ones.
         p0, p2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57

@@ -13,14 +13,17 @@ A term whose coefficient is 0 is not read: 0 * NaN would be NaN. ``samplers/`` c
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, triton_backend
+from . import philox as _philox
 from .op import Op
+from .philox import Philox
 
 COLUMNS: tuple[str, ...] = (
     *("a", "b", "clip"),
@@ -38,13 +41,14 @@ def sampler_step(
     table: Tensor | list[list[float]],
     step: int | Tensor,
     *,
-    noise: Tensor | None = None,
+    noise: Tensor | Philox | None = None,
     y: Tensor | None = None,
     h1: Tensor | None = None,
     h2: Tensor | None = None,
     model_input: Tensor | None = None,
     peak: Tensor | None = None,
     scratch: Sequence[Tensor] | None = None,
+    rescale: bool = True,
 ) -> None:
     """Advance a sampler by one row, in place; no autograd.
 
@@ -56,13 +60,18 @@ def sampler_step(
             For an int step it is on the host, best as ``table.tolist()``.
         step: the row. An int, or an int64 tensor [1] beside a table on the device of ``x``, which
             is then read by the kernel and never by the host.
-        noise: z, like ``x``; needed by rows with s != 0.
+        noise: z, like ``x``; needed by rows with s != 0. Or z of every row, [N, *x.shape], of which
+            row ``step`` is read; or a :class:`~diffusion_fast.ops.Philox`, whose offset ``step`` is
+            added to.
         y: the kept sample, like ``x``; becomes y'. None if no row uses it.
         h1, h2: the last two x0, like ``x``; shifted. None if no row uses them.
         model_input: [B, ...] or [2B, ...], any floating dtype and memory format; x' is written to
             it (to both halves).
-        peak: [N], of the dtype of ``x``; peak[step] becomes max |m|, or NaN if m holds one.
+        peak: [N], of the dtype of ``x``, zero before the step; peak[step] becomes max |m|, or NaN
+            if m holds one: the first row that is not finite is the step where a model went wrong.
         scratch: three tensors like ``x``, so that the reference allocates nothing.
+        rescale: False promises that no row of a table on the device rescales guidance, which saves
+            a kernel the statistics.
 
     Guidance rescale (Lin et al. 2023, eq. 15-16) brings the guided output's standard deviation per
     image towards that of the conditional one, by the row's ``rescale`` in [0, 1].
@@ -71,29 +80,113 @@ def sampler_step(
         ValueError: a shape, dtype or device that doesn't match, or a row that reads what is
             missing.
     """
-    size, out_size = x.shape, model_output.shape
-    if out_size != size and (
-        out_size[1:] != size[1:] or len(model_output) not in (len(x), 2 * len(x))
-    ):
-        expected = f"shape {list(size)} (or twice the batch, for both halves of guidance)"
-        checks.fail("model_output", expected, list(out_size))
+    if x.dtype not in (torch.float32, torch.float64):
+        checks.fail("x", "dtype torch.float32 or torch.float64", x.dtype)
+    _check_halves("model_output", model_output, x)
+    if model_input is not None:
+        _check_halves("model_input", model_input, x)
+    for name, value in (("y", y), ("h1", h1), ("h2", h2), ("noise", noise)):
+        if value is None or isinstance(value, Philox):
+            continue
+        if name == "noise" and value.dim() == x.dim() + 1:  # a table of noise
+            value = value[0]
+        if value.shape != x.shape or value.dtype != x.dtype or value.device != x.device:
+            checks.like(name, value, "x", x)
     if not isinstance(table, list):
         if table.shape[-1:] != (len(COLUMNS),) or table.dtype != torch.float64:
             got = f"{table.dtype} {list(table.shape)}"
             checks.fail("table", f"float64 [N, {len(COLUMNS)}]", got)
         if isinstance(step, int) and table.device.type != "cpu":
             checks.fail("table", "a table on the host for an int step", table.device)
+    if peak is not None and (len(peak) != len(table) or peak.dtype != x.dtype):
+        expected = f"{x.dtype} [N] = [{len(table)}]"
+        checks.fail("peak", expected, f"{peak.dtype} {list(peak.shape)}")
+    stream: Tensor | None = None
+    if isinstance(noise, Philox):
+        _philox.check_device("noise", noise, x)
+        stream, noise = noise.state, None
     if isinstance(step, int):
         if not 0 <= step < len(table):
             checks.fail("step", f"an index in [0, {len(table)})", step)
         if not torch.compiler.is_compiling():
-            row = table[step] if isinstance(table, list) else table[step].tolist()
-            return _step(x, model_output, row, step, noise, y, h1, h2, model_input, peak, scratch)
-        step = torch.full((1,), step, dtype=torch.int64)
-    if isinstance(table, list):
-        table = torch.tensor(table, dtype=torch.float64, device=x.device)
-    _OP(x, model_output, table, step, noise, y, h1, h2, model_input, peak)
+            call = (x, model_output, table, step, noise, y, h1, h2, model_input, peak, stream)
+            return _host_step(*call, scratch)
+        step = torch.full((1,), step, dtype=torch.int64, device=x.device)
+    if not isinstance(table, Tensor):
+        table = torch.tensor(table, dtype=torch.float64)
+    table = table.to(x.device)
+    _OP(x, model_output, table, step, noise, y, h1, h2, model_input, peak, stream, rescale)
     return None
+
+
+def _check_halves(name: str, value: Tensor, x: Tensor) -> None:
+    """[B, ...] or, with both halves of guidance, [2B, ...], floating and beside ``x``."""
+    if value.shape != x.shape and (
+        value.shape[1:] != x.shape[1:] or len(value) not in (len(x), 2 * len(x))
+    ):
+        expected = f"shape {list(x.shape)} (or twice the batch, for both halves of guidance)"
+        checks.fail(name, expected, list(value.shape))
+    if value.dtype != x.dtype:
+        checks.floating(name, value)
+    if value.device != x.device:
+        checks.same_device(name, value, "x", x)
+
+
+def _host_step(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor | list[list[float]],
+    step: int,
+    noise: Tensor | None,
+    y: Tensor | None,
+    h1: Tensor | None,
+    h2: Tensor | None,
+    model_input: Tensor | None,
+    peak: Tensor | None,
+    stream: Tensor | None,
+    scratch: Sequence[Tensor] | None,
+) -> None:
+    """The row's floats travel with the call: nothing is read from a device."""
+    row = table[step] if isinstance(table, list) else table[step].tolist()
+    args = (noise, y, h1, h2, model_input, peak, stream)
+    chosen = _OP.choose(x, model_output, [row], 0, *args)
+    _OP.last_ran = chosen.backend
+    if chosen.backend != "reference":
+        _check_reads(row, noise if stream is None else stream, y, h1, h2)
+        return chosen.run(x, model_output, {step: row}, step, *args)
+    if row[COLUMNS.index("s")] == 0:
+        stream = None
+    z = _noise(x, step, noise, stream)
+    return _step(x, model_output, row, step, z, y, h1, h2, model_input, peak, scratch)
+
+
+def _check_reads(
+    row: Sequence[float],
+    noise: Tensor | None,
+    y: Tensor | None,
+    h1: Tensor | None,
+    h2: Tensor | None,
+) -> None:
+    """What the reference notices term by term: a row that reads a tensor which is not there."""
+    given = {"noise": (noise, "s"), "y": (y, "c_y"), "h1": (h1, "c_1"), "h2": (h2, "c_2")}
+    if y is not None:
+        given |= {"h1": (h1, "c_1 d_1"), "h2": (h2, "c_2 d_2")}
+    for name, (value, columns) in given.items():
+        if value is None and any(row[COLUMNS.index(column)] for column in columns.split()):
+            checks.fail(name, "a tensor, because this row of the table reads it", None)
+
+
+def _noise(
+    x: Tensor, step: int | Tensor, noise: Tensor | None, stream: Tensor | None
+) -> Tensor | None:
+    """z of this row: as given, row ``step`` of a table of noise, or drawn."""
+    if stream is not None:
+        state = stream.to(x.device)
+        state = torch.stack((state[0], state[1] + (step if isinstance(step, int) else step[0])))
+        return _philox.normal(state, x.shape, x.dtype)
+    if noise is not None and noise.dim() > x.dim():
+        return noise[step] if isinstance(step, int) else noise.index_select(0, step)[0]
+    return noise
 
 
 def reference(
@@ -107,10 +200,13 @@ def reference(
     h2: Tensor | None,
     model_input: Tensor | None,
     peak: Tensor | None,
+    stream: Tensor | None = None,
+    rescale: bool = True,
 ) -> None:
     """The same step with the row picked on the device: coefficients stay tensors."""
     row = table.index_select(0, step)[0].to(x.dtype).unbind()
-    _step(x, model_output, row, step, noise, y, h1, h2, model_input, peak, None)
+    z = _noise(x, step, noise, stream)
+    _step(x, model_output, row, step, z, y, h1, h2, model_input, peak, None)
 
 
 def _step(
@@ -137,11 +233,11 @@ def _step(
     if m.shape != x.shape:
         m = _guided(model_output, x, g, rescale, m_buffer)
     if peak is not None:
-        largest = torch.amax(torch.abs(m.to(x.dtype), out=x0))
+        torch.abs(m if m.dtype == x.dtype else m.to(x.dtype), out=x0)
         if isinstance(step, int):
-            peak[step].copy_(largest)
+            torch.amax(x0, (), out=peak[step])
         else:
-            peak.index_copy_(0, step, largest[None])
+            peak.index_copy_(0, step, torch.amax(x0)[None])
 
     if not on_host or c_0 or d_0 or h1 is not None:
         accumulate(x0, ("x", a, x), ("model_output", b, m))
@@ -180,10 +276,12 @@ def _guided(
     torch.lerp(uncond, cond, g, out=out)
     if isinstance(rescale, Tensor) or rescale:
         dims = tuple(range(1, x.dim()))
-        ratio = cond.std(dims, keepdim=True) / out.std(dims, keepdim=True)
-        factor = 1 + rescale * (ratio - 1)
+        target = cond.std(dims, correction=0, keepdim=True)
+        std = out.std(dims, correction=0, keepdim=True)
+        # A constant image has no deviation to bring anywhere: 0 / 0.
+        factor = torch.where(std == 0, 1.0, 1 + rescale * (target / std - 1))
         if isinstance(rescale, Tensor):
-            factor = torch.where(rescale == 0, 1.0, factor)  # a constant image has ratio 0 / 0
+            factor = torch.where(rescale == 0, 1.0, factor)
         out.mul_(factor)
     return out
 
@@ -223,7 +321,52 @@ def _accumulate_on_device(out: Tensor, *terms: tuple[str, Tensor, Tensor | None]
 _OP = Op(
     "sampler_step",
     "(Tensor(a!) x, Tensor model_output, Tensor table, Tensor step, Tensor? noise, Tensor(b!)? y,"
-    " Tensor(c!)? h1, Tensor(d!)? h2, Tensor(e!)? model_input, Tensor(f!)? peak) -> ()",
+    " Tensor(c!)? h1, Tensor(d!)? h2, Tensor(e!)? model_input, Tensor(f!)? peak,"
+    " Tensor? stream=None, bool rescale=True) -> ()",
     reference,
     lambda *_: None,
 )
+
+
+def _kernel_unsupported(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    step: Tensor,
+    noise: Tensor | None = None,
+    y: Tensor | None = None,
+    h1: Tensor | None = None,
+    h2: Tensor | None = None,
+    model_input: Tensor | None = None,
+    peak: Tensor | None = None,
+    stream: Tensor | None = None,
+    rescale: bool = True,
+) -> str | None:
+    """The state is walked as memory lies, and changed in place: there is no copying it first."""
+    if x.dtype not in (torch.float32, torch.float64):
+        return f"x is {x.dtype}, not float32 or float64"
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    if not (last or x.is_contiguous()):
+        return "x is neither contiguous nor channels_last"
+    for name, value in (("noise", noise), ("y", y), ("h1", h1), ("h2", h2)):
+        if value is not None:
+            one = value[0] if value.dim() > x.dim() else value
+            strides = zip(one.stride(), x.stride(), x.shape, strict=True)
+            if any(a != b for a, b, n in strides if n > 1) or one.dtype != x.dtype:
+                return f"{name} has other strides or another dtype than x"
+    if model_input is not None and not _collapses(model_input):
+        return "the image dimensions of model_input are not one block of memory"
+    if peak is not None and (peak.dtype != x.dtype or not peak.is_contiguous()):
+        return "peak has another dtype than x, or gaps"
+    if x[0:1].numel() >= 2**31:
+        return "an image of 2^31 elements or more"
+    return None
+
+
+def _collapses(value: Tensor) -> bool:
+    """Whether [B, C, ...] is [B, C, S] with one stride for S."""
+    space = [(n, s) for n, s in zip(value.shape[2:], value.stride()[2:], strict=True) if n > 1]
+    return all(outer == n * inner for (_, outer), (n, inner) in itertools.pairwise(space))
+
+
+triton_backend.add(_OP, "sampler_step", _kernel_unsupported)

@@ -27,7 +27,9 @@ def _machine(interpreted: bool) -> str | None:
     return "no CUDA device (TRITON_INTERPRET=1 interprets the kernels on a CPU, for tests)"
 
 
+@functools.cache
 def _interpreted() -> bool:
+    """As triton sees it: it reads the variable once, when it is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

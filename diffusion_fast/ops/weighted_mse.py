@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, triton_backend
 from .op import Op
 
 
@@ -97,3 +97,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _OP.autograd(_setup_context, _backward)
+
+
+for _op in (_OP, _BACKWARD):
+    triton_backend.add(_op, "weighted_mse")

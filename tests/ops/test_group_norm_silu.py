@@ -179,6 +179,8 @@ def test_compiles_and_exports_whole() -> None:
     ("change", "message"),
     [
         ({"num_groups": 3}, r"num_groups: expected a divisor of the 8 channels of x, got 3"),
+        ({"eps": -1.0}, r"eps: expected a number of at least 0, got -1.0"),
+        ({"eps": float("nan")}, r"eps: expected a finite number, got nan"),
         ({"num_groups": 0}, r"num_groups: expected a positive integer, got 0"),
         ({"weight": torch.ones(7)}, r"weight: expected shape \[C\] = \[8\], got \[7\]"),
         ({"bias": torch.ones(8).double()}, r"bias: expected the dtype of x"),

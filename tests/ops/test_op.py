@@ -50,8 +50,14 @@ def test_use_backend_overrides_and_restores(qkv: tuple[torch.Tensor, ...]) -> No
             ops.attention(*qkv)
             assert ops.explain("attention").last_ran == "sdpa"
             assert "reference was asked for" not in str(ops.explain("attention"))
+        with ops.use_backend("auto"):
+            ops.attention(*qkv)
+            assert ops.explain("attention").last_ran == "sdpa"
         ops.attention(*qkv)
         assert ops.explain("attention").last_ran == "reference"
+    with ops.use_backend(attention="reference"), ops.use_backend("auto"):
+        ops.attention(*qkv)
+        assert ops.explain("attention").last_ran == "sdpa"
     with pytest.raises(KeyError), ops.use_backend("reference"):
         raise KeyError
     ops.attention(*qkv)

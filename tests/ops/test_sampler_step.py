@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from numerics import assert_close
@@ -109,9 +111,10 @@ def test_a_term_with_coefficient_zero_is_not_read(on_device: bool, name: str) ->
 
 def test_a_constant_image_survives_rescaling() -> None:
     output = torch.ones(2 * SHAPE[0], *SHAPE[1:])
-    for step in (1, torch.tensor([1])):
+    for rescale, step in itertools.product((0.0, 0.6), (1, torch.tensor([1]))):
         x = torch.zeros(SHAPE)
-        ops.sampler_step(x, output, table(b=1.0, c_0=1.0, guidance=3.0), step)
+        rows = table(b=1.0, c_0=1.0, guidance=3.0, rescale=rescale)
+        ops.sampler_step(x, output, rows, step)
         assert (x == 1).all()
 
 
@@ -182,6 +185,19 @@ def test_operator() -> None:
     [
         ({"model_output": torch.ones(3, 2, 5, 5)}, r"model_output: expected shape \[3, 2, 5, 4\]"),
         ({"model_output": torch.ones(9, 2, 5, 4)}, r"model_output: .*got \[9, 2, 5, 4\]"),
+        (
+            {"model_output": torch.ones(SHAPE).int()},
+            "model_output: expected a floating point dtype",
+        ),
+        ({"model_output": torch.ones(SHAPE, device="meta")}, "model_output: expected the device"),
+        ({"x": torch.ones(SHAPE).bfloat16()}, "x: expected dtype torch.float32 or torch.float64"),
+        ({"noise": torch.ones(1, 2, 5, 4)}, r"noise: expected shape of x = \[3, 2, 5, 4\], got"),
+        ({"noise": torch.ones(2, 3, 2, 5, 3)}, r"noise: expected shape of x"),
+        ({"y": torch.ones(SHAPE).double()}, "y: expected the dtype of x"),
+        ({"h1": torch.ones(3, 2, 5, 5)}, "h1: expected shape of x"),
+        ({"h2": torch.ones(SHAPE, device="meta")}, "h2: expected the device of x"),
+        ({"model_input": torch.ones(3, 1, 5, 4)}, r"model_input: expected shape \[3, 2, 5, 4\]"),
+        ({"peak": torch.ones(1)}, r"peak: expected torch.float32 \[N\] = \[2\]"),
         ({"table": torch.ones(2, 3).double()}, r"table: expected float64 \[N, 17\]"),
         ({"table": table().float()}, r"table: expected float64"),
         ({"table": table().to("meta")}, "table: expected a table on the host for an int step"),

@@ -1,0 +1,277 @@
+"""Registers, shared memory and spills of every Triton kernel, compiled without a GPU.
+
+    python benchmarks/compile_kernels.py                    # all, into benchmarks/results/compile/
+    python benchmarks/compile_kernels.py --arch 90 --quick  # a subset, to the screen
+
+The launchers themselves run, at the models' shapes, with tensors on the meta device; what they
+would launch is compiled for each architecture as the JIT would specialise it. Resources come from
+the cubin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).parent))
+import shapes
+
+from diffusion_fast.kernels import (
+    add_noise,
+    geglu,
+    group_norm_silu,
+    group_norm_silu_backward,
+    launch,
+    layer_norm,
+    residual,
+    sampler_step,
+    weighted_mse,
+)
+
+ARCHITECTURES = (80, 90, 100, 120)
+TABLE = Path(__file__).parent / "results" / "compile" / "kernels.csv"
+FIELDS = ("op", "case", "kernel", "arch", "warps", "registers", "shared", "spills", "local")
+BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def meta(*size: int, dtype: torch.dtype = BF16, last: bool = False) -> torch.Tensor:
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(size, dtype=dtype, device="meta", memory_format=layout)
+
+
+def cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """(op, name of the case, a call of its launchers)."""
+    yield from _norm_cases(quick)
+    yield from _row_cases(quick)
+    yield from _latent_cases(quick)
+
+
+def _norm_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    chosen = [c for c in shapes.GROUP_NORM if not quick or c[1:] in ((64, 640, 320), (16, 1280, 0))]
+    for model, side, first, second in chosen:
+        for last in (True,) if quick else (False, True):
+            channels = first + second
+            x = meta(2, first, side, side, last=last)
+            x2 = meta(2, second, side, side, last=last) if second else None
+            weight, add = meta(channels), meta(2, channels)
+            args = (shapes.GROUPS, weight, weight, 1e-5, True, add, None, None, x2)
+            dy = meta(2, channels, side, side, last=last)
+            name = f"{model} {side}x{side} {first}+{second} {'NHWC' if last else 'NCHW'}"
+            yield (
+                "group_norm_silu",
+                name,
+                lambda x=x, a=args: group_norm_silu.group_norm_silu(x, *a),
+            )
+            yield (
+                "group_norm_silu",
+                name,
+                lambda dy=dy, x=x, a=args: group_norm_silu_backward.group_norm_silu_backward(
+                    dy, x, *a
+                ),
+            )
+
+
+def _row_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    for model, rows, width in shapes.LAYER_NORM[1:2] if quick else shapes.LAYER_NORM:
+        x, weight, name = meta(rows, width), meta(width), f"{model} {rows}x{width}"
+        yield "layer_norm", name, lambda x=x, w=weight: layer_norm.layer_norm(x, w, w, 1e-5)
+        yield (
+            "layer_norm",
+            name,
+            lambda x=x, w=weight: layer_norm.layer_norm_backward(x, x, w, 1e-5),
+        )
+    for model, rows, width in shapes.GEGLU[1:2] if quick else shapes.GEGLU:
+        x, dy, name = meta(rows, 2 * width), meta(rows, width), f"{model} {rows}x{width}"
+        yield "geglu", name, lambda x=x: geglu.geglu(x)
+        yield "geglu", name, lambda x=x, dy=dy: geglu.geglu_backward(dy, x)
+    for model, side, channels in shapes.RESIDUAL[:1] if quick else shapes.RESIDUAL:
+        x, bias = meta(2, channels, side, side, last=True), meta(channels)
+        name = f"{model} {side}x{side} {channels}"
+        yield "residual", name, lambda x=x, b=bias: residual.residual(x, x, b, 0.5, 1)
+        yield "residual", name, lambda x=x: residual.residual_backward(x, 0.5, 1, True)
+
+
+def _latent_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    t, table = torch.empty(256, dtype=torch.int64, device="meta"), meta(1000, dtype=F32)
+    state = torch.empty(2, dtype=torch.int64, device="meta")
+    rows, step = meta(50, 17, dtype=F64), torch.empty(1, dtype=torch.int64, device="meta")
+    for model, batch, side in shapes.LATENTS[:1] if quick else shapes.LATENTS:
+        name = f"{model} {batch}x4x{side}x{side}"
+        for dtype in (F32,) if quick else (F32, BF16):
+            x, kind = meta(batch, 4, side, side, dtype=dtype), f"{name} {str(dtype)[6:]}"
+            at = t[:batch], table, table
+            yield "add_noise", kind, lambda x=x, a=at: add_noise.add_noise(x, x, *a, True)
+            yield (
+                "add_noise",
+                f"{kind} philox",
+                lambda x=x, a=at: add_noise.add_noise_philox(x, state, *a, "epsilon"),
+            )
+            yield "add_noise", kind, lambda x=x, a=at: add_noise.add_noise_backward(x, x, *a, True)
+            weight = meta(batch, dtype=F32)
+            yield "weighted_mse", kind, lambda x=x, w=weight: weighted_mse.weighted_mse(x, x, w)
+            yield (
+                "weighted_mse",
+                kind,
+                lambda x=x, w=weight: weighted_mse.weighted_mse_backward(w[0], x, x, w),
+            )
+        if batch > 2:
+            continue
+        x, both = meta(1, 4, side, side, dtype=F32), meta(2, 4, side, side, last=True)
+        peak = meta(50, dtype=F32)
+        for noise, stream in ((x, None), (None, state)):
+            kind = f"{model} 1x4x{side}x{side}" + (" philox" if stream is not None else "")
+            yield (
+                "sampler_step",
+                kind,
+                lambda x=x, m=both, z=noise, s=stream, p=peak: sampler_step.sampler_step(
+                    x, m, rows, step, z, x, x, x, m, p, s
+                ),
+            )
+        row = (0.5,) * 17
+        yield (
+            "sampler_step",
+            f"{model} 1x4x{side}x{side} host row",
+            lambda x=x, m=both, p=peak, row=row: sampler_step.sampler_step(
+                x, m, {3: row}, 3, x, x, x, x, m, p
+            ),
+        )
+
+
+def record(call: Callable[[], object]) -> list[Launch]:
+    """What a launcher would launch."""
+    launches: list[Launch] = []
+    launch.recorder = lambda *what: launches.append(what)
+    try:
+        call()
+    finally:
+        launch.recorder = None
+    return launches
+
+
+# What the JIT calls the dtypes.
+_TYPES = {torch.float64: "fp64", F32: "fp32", BF16: "bf16", torch.float16: "fp16"}
+_TYPES |= {torch.int64: "i64", torch.int32: "i32"}
+
+
+def source(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> ASTSource:
+    """Specialised as the JIT does: 1 and None are constants, multiples of 16 are known as such."""
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def describe(value: Any, path: tuple[int, ...], annotated: str, specialise: bool) -> Any:
+        if isinstance(value, tuple):
+            return tuple(describe(v, (*path, i), "", specialise) for i, v in enumerate(value))
+        if value is None or (isinstance(value, int) and value == 1 and specialise):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return f"*{_TYPES[value.dtype]}"
+        if isinstance(value, float):
+            return annotated or "fp32"
+        if value % 16 == 0 and specialise:
+            attributes[path] = [["tt.divisibility", 16]]
+        return annotated or ("i32" if -(2**31) <= value < 2**31 else "i64")
+
+    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=False)):
+        specialise = not parameter.do_not_specialize
+        annotated = "" if parameter.is_constexpr else parameter.annotation_type
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
+        else:
+            signature[parameter.name] = describe(value, (i,), annotated, specialise)
+    for i, parameter in enumerate(kernel.params[len(args) :], len(args)):
+        signature[parameter.name] = "constexpr"
+        constants[(i,)] = options[parameter.name]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and local memory (spills and arrays, in bytes) of a cubin's kernel."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": found["REG"], "local": found["STACK"] + found["LOCAL"]}
+
+
+def rows(architectures: tuple[int, ...], quick: bool) -> Iterator[dict[str, Any]]:
+    done = set()
+    for op, case, call in cases(quick):
+        for kernel, args, options in record(call):
+            compiled_source = source(kernel, args, options)
+            warps = options.get("num_warps", 4)
+            for arch in architectures:
+                row = {"op": op, "case": case, "kernel": kernel.fn.__name__, "arch": arch}
+                # Shapes that specialise alike are the same program: one row is enough.
+                key = (compiled_source.hash(), warps, arch)
+                if key in done:
+                    continue
+                done.add(key)
+                target = GPUTarget("cuda", arch, 32)
+                compiled = triton.compile(compiled_source, target, {"num_warps": warps})
+                found = resources(compiled.asm["cubin"])
+                spills = (
+                    len(re.findall(r"\b(?:STL|LDL)\b", compiled.asm["sass"]))
+                    if found["local"]
+                    else 0
+                )
+                yield (
+                    row
+                    | {"warps": warps, "shared": compiled.metadata.shared, "spills": spills}
+                    | found
+                )
+
+
+def read(file: Path = TABLE) -> list[dict[str, str]]:
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def main() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("compiling needs TRITON_INTERPRET unset")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES)
+    parser.add_argument("--quick", action="store_true", help="a few shapes, csv to the screen")
+    options = parser.parse_args()
+    architectures = tuple(options.arch or ARCHITECTURES)
+    if options.quick or options.arch:
+        writer = csv.DictWriter(sys.stdout, FIELDS)
+        writer.writeheader()
+        for row in rows(architectures, options.quick):
+            writer.writerow(row)
+        return
+    TABLE.parent.mkdir(parents=True, exist_ok=True)
+    with TABLE.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        for row in rows(architectures, quick=False):
+            writer.writerow(row)
+            stream.flush()
+
+
+if __name__ == "__main__":
+    main()

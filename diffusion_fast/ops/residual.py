@@ -1,0 +1,108 @@
+"""What stands between a layer and the next where no epilogue reaches: bias, residual, scale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, triton_backend
+from .op import Op
+
+
+def residual(
+    x: Tensor,
+    residual: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    dim: int = 1,
+) -> Tensor:
+    """(x + bias + residual) * scale, in one pass.
+
+    Args:
+        x: any shape.
+        residual: like ``x``; None adds nothing.
+        bias: [C], the size of dimension ``dim`` of ``x``, of its dtype; None adds nothing.
+        scale: such as 1 / sqrt(2), or 1 over a block's output scale factor.
+        dim: the dimension of the channels: 1 for convolutions, -1 for linear layers.
+
+    Returns:
+        Like ``x``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that don't match, a dimension that x doesn't have, or
+            a scale that is not finite.
+    """
+    checks.floating("x", x)
+    checks.finite("scale", scale)
+    if residual is not None:
+        checks.like("residual", residual, "x", x)
+    if bias is not None:
+        if not -x.dim() <= dim < x.dim():
+            checks.fail("dim", f"a dimension of x {list(x.shape)}", dim)
+        checks.tensor("bias", bias)
+        checks.shape("bias", bias, (x.shape[dim],), "[C]")
+        checks.same_dtype("bias", bias, "x", x)
+        checks.same_device("bias", bias, "x", x)
+        dim %= x.dim()
+    else:
+        dim = 0
+    return _OP(x, residual, bias, float(scale), dim)
+
+
+def reference(
+    x: Tensor, residual: Tensor | None, bias: Tensor | None, scale: float, dim: int
+) -> Tensor:
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    if bias is not None:
+        y = y + bias.to(y.dtype).view(-1, *(1,) * (x.dim() - 1 - dim))
+    if residual is not None:
+        y = y + residual
+    return torch.empty_like(x).copy_(y * scale)
+
+
+def reference_backward(
+    grad: Tensor, scale: float, dim: int, with_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x (and the residual) and of bias, empty where it has none."""
+    dx = grad.to(torch.promote_types(grad.dtype, torch.float32)) * scale
+    dbias = grad.new_empty(0)
+    if with_bias:
+        dbias = dx.sum([d for d in range(grad.dim()) if d != dim]) if grad.dim() > 1 else dx
+        dbias = dbias.to(grad.dtype, copy=True)
+    return torch.empty_like(grad).copy_(dx), dbias
+
+
+_OP = Op(
+    "residual",
+    "(Tensor x, Tensor? residual, Tensor? bias, float scale, int dim) -> Tensor",
+    reference,
+    lambda x, *_: torch.empty_like(x),
+)
+_BACKWARD = Op(
+    "residual_backward",
+    "(Tensor grad, float scale, int dim, bool with_bias) -> (Tensor, Tensor)",
+    reference_backward,
+    lambda grad, scale, dim, with_bias: (
+        torch.empty_like(grad),
+        grad.new_empty(grad.shape[dim] if with_bias else 0),
+    ),
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, residual, bias, ctx.scale, ctx.dim = inputs
+    ctx.with_residual, ctx.with_bias = residual is not None, bias is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dbias = _BACKWARD(grad, ctx.scale, ctx.dim, ctx.with_bias)
+    dresidual = dx if ctx.with_residual else None
+    return dx, dresidual, dbias if ctx.with_bias else None, None, None
+
+
+_OP.autograd(_setup_context, _backward)
+
+for _op in (_OP, _BACKWARD):
+    triton_backend.add(_op, "residual")

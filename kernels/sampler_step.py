@@ -1,0 +1,328 @@
+"""One row of a sampler's table: guidance, x0, clamp, x', y', history, next model input, one launch.
+
+    m   = u + g (c - u)                            (times a factor per image, when rescaling)
+    x0  = clamp(a x + b m, -clip, clip)
+    x'  = c_x x + c_0 x0 + c_1 h1 + c_2 h2 + c_y y + c_m m + s z
+    y'  = d_x x + d_0 x0 + d_1 h1 + d_2 h2 + d_y y
+    h2, h1 <- h1, x0;   model input <- x' (both halves);   peak[step] <- max |m|
+
+The row comes by a counter on the device, or as launch arguments for a step known on the host; z
+from memory, from row ``step`` of a table of noise, or from Philox, ``step`` added to its offset.
+The state (x, y, h1, h2, z) is dense, contiguous or channels_last, and walked as memory lies; the
+model's output and input have dtypes and strides of their own. A term of coefficient 0 counts as 0
+whatever its tensor holds. Guidance rescale first needs a standard deviation per image:
+``_deviations``.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch, philox, statistics
+
+BLOCK = 1024
+PARTS = 16  # of an image, whose statistics are made apart
+
+
+@triton.jit
+def _term(coefficient, value):
+    return tl.where(coefficient == 0.0, 0.0, coefficient * value)
+
+
+@triton.jit
+def _guided(
+    m_ptr, strides, image, batch, c, s, valid, guidance, DTYPE: tl.constexpr, HALVES: tl.constexpr
+):
+    """(guided, conditional) output at channel c and place s of an image."""
+    place = c * strides[1] + s * strides[2]
+    first = tl.load(m_ptr + image * strides[0] + place, mask=valid, other=0.0).to(DTYPE)
+    if HALVES == 2:
+        m_ptr += (image + batch) * strides[0]
+        cond = tl.load(m_ptr + place, mask=valid, other=0.0).to(DTYPE)
+        m = first + guidance * (cond - first)
+    else:
+        m, cond = first, first
+    return m, cond
+
+
+@triton.jit
+def _row(table_ptr, step_ptr, host, COLUMNS: tl.constexpr, i: tl.constexpr, DTYPE: tl.constexpr):
+    """Coefficient i: of the row that the device's counter names, or of the launch's arguments."""
+    if step_ptr is None:
+        coefficient = tl.full((), host, DTYPE)
+    else:
+        coefficient = tl.load(table_ptr + tl.load(step_ptr) * COLUMNS + i).to(DTYPE)
+    return coefficient
+
+
+@triton.jit
+def _deviations(
+    parts_ptr,
+    m_ptr,
+    m_strides,
+    table_ptr,
+    step_ptr,
+    guidance: tl.float64,
+    batch,
+    channels,
+    space,
+    part_size,
+    COLUMNS: tl.constexpr,
+    GUIDANCE: tl.constexpr,
+    PARTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Count, mean, squared deviations of guided and conditional output, [B, PARTS, 2, 3]."""
+    image = (tl.program_id(0) // PARTS).to(tl.int64)
+    part = tl.program_id(0) % PARTS
+    g = _row(table_ptr, step_ptr, guidance, COLUMNS, GUIDANCE, DTYPE)
+    count = tl.zeros((), DTYPE)
+    mean = tl.zeros((), DTYPE)
+    m2 = tl.zeros((), DTYPE)
+    cond_mean = tl.zeros((), DTYPE)
+    cond_m2 = tl.zeros((), DTYPE)
+    last = tl.minimum((part + 1) * part_size, channels * space)
+    for start in range(part * part_size, last, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        valid = index < last
+        c, s = index // space, index % space
+        m, cond = _guided(m_ptr, m_strides, image, batch, c, s, valid, g, DTYPE, 2)
+        n = tl.full((), tl.minimum(last - start, BLOCK), DTYPE)
+        share = n / (count + n)
+        tile_mean = tl.sum(m, 0) / n
+        deviation = tl.where(valid, m - tile_mean, 0.0)
+        delta = tile_mean - mean
+        mean += delta * share
+        m2 += tl.sum(deviation * deviation, 0) + delta * delta * (count * share)
+        tile_mean = tl.sum(cond, 0) / n
+        deviation = tl.where(valid, cond - tile_mean, 0.0)
+        delta = tile_mean - cond_mean
+        cond_mean += delta * share
+        cond_m2 += tl.sum(deviation * deviation, 0) + delta * delta * (count * share)
+        count += n
+    parts_ptr += (image * PARTS + part) * 6
+    tl.store(parts_ptr, count)
+    tl.store(parts_ptr + 1, mean)
+    tl.store(parts_ptr + 2, m2)
+    tl.store(parts_ptr + 3, count)
+    tl.store(parts_ptr + 4, cond_mean)
+    tl.store(parts_ptr + 5, cond_m2)
+
+
+@triton.jit
+def _factor(parts_ptr, image, rescale, PARTS: tl.constexpr):
+    """1 + rescale (std(cond) / std(m) - 1) for an image; 1 where nothing is rescaled."""
+    part = parts_ptr + (image * PARTS + tl.arange(0, PARTS)) * 6
+    _, m2, _ = statistics.merge(tl.load(part), tl.load(part + 1), tl.load(part + 2), 0)
+    _, cond_m2, _ = statistics.merge(tl.load(part + 3), tl.load(part + 4), tl.load(part + 5), 0)
+    # A constant image has no deviation to bring anywhere, and its ratio would be 0 / 0.
+    ratio = tl.sqrt(cond_m2) / tl.sqrt(m2)
+    return tl.where((rescale == 0.0) | (m2 == 0.0), 1.0, 1.0 + rescale * (ratio - 1.0))
+
+
+@triton.jit
+def _write_peak(peak_ptr, step, m, valid, DTYPE: tl.constexpr):
+    """Maximum of |m| as integers, whose order is that of the floats and puts NaN above infinity."""
+    if DTYPE.is_fp64():
+        pattern = tl.abs(m).to(tl.int64, bitcast=True)
+    else:
+        pattern = tl.abs(m).to(tl.int32, bitcast=True)
+    tl.atomic_max(peak_ptr + step, tl.max(tl.where(valid, pattern, 0), 0))
+
+
+@triton.jit(do_not_specialize=["host_step", "seed", "offset"])
+def _sampler_step(
+    state,
+    m_ptr,
+    m_strides,
+    input_ptr,
+    input_strides,
+    peak_ptr,
+    parts_ptr,
+    noise_stride,
+    stream,
+    seed: tl.int64,
+    offset: tl.int64,
+    table_ptr,
+    step_ptr,
+    host_step,
+    a: tl.float64,
+    b: tl.float64,
+    clip: tl.float64,
+    c_x: tl.float64,
+    c_0: tl.float64,
+    c_1: tl.float64,
+    c_2: tl.float64,
+    c_y: tl.float64,
+    c_m: tl.float64,
+    s_z: tl.float64,
+    d_x: tl.float64,
+    d_0: tl.float64,
+    d_1: tl.float64,
+    d_2: tl.float64,
+    d_y: tl.float64,
+    guidance: tl.float64,
+    rescale: tl.float64,
+    batch,
+    channels,
+    space,
+    chunks,
+    LAST: tl.constexpr,  # the state is channels_last
+    HALVES: tl.constexpr,
+    INPUT_HALVES: tl.constexpr,
+    NOISE: tl.constexpr,  # "none", "memory" or "philox"
+    STATE_ON_DEVICE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    x_ptr, y_ptr, h1_ptr, h2_ptr, z_ptr = state
+    image = (tl.program_id(0) // chunks).to(tl.int64)
+    size = channels * space
+    index = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
+    valid = index < size
+    if LAST:
+        c, s = index % channels, index // channels
+    else:
+        c, s = index // space, index % space
+    here = image * size + index
+    if step_ptr is None:
+        step = tl.full((), host_step, tl.int64)
+    else:
+        step = tl.load(step_ptr)
+
+    g = _row(table_ptr, step_ptr, guidance, COLUMNS, 15, DTYPE)
+    m, _ = _guided(m_ptr, m_strides, image, batch, c, s, valid, g, DTYPE, HALVES)
+    if parts_ptr is not None:
+        rescale = _row(table_ptr, step_ptr, rescale, COLUMNS, 16, DTYPE)
+        m = m * _factor(parts_ptr, image, rescale, PARTS)
+    if peak_ptr is not None:
+        _write_peak(peak_ptr, step, m, valid, DTYPE)
+
+    x = tl.load(x_ptr + here, mask=valid, other=0.0)
+    x0 = _term(_row(table_ptr, step_ptr, a, COLUMNS, 0, DTYPE), x)
+    x0 += _term(_row(table_ptr, step_ptr, b, COLUMNS, 1, DTYPE), m)
+    # Comparisons with NaN are false: it passes through, as in torch.clamp.
+    limit = _row(table_ptr, step_ptr, clip, COLUMNS, 2, DTYPE)
+    x0 = tl.where(x0 > limit, limit, x0)
+    x0 = tl.where(x0 < -limit, -limit, x0)
+
+    x_next = _term(_row(table_ptr, step_ptr, c_x, COLUMNS, 3, DTYPE), x)
+    x_next += _term(_row(table_ptr, step_ptr, c_0, COLUMNS, 4, DTYPE), x0)
+    y_next = _term(_row(table_ptr, step_ptr, d_x, COLUMNS, 10, DTYPE), x)
+    y_next += _term(_row(table_ptr, step_ptr, d_0, COLUMNS, 11, DTYPE), x0)
+    if h1_ptr is not None:
+        h1 = tl.load(h1_ptr + here, mask=valid, other=0.0)
+        x_next += _term(_row(table_ptr, step_ptr, c_1, COLUMNS, 5, DTYPE), h1)
+        y_next += _term(_row(table_ptr, step_ptr, d_1, COLUMNS, 12, DTYPE), h1)
+    if h2_ptr is not None:
+        h2 = tl.load(h2_ptr + here, mask=valid, other=0.0)
+        x_next += _term(_row(table_ptr, step_ptr, c_2, COLUMNS, 6, DTYPE), h2)
+        y_next += _term(_row(table_ptr, step_ptr, d_2, COLUMNS, 13, DTYPE), h2)
+        if h1_ptr is not None:
+            tl.store(h2_ptr + here, h1, mask=valid)
+    if h1_ptr is not None:
+        tl.store(h1_ptr + here, x0, mask=valid)
+    if y_ptr is not None:
+        y = tl.load(y_ptr + here, mask=valid, other=0.0)
+        x_next += _term(_row(table_ptr, step_ptr, c_y, COLUMNS, 7, DTYPE), y)
+        y_next += _term(_row(table_ptr, step_ptr, d_y, COLUMNS, 14, DTYPE), y)
+        tl.store(y_ptr + here, y_next, mask=valid)
+    x_next += _term(_row(table_ptr, step_ptr, c_m, COLUMNS, 8, DTYPE), m)
+    amount = _row(table_ptr, step_ptr, s_z, COLUMNS, 9, DTYPE)
+    if NOISE == "memory":
+        z_ptr += step * noise_stride
+        z = tl.load(z_ptr + here, mask=valid & ((amount == 0.0) == 0), other=0.0).to(DTYPE)
+        x_next += _term(amount, z)
+    elif NOISE == "philox":
+        seed, offset = philox.stream(stream, seed, offset, STATE_ON_DEVICE)
+        z = philox.normal(seed, offset + step, image * size + c * space + s)
+        x_next += _term(amount, z.to(DTYPE))
+    tl.store(x_ptr + here, x_next, mask=valid)
+
+    if input_ptr is not None:
+        place = input_ptr + image * input_strides[0] + c * input_strides[1] + s * input_strides[2]
+        tl.store(place, x_next, mask=valid)
+        if INPUT_HALVES == 2:
+            tl.store(place + batch * input_strides[0], x_next, mask=valid)
+
+
+def sampler_step(
+    x,
+    model_output,
+    table,
+    step,
+    noise=None,
+    y=None,
+    h1=None,
+    h2=None,
+    model_input=None,
+    peak=None,
+    stream=None,
+    rescale=True,
+):
+    """In place. ``table`` and ``step`` are tensors on the device, or rows of floats and an int."""
+    if not x.numel():
+        return
+    batch, channels, device = x.shape[0], x.shape[1] if x.dim() > 1 else 1, x.device
+    space = x.numel() // (batch * channels)
+    on_host = isinstance(step, int)
+    row = table[step] if on_host else (0.0,) * 17
+    dtype = {"DTYPE": launch.accumulator(x.dtype), "COLUMNS": len(row), "PARTS": PARTS}
+    pick = (None, None) if on_host else (table, step)
+    if launch.image_strides(_image(model_output)) is None:
+        model_output = model_output.contiguous()
+    output = model_output, launch.image_strides(_image(model_output))
+    halves = model_output.shape[0] // batch
+
+    parts = None
+    if halves == 2 and (row[16] != 0 if on_host else rescale):
+        parts = torch.empty(batch, PARTS, 2, 3, dtype=x.dtype, device=device)
+        part_size = triton.cdiv(triton.cdiv(channels * space, PARTS), BLOCK) * BLOCK
+        grid = (batch * PARTS,)
+        sizes = batch, channels, space, part_size
+        options = {**dtype, "GUIDANCE": 15, "BLOCK": BLOCK, "device": device}
+        launch.launch(_deviations, grid, parts, *output, *pick, row[15], *sizes, **options)
+
+    noise_stride = noise.stride(0) if noise is not None and noise.dim() > x.dim() else 0
+    source = (None, 0, 0, False) if stream is None else philox.arguments(stream)
+    kind = "philox" if stream is not None else "none" if noise is None else "memory"
+    strides = (0, 0, 0) if model_input is None else launch.image_strides(_image(model_input))
+    # The integers of a float's bits: an atomic maximum of floats would lose NaN.
+    integer = torch.int64 if x.dtype == torch.float64 else torch.int32
+    bits = None if peak is None else peak.view(integer)
+    chunks = triton.cdiv(channels * space, BLOCK)
+    launch.launch(
+        _sampler_step,
+        (batch * chunks,),
+        (x, y, h1, h2, noise),
+        *output,
+        model_input,
+        strides,
+        bits,
+        parts,
+        noise_stride,
+        *source[:3],
+        *pick,
+        step if on_host else 0,
+        *row,
+        batch,
+        channels,
+        space,
+        chunks,
+        device=device,
+        LAST=not x.is_contiguous(),
+        HALVES=halves,
+        INPUT_HALVES=1 if model_input is None else model_input.shape[0] // batch,
+        NOISE=kind,
+        STATE_ON_DEVICE=source[3],
+        BLOCK=BLOCK,
+        **dtype,
+    )
+
+
+def _image(value):
+    """[B] beside [B, C, ...]."""
+    return value if value.dim() > 1 else value[:, None]

@@ -1,0 +1,162 @@
+"""The choice among a few configurations of a kernel: measured once per GPU and shape class.
+
+Results live in one JSON file per GPU and version (of torch, triton and these kernels' own source)
+under ``$DIFFUSION_FAST_CACHE``, or the platform's cache folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import triton
+
+from . import launch
+
+Config = TypeVar("Config")
+
+REPEATS = 10  # launches per captured graph
+ROUNDS = 7  # replays of each graph, taken in turns; the median counts
+
+_chosen: dict[tuple[Path, str], str] = {}
+_loaded: set[Path] = set()
+
+
+def choose(
+    kernel: str,
+    shape_class: tuple[object, ...],
+    configs: Sequence[Config],
+    run: Callable[[Config], object],
+    device: torch.device,
+) -> Config:
+    """The fastest of ``configs`` for this class of shapes; the first where nothing can be measured.
+
+    Args:
+        kernel: the name of what is tuned.
+        shape_class: whatever the choice depends on; calls that share it share the result.
+        configs: candidates with a repr that tells them apart, the safest guess first.
+        run: launches the kernel with one of them. It is called several times, so it may write only
+            what it overwrites.
+        device: of the tensors.
+
+    Nothing is measured in the interpreter, without a GPU, or while a graph is being captured.
+    """
+    if len(configs) == 1 or device.type != "cuda" or launch.INTERPRETED:
+        return configs[0]
+    file, key = cache_file(device), f"{kernel} {shape_class}"
+    by_name = {repr(config): config for config in configs}
+    known = _lookup(file, key)
+    if known in by_name:
+        return by_name[known]
+    if torch.cuda.is_current_stream_capturing():
+        return configs[0]
+    seconds = _measure(configs, run, device)
+    best = min(range(len(configs)), key=seconds.__getitem__)
+    _remember(file, key, repr(configs[best]))
+    return configs[best]
+
+
+def _measure(
+    configs: Sequence[Config], run: Callable[[Config], object], device: torch.device
+) -> list[float]:
+    """Median device time of each config, over graph replays taken in turns."""
+    graphs = []
+    with torch.cuda.device(device):
+        for config in configs:
+            run(config)  # compiles, which must not happen in the capture
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                for _ in range(REPEATS):
+                    run(config)
+            graphs.append(graph)
+        times: list[list[float]] = [[] for _ in configs]
+        for _ in range(ROUNDS):
+            for graph, taken in zip(graphs, times, strict=True):
+                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                graph.replay()
+                stop.record()
+                stop.synchronize()
+                taken.append(start.elapsed_time(stop))
+    return [statistics.median(taken) for taken in times]
+
+
+def cache_folder() -> Path:
+    """``$DIFFUSION_FAST_CACHE``, or ``diffusion_fast`` in the platform's cache folder."""
+    if own := os.environ.get("DIFFUSION_FAST_CACHE"):
+        return Path(own)
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return base / "diffusion_fast"
+
+
+@functools.cache
+def _version() -> str:
+    """Of everything a measurement depends on besides the GPU."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return f"torch{torch.__version__}-triton{triton.__version__}-{digest.hexdigest()[:12]}"
+
+
+@functools.cache
+def _gpu(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}-sm{properties.major}{properties.minor}"
+
+
+@functools.cache
+def _file_name(gpu: str, version: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.+-]+", "_", f"{gpu}-{version}") + ".json"
+
+
+def cache_file(device: torch.device) -> Path:
+    return cache_folder() / "tuning" / _file_name(_gpu(device), _version())
+
+
+def _read(file: Path) -> dict[str, str]:
+    """The file's entries; none if it is missing or damaged (then it is measured again)."""
+    try:
+        entries = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return {k: v for k, v in entries.items() if isinstance(v, str)} if entries else {}
+
+
+def _lookup(file: Path, key: str) -> str | None:
+    if file not in _loaded:
+        _loaded.add(file)
+        for name, config in _read(file).items():
+            _chosen.setdefault((file, name), config)
+    return _chosen.get((file, key))
+
+
+def _remember(file: Path, key: str, config: str) -> None:
+    """In memory, and on disk beside what other processes wrote meanwhile."""
+    _chosen[file, key] = config
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        entries = _read(file) | {key: config}
+        # A reader sees the old file or the new one, never half of it.
+        descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+        with os.fdopen(descriptor, "w") as stream:
+            json.dump(entries, stream, indent=1, sort_keys=True)
+        os.replace(temporary, file)
+    except OSError as error:
+        warnings.warn(f"tuning results are not kept: {error}", stacklevel=2)

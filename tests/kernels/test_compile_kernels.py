@@ -1,0 +1,90 @@
+"""Ahead-of-time compiles against the table of resources: a kernel that newly spills fails."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TABLE = ROOT / "benchmarks" / "results" / "compile" / "kernels.csv"
+KERNELS = {
+    "add_noise": {"_rotate"},
+    "geglu": {"_geglu", "_gradient"},
+    "group_norm_silu": {"_statistics", "_normalize", "_sums", "_gradient", "_parameters"},
+    "layer_norm": {"_layer_norm", "_gradient", "_add_stripes"},
+    "residual": {"_residual", "_sums", "_dbias"},
+    "sampler_step": {"_deviations", "_sampler_step"},
+    "weighted_mse": {"_pieces", "_total", "_gradient", "_weight_gradient"},
+}
+
+
+def compiled(*options: str) -> list[dict[str, str]]:
+    """In a process of its own: this one's triton may be the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, str(ROOT / "benchmarks" / "compile_kernels.py"), *options]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return list(csv.DictReader(run.stdout.splitlines()))
+
+
+def key(row: dict[str, str]) -> tuple[str, ...]:
+    return row["op"], row["kernel"], row["arch"]
+
+
+def largest(rows: list[dict[str, str]], column: str) -> dict[tuple[str, ...], int]:
+    """Of each op's kernel on each architecture, over the shapes."""
+    found: dict[tuple[str, ...], int] = defaultdict(int)
+    for row in rows:
+        found[key(row)] = max(found[key(row)], int(row[column]))
+    return found
+
+
+def recorded() -> list[dict[str, str]]:
+    with TABLE.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def hold_to_the_table(rows: list[dict[str, str]]) -> None:
+    for column in ("spills", "local"):
+        known = largest(recorded(), column)
+        for what, value in largest(rows, column).items():
+            assert what in known, f"{what} is not in {TABLE.name}"
+            assert value <= known[what], f"{what}: {column} {value}, recorded {known[what]}"
+
+
+def test_the_table_covers_every_kernel_and_architecture() -> None:
+    seen: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for row in recorded():
+        seen[row["arch"]][row["op"]].add(row["kernel"])
+    assert set(seen) == {"80", "90", "100", "120"}
+    for arch, ops in seen.items():
+        assert ops == KERNELS, arch
+
+
+def test_no_more_shared_memory_than_a_consumer_gpu_has() -> None:
+    for row in recorded():
+        assert int(row["shared"]) <= 99 * 1024, row
+
+
+@pytest.mark.timeout(300)
+def test_a_few_shapes_compile_without_new_spills() -> None:
+    rows = compiled("--quick", "--arch", "90")
+    ops: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        ops[row["op"]].add(row["kernel"])
+    assert ops == KERNELS
+    hold_to_the_table(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_every_shape_compiles_without_new_spills(arch: int) -> None:
+    hold_to_the_table(compiled("--arch", str(arch)))

@@ -1,0 +1,228 @@
+"""The GroupNorm kernels: whole groups per program, split statistics, every option and layout."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_checks import DEVICE, DTYPES, check, close, randn
+from torch import Tensor
+
+from diffusion_fast import ops
+from diffusion_fast.kernels import group_norm_silu as kernel
+
+EXTRAS = ("add", "scale", "shift")
+
+
+@pytest.fixture(params=["fused", "split"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "split":
+        force_split(monkeypatch)
+    return request.param
+
+
+def force_split(monkeypatch: pytest.MonkeyPatch, tile: int = 32) -> None:
+    """Small tiles, so that small images have many chunks and a last one that is cut short."""
+    monkeypatch.setattr(kernel, "configs", lambda *_: [kernel.Config(False, tile, 4)])
+
+
+def inputs(
+    dtype: torch.dtype,
+    extras: tuple[str, ...] = EXTRAS,
+    size: tuple[int, ...] = (2, 6, 5, 5),
+    second: int = 0,
+    layout: str = "contiguous",
+) -> dict[str, Tensor]:
+    values = {"x": randn(*size, dtype=dtype, layout=layout)}
+    if second:
+        values["x2"] = randn(size[0], second, *size[2:], dtype=dtype, layout=layout)
+    channels = size[1] + second
+    values |= {name: randn(channels, dtype=dtype) for name in ("weight", "bias")}
+    return values | {name: randn(size[0], channels, dtype=dtype) for name in extras}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_values_and_gradients(dtype: torch.dtype, layout: str, path: str) -> None:
+    values = inputs(dtype, layout=layout)
+    check(lambda **v: ops.group_norm_silu(num_groups=2, **v), values, list(values))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_silu(dtype: torch.dtype, path: str) -> None:
+    values = inputs(dtype, ())
+    check(lambda **v: ops.group_norm_silu(num_groups=2, silu=False, **v), values, list(values))
+
+
+def test_the_same_bits_every_time(path: str) -> None:
+    values = inputs(torch.float32)
+    check(lambda **v: ops.group_norm_silu(num_groups=2, **v), values, list(values), repeat=True)
+
+
+@pytest.mark.parametrize(
+    "extras", [e for n in range(3) for e in itertools.combinations(EXTRAS, n)], ids="+".join
+)
+def test_options(extras: tuple[str, ...], path: str) -> None:
+    values = inputs(torch.float32, extras)
+    check(lambda **v: ops.group_norm_silu(num_groups=3, **v), values, list(values))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("first", "second", "groups"), [(4, 2, 3), (3, 5, 2)])
+def test_two_sources(
+    dtype: torch.dtype, layout: str, first: int, second: int, groups: int, path: str
+) -> None:
+    """The seam between x and x2 may run through a group."""
+    values = inputs(dtype, EXTRAS, (1, first, 5, 3), second, layout)
+    check(lambda **v: ops.group_norm_silu(num_groups=groups, **v), values, list(values))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_chunks_of_several_tiles(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slope across the image, so that the tiles' means differ by more than their deviations."""
+    force_split(monkeypatch)
+    monkeypatch.setattr(kernel, "CHUNKS", 2)
+    values = inputs(torch.float32, EXTRAS, (2, 4, 9, 7), layout=layout)
+    values["x"] = values["x"] + torch.linspace(-9, 9, 9, device=DEVICE)[:, None]
+    check(lambda **v: ops.group_norm_silu(num_groups=2, **v), values, list(values))
+
+
+@pytest.mark.parametrize("second", [0, 3])
+def test_64_bit_offsets(second: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a tensor of 2^31 elements takes, on a small one."""
+    monkeypatch.setattr(kernel.launch, "wide", lambda *_: True)
+    values = inputs(torch.float32, EXTRAS, (2, 3, 5, 5), second)
+    check(lambda **v: ops.group_norm_silu(num_groups=3, **v), values, list(values))
+
+
+def test_sources_of_different_layouts(path: str) -> None:
+    values = inputs(torch.float32, ("add",), (2, 3, 5, 4), 5, "channels_last")
+    values["x2"] = values["x2"].contiguous()
+    check(lambda **v: ops.group_norm_silu(num_groups=2, **v), values, list(values))
+
+
+@settings(deadline=None, max_examples=12, derandomize=True)
+@given(
+    batch=st.integers(1, 2),
+    groups=st.integers(1, 3),
+    width=st.integers(1, 9),
+    space=st.lists(st.integers(1, 7), max_size=3).filter(lambda s: 1 < torch.Size(s).numel() < 50),
+    split=st.booleans(),
+)
+def test_any_shape(batch: int, groups: int, width: int, space: list[int], split: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if split:
+            force_split(patch, 16)
+        values = inputs(torch.float32, (), (batch, groups * width, *space))
+        check(lambda **v: ops.group_norm_silu(num_groups=groups, **v), values, list(values))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_images_larger_than_a_group_that_fits(layout: str) -> None:
+    """The true threshold between one launch and split statistics, with the true tile sizes."""
+    for size in ((1, 4, 64, 128), (1, 4, 91, 101)):
+        groups = 1
+        channels = size[1]
+        first = kernel.configs(1, channels, size[2] * size[3], groups, 1, torch.device(DEVICE))[0]
+        assert first.fused == (size[2] == 64)
+        values = inputs(torch.float32, (), size, 0, layout)
+        check(lambda **v: ops.group_norm_silu(num_groups=1, **v), values, list(values))
+
+
+@pytest.mark.parametrize(
+    ("mean", "deviation"), [(1e4, 1.0), (-3e3, 1e-1), (0.0, 1e-18), (1e15, 1e12)]
+)
+def test_extreme_magnitudes(mean: float, deviation: float, path: str) -> None:
+    values = inputs(torch.float32, (), (1, 4, 12, 12))
+    values["x"] = values["x"] * deviation + mean
+    check(lambda **v: ops.group_norm_silu(num_groups=2, silu=False, **v), values)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_view_whose_space_does_not_collapse(channels_last: bool, path: str) -> None:
+    x = torch.randn(1, 4, 10, 12, device=DEVICE)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    values = inputs(torch.float32, ()) | {"x": x[:, :, 1::2, 3:10]}
+    values |= {"weight": torch.ones(4, device=DEVICE), "bias": torch.zeros(4, device=DEVICE)}
+    check(lambda **v: ops.group_norm_silu(num_groups=2, **v), values, ("x", "weight", "bias"))
+
+
+def test_channels_of_a_larger_tensor_are_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice over channels has its own batch stride and needs no copy."""
+    x = torch.randn(2, 16, 6, 5, device=DEVICE)
+    values = inputs(torch.float32, (), (2, 8, 6, 5)) | {"x": x[:, 3:11]}
+    strided = kernel._strided(values["x"])
+    assert strided[0].data_ptr() == values["x"].data_ptr()
+    assert strided[1] == (16 * 30, 30, 1)
+    check(lambda **v: ops.group_norm_silu(num_groups=2, **v), values, ("x", "weight", "bias"))
+
+
+def test_empty_batch() -> None:
+    values = inputs(torch.float32, (), (0, 8, 3, 3))
+    with ops.use_backend("triton"):
+        leaf = values["x"].requires_grad_()
+        y = ops.group_norm_silu(num_groups=2, **values)
+        assert y.shape == leaf.shape
+        assert torch.autograd.grad(y.sum(), leaf)[0].shape == leaf.shape
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_split_statistics_fill_the_gpu(batch: int) -> None:
+    """Every norm that does not fit has a program for each SM of an H200."""
+    device = torch.device("cpu")
+    for channels, space in ((320, 4096), (640, 4096), (960, 4096), (320, 16384), (1920, 1024)):
+        config = kernel.configs(batch, channels, space, 32, 1, device)[0]
+        assert not config.fused
+        for channels_last in (False, True):
+            q = kernel.plan(config, batch, channels, channels, space, 32, channels_last, device)
+            assert q.blocks * q.chunks >= 132
+            assert q.blocks * q.shape[3] >= 132
+            assert q.chunks <= kernel.CHUNKS
+            assert (q.chunks - 1) * q.chunk < space <= q.chunks * q.chunk
+
+
+def test_operator_and_export(path: str) -> None:
+    values = inputs(torch.float64, EXTRAS, (1, 3, 3, 2), 1)
+    for value in values.values():
+        value.requires_grad_()
+    x, x2, weight, bias, *extras = values.values()
+    args = (x, 2, weight, bias, 1e-5, True, *extras, x2)
+    with ops.use_backend("triton"):
+        torch.library.opcheck(torch.ops.diffusion_fast.group_norm_silu.default, args)
+
+        class Norm(torch.nn.Module):
+            def forward(self, x: Tensor, x2: Tensor) -> Tensor:
+                return ops.group_norm_silu(x, 2, weight.detach(), bias.detach(), x2=x2)
+
+        x, x2 = x.detach(), x2.detach()
+        compiled = torch.compile(Norm(), fullgraph=True, backend="aot_eager")(x, x2)
+        assert torch.equal(compiled, Norm()(x, x2))
+        assert "group_norm_silu" in str(torch.export.export(Norm(), (x, x2)).graph)
+    close(compiled, Norm()(x, x2), compiled)
+
+
+def test_a_group_too_wide_for_a_block_is_refused() -> None:
+    x, one = torch.ones(1, 8200, 2, device=DEVICE), torch.ones(8200, device=DEVICE)
+    with ops.use_backend("triton"), pytest.raises(ops.BackendError, match="more than 8192"):
+        ops.group_norm_silu(x, 1, one, one)
+    assert ops.group_norm_silu(x, 1, one, one).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x2": torch.ones(2, 8, 5)}, "x2: expected 4 dimensions, as x has, got 3"),
+        ({"x2": torch.ones(2, 8, 5, 4)}, r"x2: expected shape \[B, C2, ...\] = \[2, 8, 5, 5\]"),
+        ({"x2": torch.ones(2, 8, 5, 5).half()}, "x2: expected the dtype of x"),
+        ({"x2": torch.ones(2, 8, 5, 5)}, r"weight: expected shape \[C\] = \[14\], got \[6\]"),
+    ],
+)
+def test_bad_second_source(change: dict[str, Tensor], message: str) -> None:
+    cpu = {k: v.cpu() for k, v in inputs(torch.float32, ()).items()}
+    with pytest.raises(ValueError, match=message):
+        ops.group_norm_silu(num_groups=2, **(cpu | change))
