@@ -43,7 +43,7 @@ def load_digits(held_out: float = 0.2, seed: int = 0) -> tuple[Digits, Digits]:
         from sklearn import datasets, model_selection
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "the digits come with scikit-learn: pip install 'diffusion-fast[demo]'"
+            "the digits come with scikit-learn: pip install scikit-learn"
         ) from error
     images, labels = datasets.load_digits(return_X_y=True)
     parts = model_selection.train_test_split(
