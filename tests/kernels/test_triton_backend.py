@@ -19,8 +19,11 @@ BACKWARD = {f"{name}_backward" for name in known_ops} & set(known_ops)
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
+    """The machine is asked once per process; these tests change its answers."""
+    triton_backend._interpreted.cache_clear()
     triton_backend._machine.cache_clear()
     yield
+    triton_backend._interpreted.cache_clear()
     triton_backend._machine.cache_clear()
 
 
