@@ -58,7 +58,11 @@ void set_inputs(Params& p, const Tensor& q, const Tensor& k, const Tensor& v, co
   check(q.is_cuda(), "q", "a CUDA tensor");
   check(q.dim() == 4 && q.size(3) == head_dim, "q", "shape [B, S, H, D] with this op's head dim");
   check(q.scalar_type() == ScalarType::Half || q.scalar_type() == ScalarType::BFloat16, "q", "float16 or bfloat16");
+  check(q.numel() > 0, "q", "at least one row");
   check(k.dim() == 4 && k.size(1) > 0, "k", "at least one key");
+  constexpr int64_t kMost = int64_t{1} << 30;  // int, with room to round up
+  check(q.numel() / head_dim <= kMost, "q", "at most 2^30 rows");
+  check(k.size(1) <= kMost, "k", "at most 2^30 keys");
   p.batch = static_cast<int>(q.size(0));
   p.queries = static_cast<int>(q.size(1));
   p.heads = static_cast<int>(q.size(2));
@@ -74,7 +78,8 @@ void set_inputs(Params& p, const Tensor& q, const Tensor& k, const Tensor& v, co
   p.scale = static_cast<float>(scale);
   if (bias.has_value()) {
     check_dense(*bias, "bias", ScalarType::Float);
-    check(bias->dim() == 3 && bias->size(0) == p.batch && bias->size(1) == p.heads && bias->size(2) == p.keys && bias->stride(2) == 1,
+    check(bias->dim() == 3 && bias->size(0) == p.batch && bias->size(1) == p.heads && bias->size(2) == p.keys &&
+              (p.keys == 1 || bias->stride(2) == 1),
           "bias", "shape [B, H, Sk], last dim contiguous");
     p.bias = static_cast<const float*>(bias->const_data_ptr());
     p.bias_batch = bias->stride(0);

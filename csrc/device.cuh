@@ -147,18 +147,26 @@ __device__ __forceinline__ float exp2_approximate(float x) {
   return r;
 }
 
-// Launches on the current device; nullptr, or the reason it did not start. `stream` is a cudaStream_t.
+// Lets the kernel ask for as much dynamic shared memory as the current device has. Always the same number: calls with
+// different sizes, on other threads or in a captured graph, cannot take it from one another.
+inline cudaError_t opt_in_to_shared_memory(const void* kernel) {
+  int device = 0, most = 0;
+  cudaError_t e = cudaGetDevice(&device);
+  if (e == cudaSuccess) e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return e == cudaSuccess ? cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most) : e;
+}
+
+// Launches on the current device; nullptr, or the reason it did not start. `stream` is a cudaStream_t. Errors are what
+// the calls return, never cudaGetLastError: that may be left over from another call.
 template <typename Params>
 const char* launch(void (*kernel)(Params), unsigned blocks, int threads, int shared_bytes, const Params& params,
                    void* stream) {
   constexpr int kWithoutOptIn = 48 << 10;
-  if (shared_bytes > kWithoutOptIn) {
-    const cudaError_t e = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                               cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (e != cudaSuccess) return cudaGetErrorString(e);
-  }
-  kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
-  const cudaError_t e = cudaGetLastError();
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaError_t e = shared_bytes > kWithoutOptIn ? opt_in_to_shared_memory(function) : cudaSuccess;
+  void* arguments[] = {const_cast<Params*>(&params)};
+  if (e == cudaSuccess)
+    e = cudaLaunchKernel(function, dim3(blocks), dim3(threads), arguments, shared_bytes, static_cast<cudaStream_t>(stream));
   return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
 }
 

@@ -54,6 +54,10 @@ cudaError_t describe(const KernelInfo& kernel, KernelReport* report) {
 }  // namespace
 }  // namespace diffusion_fast
 
+// For whoever looks into the file: opening it would register its ops, which a process can do once.
+extern "C" __attribute__((visibility("default"), used)) const char diffusion_fast_architectures[] =
+    "diffusion_fast architectures: " DIFFUSION_FAST_TEXT(__CUDA_ARCH_LIST__) ";";
+
 extern "C" const char* diffusion_fast_build() {
 #define DIFFUSION_FAST_NUMBER(D) #D ","
   static const std::string text = [] {

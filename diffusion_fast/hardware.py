@@ -13,7 +13,12 @@ import torch
 from ._version import __version__
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "diffusers", "transformers")
-COMPILERS = {"nvcc": "CUDA compiler", "c++": "C++ compiler", "ninja": "build tool"}
+# What builds the CUDA extension, and what to install where it is missing.
+COMPILERS = {
+    "nvcc": "install the CUDA toolkit, 12.0 or newer, to build the attention kernels",
+    "c++": "install a C++17 compiler such as g++, to build the attention kernels",
+    "ninja": "pip install ninja, for builds ahead of time",
+}
 
 
 def package_version(name: str) -> str:
@@ -80,13 +85,13 @@ def _driver() -> str:
 
 def compilers() -> dict[str, str]:
     """Path and version of what builds the CUDA extension."""
-    return {name: _compiler(name, purpose) for name, purpose in COMPILERS.items()}
+    return {name: _compiler(name, remedy) for name, remedy in COMPILERS.items()}
 
 
-def _compiler(name: str, purpose: str) -> str:
+def _compiler(name: str, remedy: str) -> str:
     path = shutil.which(name)
     if path is None:
-        return f"not found ({purpose})"
+        return f"not found: {remedy}"
     run = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
     lines = [line for line in run.stdout.splitlines() if any(c.isdigit() for c in line)]
     # nvcc states its version in the line that says "release"; the others in their first.

@@ -4,9 +4,11 @@
 //   dQ = scale dS K    dK = scale dS^T Q  dbias = sum over queries of dS
 //
 // P is computed again from the log-sum-exp. With few keys one of them often takes nearly all of P, dP - delta cancels, and
-// the rounding of O to 16 bits would show in dS: there delta is rowsum(P dP), one more pass over the keys. Two kernels: one owns 64 keys per block and walks over the queries, one owns 64
-// queries and walks over the keys. That is 7 products in place of 5, and in return no atomics and no float dQ in memory:
-// every sum has one owner and one order, so results are always the same bit for bit.
+// the rounding of O to 16 bits would show in dS: there delta is rowsum(P dP), two products and a pass over the keys more.
+//
+// Two kernels: one owns 64 keys per block and walks over the queries, one owns 64 queries and walks over the keys. That
+// is 7 products in place of 5 (9 with the pass for delta), and in return no atomics and no float dQ in memory: every sum
+// has one owner and one order, so results are always the same bit for bit.
 #pragma once
 #include "params.h"
 #include "softmax.cuh"

@@ -46,7 +46,7 @@ def attention(
         scale = 1 / math.sqrt(q.shape[-1])
     checks.finite("scale", scale)
     if not q.numel():
-        return torch.empty_like(q, memory_format=torch.contiguous_format)
+        return q.clone(memory_format=torch.contiguous_format)  # empty, and still differentiable
     inputs = (q, k, v, bias)
     differentiable = torch.is_grad_enabled() and any(
         value is not None and value.requires_grad for value in inputs

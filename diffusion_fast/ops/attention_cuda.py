@@ -16,7 +16,8 @@ from . import extension
 from .extension import HEAD_DIMS, OLDEST_CAPABILITY
 
 _ALIGNMENT = 16  # bytes; the kernels read rows in pieces of this size
-_MOST = 2**31 - 1
+_SCALES = (1e-30, 1e30)  # positive, and its inverse is a float32 too
+_MOST = 2**30  # rows: an int in the kernels, with room to round up
 
 
 def unavailable() -> str | None:
@@ -30,13 +31,21 @@ def _machine() -> str | None:
         if torch.version.cuda is None:
             return "torch is built without CUDA; install a CUDA build of torch"
         return "no CUDA device; check the driver with nvidia-smi"
-    capability = torch.cuda.get_device_capability()
-    if capability < OLDEST_CAPABILITY:
-        return f"the GPU is sm_{capability[0]}{capability[1]}, the kernels need sm_80 or newer"
+    if not extension.local_capabilities():
+        return _gpu(None)
     if extension.prebuilt() is None:
         tools = extension.toolchain()
         if isinstance(tools, str):
             return tools
+    return None
+
+
+@cache
+def _gpu(device: torch.device | None) -> str | None:
+    """Why this GPU (None: the current one) can't run the kernels; of two in a machine one may."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < OLDEST_CAPABILITY:
+        return f"the GPU is sm_{major}{minor}, the kernels need sm_80 or newer"
     return None
 
 
@@ -55,7 +64,7 @@ def unsupported(
         return why
     if q.device.type != "cuda":
         return f"the tensors are on {q.device}, not on a CUDA device"
-    return extension.load(q.shape[-1])
+    return _gpu(q.device) or extension.load(q.shape[-1])
 
 
 def unsupported_backward(
@@ -80,8 +89,8 @@ def _unsupported_inputs(
         return f"dtype {q.dtype}; the kernels take float16 and bfloat16"
     if q.shape[-1] not in HEAD_DIMS:
         return f"head dim {q.shape[-1]}; the kernels take {', '.join(map(str, HEAD_DIMS))}"
-    if scale <= 0:
-        return f"scale {scale}; the kernels need a positive one"
+    if not _SCALES[0] <= scale <= _SCALES[1]:
+        return f"scale {scale}; the kernels take {_SCALES[0]} to {_SCALES[1]}"
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         why = _unaligned(tensor)
         if why is not None:
@@ -90,7 +99,7 @@ def _unsupported_inputs(
         return f"bias {list(bias.shape)} differs by query; the kernels add one number per key"
     if max(q.shape[0] * q.shape[2] * q.shape[1], k.shape[1]) > _MOST:
         return f"more than {_MOST} rows of q or keys"
-    return None
+    return None if q.numel() else "q is empty"
 
 
 def _unaligned(tensor: Tensor) -> str | None:
@@ -168,7 +177,9 @@ def backward(
     """Gradients of q, k, v and bias (empty without one)."""
     batch, queries, heads, head_dim = q.shape
     keys = k.shape[1]
-    grad, out = (x.contiguous() if _unaligned(x) else x for x in (grad, out))
+    grad, out = (  # not contiguous(): that keeps a dense tensor wherever it begins
+        x.clone(memory_format=torch.contiguous_format) if _unaligned(x) else x for x in (grad, out)
+    )
     splits: int = _op("splits", head_dim)(batch * heads, queries, keys, q.device.index or 0)
     dense = torch.contiguous_format
     dq = torch.empty_like(q, memory_format=dense)

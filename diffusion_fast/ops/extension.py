@@ -9,10 +9,8 @@ processes start together or a build is killed.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -30,6 +28,7 @@ import torch
 
 HEAD_DIMS = (32, 40, 48, 64, 80, 96, 128, 160)
 OLDEST_CAPABILITY = (8, 0)
+EMBEDDED = ((8, 7), (10, 1))  # Jetson: not binary compatible with cards of the same generation
 OLDEST_TORCH = "0x020a000000000000"  # the stable ABI of 2.10
 COMMON_FLAGS = ("-std=c++17", "-O3", f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}")
 HOST_FLAGS = ("-fPIC", "-fvisibility=hidden")
@@ -115,7 +114,8 @@ def generate_code(architectures: Sequence[str]) -> list[str]:
 
 
 def _key(*parts: object) -> str:
-    digest = hashlib.sha256(repr(parts).encode())
+    environment = [os.environ.get(f"NVCC_{where}_FLAGS") for where in ("PREPEND", "APPEND")]
+    digest = hashlib.sha256(repr((parts, environment)).encode())
     folder = sources()
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".cu", ".cuh", ".h", ".cpp") and "emulator" not in path.parts:
@@ -194,12 +194,14 @@ def build_library(
     return build_once(target, build)
 
 
-def built_architectures(library: Path) -> list[int]:
-    """What a library was compiled for: 800 for sm_80."""
-    handle = ctypes.CDLL(str(library))
-    handle.diffusion_fast_build.restype = ctypes.c_char_p
-    architectures: list[int] = json.loads(handle.diffusion_fast_build())["architectures"]
-    return architectures
+def built_architectures(library: Path | str) -> list[int]:
+    """What a library was compiled for: 800 for sm_80.
+
+    Read from the file. Opening a library registers its ops, and a second one with the same ops,
+    built because this one doesn't serve, would end the process.
+    """
+    found = re.search(rb"diffusion_fast architectures: ([\d, ]+);", Path(library).read_bytes())
+    return [int(number) for number in found[1].split(b",")] if found else []
 
 
 def prebuilt() -> Path | None:
@@ -208,8 +210,13 @@ def prebuilt() -> Path | None:
 
 
 def serves(architectures: Sequence[int], capability: tuple[int, int]) -> bool:
-    """Whether code for one of the architectures runs on a GPU: same major, minor not newer."""
+    """Whether code for one of the architectures runs on a GPU: same major, minor not newer.
+
+    Embedded GPUs run their own code only.
+    """
     major, minor = capability
+    if capability in EMBEDDED:
+        return 100 * major + 10 * minor in architectures
     return any(number // 100 == major and number % 100 <= 10 * minor for number in architectures)
 
 
@@ -244,10 +251,16 @@ def load(head_dim: int) -> str | None:
         if head_dim not in _loaded:
             try:
                 torch.ops.load_library(str(_library_for(head_dim)))
+                _probe(head_dim)
                 _loaded[head_dim] = None
-            except (BuildError, OSError) as error:
+            except (OSError, RuntimeError) as error:
                 _loaded[head_dim] = f"the kernels could not be built or loaded: {error}"
         return _loaded[head_dim]
+
+
+def _probe(head_dim: int) -> None:
+    """Raises RuntimeError where the driver is too old for the toolkit that built the library."""
+    getattr(torch.ops.diffusion_fast_cuda, f"attention_splits_{head_dim}")(1, 1, 1, 0)
 
 
 def info() -> ModuleType:

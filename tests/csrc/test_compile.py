@@ -18,20 +18,9 @@ from diffusion_fast.ops import extension
 needs_nvcc = pytest.mark.skipif(
     extension.find_nvcc() is None, reason="needs nvcc (the CUDA toolkit)"
 )
-DEFAULT = {(dim, "90a") for dim in extension.HEAD_DIMS} | {
-    (40, name) for name in resources.ARCHITECTURES
-}
 
 # Spills that remain, and why. Empty: there are none.
 KNOWN_SPILLS: dict[tuple[str, str, int, int], str] = {}
-
-
-def _cases() -> list[object]:
-    return [
-        pytest.param(dim, name, marks=[] if (dim, name) in DEFAULT else [pytest.mark.slow])
-        for name in resources.ARCHITECTURES
-        for dim in extension.HEAD_DIMS
-    ]
 
 
 def _spills(kernels: list[resources.Kernel]) -> list[resources.Kernel]:
@@ -54,7 +43,8 @@ def test_the_record_is_complete_and_explains_its_spills() -> None:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("head_dim, architecture", _cases())
+@pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
+@pytest.mark.parametrize("head_dim", extension.HEAD_DIMS)
 def test_compiles_without_new_spills(head_dim: int, architecture: str) -> None:
     compiled = resources.compile_kernels(head_dim, architecture)
     recorded = {
@@ -71,7 +61,6 @@ def test_compiles_without_new_spills(head_dim: int, architecture: str) -> None:
 
 
 @needs_nvcc
-@pytest.mark.slow
 def test_all_of_it_links_for_all_architectures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,19 +21,15 @@ pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="needs a C++
 
 KEYS = (1, 15, 16, 17, 77, 154, 231, 256, 257, 1000)
 QUERIES = dict(zip(KEYS, (1, 17, 33, 65, 131, 63, 100, 64, 129, 31), strict=True))
-FP16_KEYS = (17, 77, 257)  # in the default run; the kernels differ from bf16 in two instructions
 
 
 def _grid() -> list[object]:
-    cases = []
-    for dtype in (torch.bfloat16, torch.float16):
-        for head_dim in HEAD_DIMS:
-            for keys in KEYS:
-                slow = dtype == torch.float16 and keys not in FP16_KEYS
-                name = f"{str(dtype)[6:]}-{head_dim}-{keys}"
-                marks = [pytest.mark.slow] if slow else []
-                cases.append(pytest.param(dtype, head_dim, keys, id=name, marks=marks))
-    return cases
+    return [
+        pytest.param(dtype, head_dim, keys, id=f"{str(dtype)[6:]}-{head_dim}-{keys}")
+        for dtype in (torch.bfloat16, torch.float16)
+        for head_dim in HEAD_DIMS
+        for keys in KEYS
+    ]
 
 
 def strided(*shape: int, dtype: torch.dtype = torch.bfloat16, gain: float = 1.0) -> Tensor:

@@ -103,6 +103,20 @@ def test_forward_and_backward(
         assert grads[3].numel() == 0
 
 
+def test_gradient_that_begins_at_an_odd_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense, and yet the kernels can't read it in place."""
+    monkeypatch.setattr(attention_cuda, "_op", EmulatedOps(1))
+    monkeypatch.setattr(attention_cuda, "_stream", lambda _: 0)
+    q, k, v = (torch.randn(1, 20, 2, HEAD_DIM).half() for _ in range(3))
+    dout = torch.randn(q.numel() + 1).half()[1:].view(q.shape)
+    assert dout.is_contiguous()
+    out, lse = attention_cuda.forward(q, k, v, 0.2, None, None, True)
+    shifted = attention_cuda.backward(dout, q, k, v, out, lse, 0.2, None, None)
+    aligned = attention_cuda.backward(dout.clone(), q, k, v, out, lse, 0.2, None, None)
+    for one, other in zip(shifted, aligned, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_without_a_gradient_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_cuda, "_op", EmulatedOps(1))
     monkeypatch.setattr(attention_cuda, "_stream", lambda _: 0)

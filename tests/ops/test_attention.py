@@ -139,6 +139,9 @@ def test_no_queries_give_an_empty_output() -> None:
     k = torch.randn(2, 4, 2, 8)
     assert ops.attention(k[:, :0], k, k).shape == (2, 0, 2, 8)
     assert ops.attention(k[:0], k[:0], k[:0]).shape == (0, 4, 2, 8)
+    q = k[:, :0].clone().requires_grad_()
+    ops.attention(q, k, k).sum().backward()
+    assert q.grad is not None
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ def test_refuses_other_dtypes_and_head_dims() -> None:
     assert "head dim 72" in why(q, k, v)
 
 
-@pytest.mark.parametrize("scale", (0.0, -1.0))
-def test_refuses_scales_that_are_not_positive(scale: float) -> None:
+@pytest.mark.parametrize("scale", (0.0, -1.0, 1e-40, 1e39))
+def test_refuses_scales_without_a_float_inverse(scale: float) -> None:
     assert "scale" in why(*tensors(), scale=scale)
 
 
@@ -54,6 +54,13 @@ def test_refuses_layouts_the_kernels_cannot_read() -> None:
     assert "v has rows" in why(q, k, odd)
     shifted = torch.randn(2 * 8 * 2 * 40 + 1).to(HALF)[1:].view(2, 8, 2, 40)
     assert "q has rows" in why(shifted, k, v)
+
+
+def test_refuses_nothing_and_too_much() -> None:
+    q, k, v = tensors()
+    assert "empty" in why(q[:0], k[:0], v[:0])
+    many = k[:, :1].expand(-1, 2**30 + 1, -1, -1)
+    assert "rows" in why(q, many, many)
 
 
 def test_strides_of_single_elements_do_not_matter() -> None:
@@ -101,15 +108,21 @@ class _Cuda:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         monkeypatch.setattr(extension, "prebuilt", lambda: None)
 
     def unavailable(self) -> str:
-        attention_cuda._machine.cache_clear()
+        self.forget()
         try:
             return attention_cuda.unavailable() or ""
         finally:
-            attention_cuda._machine.cache_clear()
+            self.forget()
+
+    @staticmethod
+    def forget() -> None:
+        attention_cuda._machine.cache_clear()
+        attention_cuda._gpu.cache_clear()
 
 
 def test_old_gpus_and_missing_compilers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +132,25 @@ def test_old_gpus_and_missing_compilers_are_told(monkeypatch: pytest.MonkeyPatch
     assert ampere.unavailable() == "no nvcc: install it"
     monkeypatch.setattr(extension, "toolchain", lambda: extension.Toolchain("nvcc", "g++", ""))
     assert not ampere.unavailable()
+
+
+def test_of_two_gpus_the_newer_one_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = _Cuda(monkeypatch, (7, 5))
+    capabilities = {None: (7, 5), 0: (7, 5), 1: (8, 9)}
+
+    def capability(device: torch.device | int | None = None) -> tuple[int, int]:
+        return capabilities[device.index if isinstance(device, torch.device) else device]
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(extension, "toolchain", lambda: extension.Toolchain("nvcc", "g++", ""))
+    monkeypatch.setattr(extension, "load", lambda _: None)
+    assert not machine.unavailable()
+    with torch._subclasses.FakeTensorMode():
+        old, new = (torch.empty(1, 8, 2, 40, dtype=HALF, device=f"cuda:{i}") for i in range(2))
+        assert "sm_75" in why(old, old, old)
+        assert not why(new, new, new)
+    machine.forget()
 
 
 def test_a_failed_build_is_a_reason_and_is_not_tried_again(
@@ -246,15 +278,32 @@ def test_compiles() -> None:
 
 @gpu
 def test_captured_in_a_graph() -> None:
-    q, k, v = (strided(2, 300, 2, 40, dtype=HALF) for _ in range(3))
+    q = strided(2, 300, 2, 40, dtype=HALF).requires_grad_()
+    keys = (strided(2, n, 2, 40, dtype=HALF) for n in (77, 256, 300))  # both kernels, two sizes
+    dout = torch.randn(q.shape, device="cuda", dtype=q.dtype)
+    prompts = [k.requires_grad_() for k in keys]
+
+    def run() -> list[Tensor]:
+        results = []
+        for k in prompts:
+            out = ops.attention(q, k, k)
+            results += [out.detach(), *torch.autograd.grad(out, (q, k), dout)]
+        return results
+
     with use_backend("cuda"):
-        ops.attention(q, k, v)  # builds and loads
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()  # builds and loads
+        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = ops.attention(q, k, v)
-        q.copy_(torch.randn_like(q))
+            captured = run()
+        with torch.no_grad():
+            q.copy_(torch.randn_like(q))
         graph.replay()
-        assert torch.equal(captured, ops.attention(q, k, v))
+        for replayed, eager in zip(captured, run(), strict=True):
+            assert torch.equal(replayed, eager)
 
 
 @gpu

@@ -153,10 +153,19 @@ def test_a_prebuilt_library_serves_its_own_generation(
     assert not extension.serves([890], (8, 6))
 
 
+def test_embedded_gpus_run_their_own_code_only() -> None:
+    assert not extension.serves([800, 1000], (8, 7))
+    assert not extension.serves([800, 1000], (10, 1))
+    assert extension.serves([800, 870], (8, 7))
+
+
 def test_key_depends_on_sources_and_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     first = extension._key("-O3")
     assert first == extension._key("-O3")
     assert first != extension._key("-O2")
+    with monkeypatch.context() as changed:
+        changed.setenv("NVCC_APPEND_FLAGS", "-G")
+        assert first != extension._key("-O3")
     (tmp_path / "device.cuh").write_text("// other\n")
     monkeypatch.setattr(extension, "sources", lambda: tmp_path)
     assert first != extension._key("-O3")
@@ -209,6 +218,29 @@ def test_library_loads_and_registers_its_ops(library: Path) -> None:
     assert "attention_forward_40(Tensor q, Tensor k" in printed
     assert "Tensor(a!) out" in printed
     assert printed.endswith("[800]\n")
+
+
+@needs_nvcc
+def test_library_for_other_gpus_is_replaced_and_a_driver_too_old_is_told(
+    library: Path, tmp_path: Path
+) -> None:
+    """The prebuilt one must stay closed: the same ops twice would end the process."""
+    built = shutil.copy(library, tmp_path / "built.so")
+    code = """
+        from pathlib import Path
+        from diffusion_fast.ops import extension
+        extension.prebuilt = lambda: Path(sys.argv[1])
+        extension.local_capabilities = lambda: [(9, 0)]
+        extension.build_library = lambda head_dims, architectures: Path(sys.argv[2])
+        print(extension.load(40))
+        print(any("built.so" in line for line in open("/proc/self/maps")))
+    """
+    reason, loaded = in_new_process(code, library, built).splitlines()
+    assert loaded == "True"
+    if torch.cuda.is_available():
+        assert reason == "None"
+    else:
+        assert "CUDA driver" in reason
 
 
 @needs_nvcc
