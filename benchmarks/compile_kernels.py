@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import os
 import re
 import subprocess
@@ -64,14 +65,18 @@ def cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
 def _norm_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
     chosen = [c for c in shapes.GROUP_NORM if not quick or c[1:] in ((64, 640, 320), (16, 1280, 0))]
     for model, side, first, second in chosen:
-        for last in (True,) if quick else (False, True):
+        # A second source stands for a residual block; without one there are also the norms before
+        # attention, which have neither SiLU nor anything added.
+        kinds = [True] if quick or second else [True, False]
+        for last, silu in itertools.product((True,) if quick else (False, True), kinds):
             channels = first + second
             x = meta(2, first, side, side, last=last)
             x2 = meta(2, second, side, side, last=last) if second else None
-            weight, add = meta(channels), meta(2, channels)
-            args = (shapes.GROUPS, weight, weight, 1e-5, True, add, None, None, x2)
+            weight, add = meta(channels), meta(2, channels) if silu else None
+            args = (shapes.GROUPS, weight, weight, 1e-5, silu, add, None, None, x2)
             dy = meta(2, channels, side, side, last=last)
             name = f"{model} {side}x{side} {first}+{second} {'NHWC' if last else 'NCHW'}"
+            name += "" if silu else " plain"
             yield (
                 "group_norm_silu",
                 name,

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
+import os
 import platform
 import statistics
 import subprocess
@@ -23,6 +25,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+# Inductor counts bytes when it compiles, not when it finds a kernel in its caches.
+os.environ |= {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
 
 import pytest
 import torch
@@ -116,6 +121,12 @@ def eager_bytes(problem: Problem) -> int:
     with _Traffic() as traffic:
         problem.eager(**problem.inputs)
     return traffic.bytes
+
+
+def inductor_metrics() -> Any:
+    """Where Inductor adds up the bytes of what it compiles; it only does so for its log."""
+    logging.getLogger("torch._inductor.compile_fx.__inductor_metrics").setLevel(logging.INFO)
+    return importlib.import_module("torch._inductor.metrics")
 
 
 def needed_bytes(problem: Problem) -> int:
@@ -223,7 +234,7 @@ def _calls(problem: Problem) -> dict[str, Call]:
 def _measured(case: Case) -> dict[str, dict[str, Any]]:
     """Every variant of a case, measured together; the rows."""
     problem = case.build(*case.shape, device=DEVICE)
-    inductor = torch._inductor.metrics
+    inductor = inductor_metrics()
     needed, rows = needed_bytes(problem), {}
     double = tree_map(lambda v: v.double() if v.is_floating_point() else v, problem.inputs)
     truth = problem.eager(**double)

@@ -72,7 +72,7 @@ def _rotate(
         # Rounded as a noise tensor would be, so that x_t and the returned noise agree.
         second = drawn.to(first_ptr.dtype.element_ty).to(DTYPE)
     else:
-        second = first * 0.0
+        second = tl.zeros([BLOCK], DTYPE)  # not first * 0, which is NaN beside an infinity
 
     tl.store(out_ptr + base + index, a * first + s * second, mask=valid)
     if TARGET == "rotated":

@@ -39,14 +39,19 @@ def _places(s, channel, image, strides, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _tile(program, shape, WIDTH: tl.constexpr, G: tl.constexpr, C: tl.constexpr):
+def _tile(
+    program, shape, WIDE: tl.constexpr, WIDTH: tl.constexpr, G: tl.constexpr, C: tl.constexpr
+):
     """(image, part of the space, g, channel, whether it exists) of a program."""
     groups, parts = shape[2], shape[3]
     blocks = tl.cdiv(groups, G)
     g = (program // parts) % blocks * G + tl.arange(0, G)
     c = tl.arange(0, C)
     exists = (g[:, None] < groups) & (c[None, :] < WIDTH)
-    return program // (parts * blocks), program % parts, g, g[:, None] * WIDTH + c[None, :], exists
+    image = program // (parts * blocks)
+    if WIDE:
+        image = image.to(tl.int64)
+    return image, program % parts, g, g[:, None] * WIDTH + c[None, :], exists
 
 
 @triton.jit
@@ -127,7 +132,7 @@ def _statistics(
     C: tl.constexpr,
 ):
     space, groups, chunks = shape[1], shape[2], shape[3]
-    image, part, g, channel, exists = _tile(tl.program_id(0), shape, WIDTH, G, C)
+    image, part, g, channel, exists = _tile(tl.program_id(0), shape, WIDE, WIDTH, G, C)
     count = tl.zeros((), DTYPE)
     mean = tl.zeros([G], DTYPE)
     m2 = tl.zeros([G], DTYPE)
@@ -167,7 +172,7 @@ def _normalize(
     G: tl.constexpr,
     C: tl.constexpr,
 ):
-    image, part, g, channel, exists = _tile(tl.program_id(0), shape, WIDTH, G, C)
+    image, part, g, channel, exists = _tile(tl.program_id(0), shape, WIDE, WIDTH, G, C)
     s = part * S + tl.arange(0, S)
     v, valid = _load(sources, image, s, channel, exists, shape, DTYPE, WIDE)
     count = tl.full((), shape[1], DTYPE) * WIDTH
@@ -253,8 +258,11 @@ class Problem(NamedTuple):
     meta: dict  # constants that forward and backward share
 
 
-def problem(x, num_groups, weight, bias, add, scale, shift, x2):
-    """Views where the strides allow it, copies where they don't."""
+def problem(x, num_groups, weight, bias, add, scale, shift, x2, *others):
+    """Views where the strides allow it, copies where they don't.
+
+    ``others`` are walked beside the sources: offsets are as wide as the widest of all needs.
+    """
     x, x_strides = _strided(x)
     x2, x2_strides = (None, (0, 0, 0)) if x2 is None else _strided(x2)
     add, weight, bias, scale, shift = (
@@ -271,7 +279,8 @@ def problem(x, num_groups, weight, bias, add, scale, shift, x2):
         x_strides[1] == 1 and x.dim() > 2,
         {
             "DTYPE": launch.accumulator(x.dtype),
-            "WIDE": launch.wide(x, x2),
+            # The gradient's sums have three numbers for each image and channel.
+            "WIDE": launch.wide(x, x2, *others) or 3 * x.shape[0] * channels >= 2**31,
             "WIDTH": channels // num_groups,
         },
     )
@@ -319,7 +328,7 @@ def group_norm_silu(x, num_groups, weight, bias, eps, silu, add, scale, shift, x
     y = result_like(x, weight.shape[0])
     if not y.numel():
         return y
-    p = problem(x, num_groups, weight, bias, add, scale, shift, x2)
+    p = problem(x, num_groups, weight, bias, add, scale, shift, x2, y)
 
     def run(config):
         sizes = p.batch, p.channels, p.first, p.space

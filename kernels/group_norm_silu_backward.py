@@ -73,7 +73,7 @@ def _sums(
 ):
     """A, D, U of one chunk: sums [B, chunks, 3, C]."""
     channels, space, chunks = shape[0], shape[1], shape[3]
-    image, part, g, channel, exists = _tile(tl.program_id(0), shape, WIDTH, G, C)
+    image, part, g, channel, exists = _tile(tl.program_id(0), shape, WIDE, WIDTH, G, C)
     count = tl.full((), space, DTYPE) * WIDTH
     mean, m2 = _merged(parts_ptr, image, g, shape, chunks, chunk, WIDTH, PADDED)
     rstd = _rstd(m2, count, eps, DTYPE)
@@ -117,7 +117,7 @@ def _gradient(
 ):
     """dx (and dx2). FUSED: a tile is whole groups, so statistics and sums are made on the way."""
     channels, space, groups, first = shape[0], shape[1], shape[2], shape[4]
-    image, part, g, channel, exists = _tile(tl.program_id(0), shape, WIDTH, G, C)
+    image, part, g, channel, exists = _tile(tl.program_id(0), shape, WIDE, WIDTH, G, C)
     s = part * S + tl.arange(0, S)
     v, valid = _load(sources, image, s, channel, exists, shape, DTYPE, WIDE)
     place = _places(s, channel, image, dy_strides, WIDE)
@@ -170,6 +170,7 @@ def _parameters(
     chunk,
     eps: tl.float64,
     DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     G: tl.constexpr,
@@ -185,13 +186,14 @@ def _parameters(
     count = tl.full((), space, DTYPE) * WIDTH
     dweight = tl.zeros([G, C], DTYPE)
     dbias = tl.zeros([G, C], DTYPE)
-    for image in range(batch):
+    for i in range(batch):
+        image = tl.full((), i, tl.int64 if WIDE else tl.int32)
         weight, bias, factor, _ = _affine(tables, image, channel, exists, channels, DTYPE)
         a = tl.zeros([G, C], DTYPE)
         d = tl.zeros([G, C], DTYPE)
         sum_u = tl.zeros([G, C], DTYPE)
-        for i in range(chunks):
-            place = (image * chunks + i) * 3 * channels + channel
+        for part in range(chunks):
+            place = (image * chunks + part) * 3 * channels + channel
             a += tl.load(sums_ptr + place, mask=exists, other=0.0)
             d += tl.load(sums_ptr + place + channels, mask=exists, other=0.0)
             sum_u += tl.load(sums_ptr + place + 2 * channels, mask=exists, other=0.0)
@@ -224,12 +226,15 @@ def group_norm_silu_backward(
     """Gradients of x, weight, bias, add, scale, shift and x2; empty where the argument is None."""
     dx = result_like(x)
     dx2 = None if x2 is None else result_like(x2)
+    make = torch.empty if dy.numel() else torch.zeros
     small = [
-        None if value is None else torch.zeros(value.shape, dtype=x.dtype, device=x.device)
+        None if value is None else make(value.shape, dtype=x.dtype, device=x.device)
         for value in (weight, bias, add, scale, shift)
     ]
-    p = problem(x, num_groups, weight, bias, add, scale, shift, x2)
     if dy.numel():
+        if launch.image_strides(dy) is None:
+            dy = dy.contiguous()
+        p = problem(x, num_groups, weight, bias, add, scale, shift, x2, dy, dx, dx2)
         _launch(p, dy, dx, dx2, small, num_groups, eps, silu)
     none = x.new_empty(0)
     results = dx, *small, dx2
@@ -238,11 +243,8 @@ def group_norm_silu_backward(
 
 def _launch(p, dy, dx, dx2, small, num_groups, eps, silu):
     device, accumulate = dy.device, launch.torch_accumulator(dy.dtype)
-    if launch.image_strides(dy) is None:
-        dy = dy.contiguous()
     outputs = dx, launch.image_strides(dx), dx2
     outputs = (*outputs, (0, 0, 0) if dx2 is None else launch.image_strides(dx2))
-    meta = p.meta | {"WIDE": p.meta["WIDE"] or launch.wide(dy)}
     gradient = dy, launch.image_strides(dy)
 
     def run(config):
@@ -268,11 +270,10 @@ def _launch(p, dy, dx, dx2, small, num_groups, eps, silu):
                 q.chunk,
                 eps,
                 device=device,
-                DTYPE=meta["DTYPE"],
-                WIDTH=meta["WIDTH"],
                 PADDED=padded,
                 G=q.G,
                 C=q.C,
+                **p.meta,
             )
 
         if config.fused:
@@ -294,7 +295,7 @@ def _launch(p, dy, dx, dx2, small, num_groups, eps, silu):
                 SILU=silu,
                 PADDED=padded,
                 **tile,
-                **meta,
+                **p.meta,
             )
             parameters()
         launch.launch(
@@ -313,7 +314,7 @@ def _launch(p, dy, dx, dx2, small, num_groups, eps, silu):
             SILU=silu,
             FUSED=config.fused,
             **tile,
-            **meta,
+            **p.meta,
         )
         if config.fused:
             parameters()

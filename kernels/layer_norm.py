@@ -159,7 +159,8 @@ def layer_norm(x, weight, bias, eps):
 def layer_norm_backward(dy, x, weight, eps):
     """Gradients of x, weight and bias."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dweight, dbias = (torch.zeros(weight.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    make = torch.empty if dx.numel() else torch.zeros
+    dweight, dbias = (make(weight.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     if not dx.numel():
         return dx, dweight, dbias
     (x, stride), (dy, dy_stride) = _rows(x), _rows(dy)

@@ -35,7 +35,7 @@ def _log(u):
     exponent = (pattern - 0x3F3504F3) >> 23
     m = (pattern - (exponent << 23)).to(tl.float32, bitcast=True)
     # ln m = 2 artanh(s), s = (m - 1) / (m + 1), |s| < 0.172
-    s = (m - 1.0) / (m + 1.0)
+    s = tl.div_rn(m - 1.0, m + 1.0)
     q = s * s
     series = q * (0.33333334 + q * (0.2 + q * (0.14285715 + q * 0.11111111)))
     return exponent.to(tl.float32) * 0.6931471805599453 + (2.0 * s + 2.0 * s * series)

@@ -66,7 +66,7 @@ def _sums(
     inside = channel < channels
     total = tl.zeros([COLUMNS], DTYPE)
     if WIDE:
-        part = part.to(tl.int64)
+        part, channel = part.to(tl.int64), channel.to(tl.int64)
     first = part * per_part
     for start in range(first, tl.minimum(first + per_part, rows), ROWS):
         row = start + tl.arange(0, ROWS)
@@ -119,7 +119,8 @@ def residual(x, residual, bias, scale, dim):
 
 def residual_backward(dy, scale, dim, with_bias):
     """Gradients of x (and the residual) and of bias, empty where it has none."""
-    dbias = torch.zeros(dy.shape[dim] if with_bias else 0, dtype=dy.dtype, device=dy.device)
+    make = torch.empty if dy.numel() else torch.zeros
+    dbias = make(dy.shape[dim] if with_bias else 0, dtype=dy.dtype, device=dy.device)
     dx = residual(dy, None, None, scale, dim)
     if with_bias and dy.numel():
         dy = launch.laid_out_like(dy, dx)

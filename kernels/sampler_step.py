@@ -34,7 +34,7 @@ def _guided(
     m_ptr, strides, image, batch, c, s, valid, guidance, DTYPE: tl.constexpr, HALVES: tl.constexpr
 ):
     """(guided, conditional) output at channel c and place s of an image."""
-    place = c * strides[1] + s * strides[2]
+    place = c.to(tl.int64) * strides[1] + s.to(tl.int64) * strides[2]
     first = tl.load(m_ptr + image * strides[0] + place, mask=valid, other=0.0).to(DTYPE)
     if HALVES == 2:
         m_ptr += (image + batch) * strides[0]
@@ -125,9 +125,9 @@ def _factor(parts_ptr, image, rescale, PARTS: tl.constexpr):
 def _write_peak(peak_ptr, step, m, valid, DTYPE: tl.constexpr):
     """Maximum of |m| as integers, whose order is that of the floats and puts NaN above infinity."""
     if DTYPE.is_fp64():
-        pattern = tl.abs(m).to(tl.int64, bitcast=True)
+        pattern = m.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
     else:
-        pattern = tl.abs(m).to(tl.int32, bitcast=True)
+        pattern = m.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     tl.atomic_max(peak_ptr + step, tl.max(tl.where(valid, pattern, 0), 0))
 
 
@@ -202,6 +202,15 @@ def _sampler_step(
         _write_peak(peak_ptr, step, m, valid, DTYPE)
 
     x = tl.load(x_ptr + here, mask=valid, other=0.0)
+    if h1_ptr is not None:
+        h1 = tl.load(h1_ptr + here, mask=valid, other=0.0)
+    if h2_ptr is not None:
+        h2 = tl.load(h2_ptr + here, mask=valid, other=0.0)
+    if y_ptr is not None:
+        y = tl.load(y_ptr + here, mask=valid, other=0.0)
+    # Below, an element may be written by another thread than the one that has read it.
+    tl.debug_barrier()
+
     x0 = _term(_row(table_ptr, step_ptr, a, COLUMNS, 0, DTYPE), x)
     x0 += _term(_row(table_ptr, step_ptr, b, COLUMNS, 1, DTYPE), m)
     # Comparisons with NaN are false: it passes through, as in torch.clamp.
@@ -214,11 +223,9 @@ def _sampler_step(
     y_next = _term(_row(table_ptr, step_ptr, d_x, COLUMNS, 10, DTYPE), x)
     y_next += _term(_row(table_ptr, step_ptr, d_0, COLUMNS, 11, DTYPE), x0)
     if h1_ptr is not None:
-        h1 = tl.load(h1_ptr + here, mask=valid, other=0.0)
         x_next += _term(_row(table_ptr, step_ptr, c_1, COLUMNS, 5, DTYPE), h1)
         y_next += _term(_row(table_ptr, step_ptr, d_1, COLUMNS, 12, DTYPE), h1)
     if h2_ptr is not None:
-        h2 = tl.load(h2_ptr + here, mask=valid, other=0.0)
         x_next += _term(_row(table_ptr, step_ptr, c_2, COLUMNS, 6, DTYPE), h2)
         y_next += _term(_row(table_ptr, step_ptr, d_2, COLUMNS, 13, DTYPE), h2)
         if h1_ptr is not None:
@@ -226,7 +233,6 @@ def _sampler_step(
     if h1_ptr is not None:
         tl.store(h1_ptr + here, x0, mask=valid)
     if y_ptr is not None:
-        y = tl.load(y_ptr + here, mask=valid, other=0.0)
         x_next += _term(_row(table_ptr, step_ptr, c_y, COLUMNS, 7, DTYPE), y)
         y_next += _term(_row(table_ptr, step_ptr, d_y, COLUMNS, 14, DTYPE), y)
         tl.store(y_ptr + here, y_next, mask=valid)
@@ -243,7 +249,8 @@ def _sampler_step(
     tl.store(x_ptr + here, x_next, mask=valid)
 
     if input_ptr is not None:
-        place = input_ptr + image * input_strides[0] + c * input_strides[1] + s * input_strides[2]
+        place = c.to(tl.int64) * input_strides[1] + s.to(tl.int64) * input_strides[2]
+        place += input_ptr + image * input_strides[0]
         tl.store(place, x_next, mask=valid)
         if INPUT_HALVES == 2:
             tl.store(place + batch * input_strides[0], x_next, mask=valid)

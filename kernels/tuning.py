@@ -73,11 +73,13 @@ def _measure(
     """Median device time of each config, over graph replays taken in turns."""
     graphs = []
     with torch.cuda.device(device):
+        # Captures share one stream of the device where the first of them was made, by default.
+        stream = torch.cuda.Stream(device)
         for config in configs:
             run(config)  # compiles, which must not happen in the capture
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 for _ in range(REPEATS):
                     run(config)
             graphs.append(graph)
@@ -136,7 +138,8 @@ def _read(file: Path) -> dict[str, str]:
         entries = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
-    return {k: v for k, v in entries.items() if isinstance(v, str)} if entries else {}
+    known = entries.items() if isinstance(entries, dict) else ()
+    return {k: v for k, v in known if isinstance(v, str)}
 
 
 def _lookup(file: Path, key: str) -> str | None:

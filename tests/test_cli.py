@@ -93,7 +93,7 @@ def test_help(command: str) -> None:
     ("arguments", "message"),
     [
         (("sample", "nowhere", "-o", "x.png"), "error: nowhere: no such file or folder"),
-        (("train", "--out", "x", "--data", "cats"), "error: --data: expected one of digits, got"),
+        (("train", "--out", "x", "--data", "cats"), "error: --data: expected digits or a folder"),
         (
             ("train", "--out", "x", "--batch-size", "9999"),
             "--batch-size: expected at most the 1437",

@@ -59,7 +59,8 @@ def sampler_step(
         table: float64 [N, len(COLUMNS)], one row per model call, columns as in :data:`COLUMNS`.
             For an int step it is on the host, best as ``table.tolist()``.
         step: the row. An int, or an int64 tensor [1] beside a table on the device of ``x``, which
-            is then read by the kernel and never by the host.
+            is then read by the kernel and never by the host: that it names a row is the caller's
+            duty there.
         noise: z, like ``x``; needed by rows with s != 0. Or z of every row, [N, *x.shape], of which
             row ``step`` is read; or a :class:`~diffusion_fast.ops.Philox`, whose offset ``step`` is
             added to.
@@ -112,11 +113,21 @@ def sampler_step(
             call = (x, model_output, table, step, noise, y, h1, h2, model_input, peak, stream)
             return _host_step(*call, scratch)
         step = torch.full((1,), step, dtype=torch.int64, device=x.device)
+    elif step.dtype != torch.int64 or step.shape != (1,):
+        checks.fail("step", "an int, or torch.int64 [1]", f"{step.dtype} {list(step.shape)}")
+    checks.same_device("step", step, "x", x)
+    _check_noise_rows(noise, len(table), x)
     if not isinstance(table, Tensor):
         table = torch.tensor(table, dtype=torch.float64)
     table = table.to(x.device)
     _OP(x, model_output, table, step, noise, y, h1, h2, model_input, peak, stream, rescale)
     return None
+
+
+def _check_noise_rows(noise: Tensor | None, rows: int, x: Tensor) -> None:
+    """A kernel finds row ``step`` of a table of noise by its address."""
+    if noise is not None and noise.dim() > x.dim() and len(noise) < rows:
+        checks.fail("noise", f"a row for each of the table's {rows}", len(noise))
 
 
 def _check_halves(name: str, value: Tensor, x: Tensor) -> None:
@@ -153,6 +164,7 @@ def _host_step(
     _OP.last_ran = chosen.backend
     if chosen.backend != "reference":
         _check_reads(row, noise if stream is None else stream, y, h1, h2)
+        _check_noise_rows(noise, len(table), x)
         return chosen.run(x, model_output, {step: row}, step, *args)
     if row[COLUMNS.index("s")] == 0:
         stream = None
@@ -356,8 +368,10 @@ def _kernel_unsupported(
                 return f"{name} has other strides or another dtype than x"
     if model_input is not None and not _collapses(model_input):
         return "the image dimensions of model_input are not one block of memory"
-    if peak is not None and (peak.dtype != x.dtype or not peak.is_contiguous()):
-        return "peak has another dtype than x, or gaps"
+    if peak is not None and not (
+        peak.dtype == x.dtype and peak.device == x.device and peak.is_contiguous()
+    ):
+        return "peak has another dtype or device than x, or gaps"
     if x[0:1].numel() >= 2**31:
         return "an image of 2^31 elements or more"
     return None

@@ -1,14 +1,37 @@
 """Training."""
 
+from .batches import Batches
+from .checkpoint import Checkpoints
+from .distributed import local_device
 from .ema import EMA
+from .image_folder import ImageFolder
+from .log import CsvLog, SampleGrids
 from .loss import diffusion_loss, drop_condition
-from .trainer import Trainer, TrainingOptions, train_diffusion
+from .options import TrainingOptions
+from .timestep_sampling import ImportanceSampler, LogitNormalSampler, UniformSampler
+from .trainer import Progress, Trainer, train_diffusion
+from .validation import validation_loss
+from .weighting import P2, LossWeighting, MinSNR
 
 __all__ = [
     "EMA",
+    "P2",
+    "Batches",
+    "Checkpoints",
+    "CsvLog",
+    "ImageFolder",
+    "ImportanceSampler",
+    "LogitNormalSampler",
+    "LossWeighting",
+    "MinSNR",
+    "Progress",
+    "SampleGrids",
     "Trainer",
     "TrainingOptions",
+    "UniformSampler",
     "diffusion_loss",
     "drop_condition",
+    "local_device",
     "train_diffusion",
+    "validation_loss",
 ]

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import TensorDataset
+
+from .batches import Batches
 
 
 @dataclass(frozen=True)
@@ -16,14 +18,11 @@ class Digits:
     images: Tensor
     labels: Tensor
 
-    def batches(self, batch_size: int, seed: int | None = None) -> DataLoader[tuple[Tensor, ...]]:
-        """Shuffled batches (images, labels), another order in every pass."""
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        data = TensorDataset(self.images, self.labels)
-        order = RandomSampler(data, generator=generator)
-        # Whole batches are indexed at once: no collation image by image.
-        sampler = BatchSampler(order, batch_size, drop_last=True)
-        return DataLoader(data, sampler=sampler, batch_size=None)
+    def batches(self, batch_size: int, seed: int | None = None) -> Batches:
+        """Shuffled batches (images, labels); None draws a seed from PyTorch's generator."""
+        if seed is None:
+            seed = int(torch.randint(2**31, ()))
+        return Batches(TensorDataset(self.images, self.labels), batch_size, seed=seed)
 
 
 def load_digits(held_out: float = 0.2, seed: int = 0) -> tuple[Digits, Digits]:

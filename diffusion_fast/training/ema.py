@@ -12,10 +12,10 @@ from ..ops import checks
 
 
 class EMA:
-    """Keeps ``average <- decay * average + (1 - decay) * weight`` for every parameter.
+    """Keeps ``average <- decay * average + (1 - decay) * weight`` for parameters and buffers.
 
     The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that a short run is not
-    dominated by its random start. Buffers are copied as they are.
+    dominated by its random start. Integer buffers are copied as they are.
 
     Args:
         model: whose parameters to follow.
@@ -26,8 +26,8 @@ class EMA:
         if not 0 <= decay < 1:
             checks.fail("decay", "a number in [0, 1)", decay)
         self.decay, self.updates = decay, 0
-        self._live = _tensors(model)
-        self._average = [value.detach().clone() for value in self._live]
+        self._live = named_tensors(model)
+        self._average = {name: value.detach().clone() for name, value in self._live.items()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -36,9 +36,13 @@ class EMA:
         self.updates += 1
         average, live = self._floating(self._average), self._floating(self._live)
         torch._foreach_lerp_(average, live, 1 - decay)
-        for mine, theirs in zip(self._average, self._live, strict=True):
+        for mine, theirs in self._pairs():
             if not mine.is_floating_point():
                 mine.copy_(theirs)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average by the names of parameters and buffers; ``updates`` is apart."""
+        return self._average
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -51,15 +55,19 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for mine, theirs in zip(self._average, self._live, strict=True):
+        for mine, theirs in self._pairs():
             kept = mine.clone()
             mine.copy_(theirs)
             theirs.copy_(kept)
 
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self._average.values(), self._live.values(), strict=True)
+
     @staticmethod
-    def _floating(values: list[Tensor]) -> list[Tensor]:
-        return [value for value in values if value.is_floating_point()]
+    def _floating(values: dict[str, Tensor]) -> list[Tensor]:
+        return [value for value in values.values() if value.is_floating_point()]
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, each once, also those that a state_dict leaves out."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())

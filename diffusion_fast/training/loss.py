@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ def diffusion_loss(
     prediction_type: str = "epsilon",
     weight: Tensor | None = None,
     t: Tensor | None = None,
+    noise: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     r"""The simplified objective of DDPM (Ho et al. 2020, eq. 14), for any prediction type.
@@ -36,6 +38,7 @@ def diffusion_loss(
         prediction_type: what the model predicts: ``"epsilon"``, ``"v_prediction"``, ``"sample"``.
         weight: one per image, [B].
         t: timesteps, int64 [B]; drawn uniformly by default.
+        noise: standard normal, like ``x_0``; drawn by default.
         generator: for the timesteps and the noise, on the device of ``x_0``.
 
     Returns:
@@ -48,7 +51,27 @@ def diffusion_loss(
     if t is None:
         size = (x_0.shape[0],)
         t = torch.randint(schedule.timesteps, size, generator=generator, device=x_0.device)
-    noise = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device)
+    if noise is None:
+        noise = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device)
+    prediction, target = predict(model, schedule, x_0, context, t, noise, prediction_type)
+    return ops.weighted_mse(prediction, target, weight)
+
+
+def predict(
+    model: Model,
+    schedule: DiffusionSchedule,
+    x_0: Tensor,
+    context: Context,
+    t: Tensor,
+    noise: Tensor,
+    prediction_type: str,
+) -> tuple[Tensor, Tensor]:
+    """What the model makes of x_t, and what it should have made; arguments as above.
+
+    Returns:
+        Prediction and target, both [B, ...] of the wider of their dtypes: under autocast the model
+        answers in bfloat16, and the error is still taken in float32.
+    """
     tables = schedule.tables(x_0.device)
     x_t, target = ops.add_noise(x_0, noise, t, tables["signal"], tables["noise"], prediction_type)
     prediction = bind(model, context)(x_t, t)
@@ -57,7 +80,14 @@ def diffusion_loss(
     if prediction.shape != target.shape:
         wanted = f"an output of the shape of its input {list(target.shape)}"
         checks.fail("model", wanted, list(prediction.shape))
-    return ops.weighted_mse(prediction, target.to(prediction.dtype), weight)
+    dtype = torch.promote_types(prediction.dtype, target.dtype)
+    return prediction.to(dtype), target.to(dtype)
+
+
+def image_mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """The mean squared error of each image, without a gradient: [B, ...] to float32 [B]."""
+    square = (prediction.detach().float() - target.float()).square()
+    return square.flatten(1).mean(1)
 
 
 def drop_condition(
@@ -83,18 +113,34 @@ def drop_condition(
         return context
     if null_context is None:
         checks.fail("null_context", "what stands for no condition, because of dropout", None)
-    if isinstance(context, Mapping):
-        assert isinstance(null_context, Mapping)
-        some = next(iter(context.values()))
-    else:
-        some = context
+    some = next(iter(context.values())) if isinstance(context, Mapping) else context
     dropped = torch.rand(len(some), generator=generator, device=some.device) < probability
+    return replace_condition(context, null_context, dropped)
 
-    def replaced(value: Tensor, null: Tensor) -> Tensor:
-        return torch.where(dropped.view(-1, *(1,) * (value.dim() - 1)), null.to(value), value)
 
+def replace_condition(context: Context, null_context: Context, dropped: Tensor) -> Context:
+    """The null condition where ``dropped`` (bool [B]) is true, else the condition.
+
+    Raises:
+        ValueError: a null condition that can't stand in the place of the condition.
+    """
     if isinstance(context, Mapping):
-        assert isinstance(null_context, Mapping)
-        return {key: replaced(value, null_context[key]) for key, value in context.items()}
-    assert isinstance(null_context, Tensor)
-    return replaced(context, null_context)
+        if not isinstance(null_context, Mapping) or null_context.keys() != context.keys():
+            got = sorted(null_context) if isinstance(null_context, Mapping) else "a tensor"
+            checks.fail("null_context", f"a dict with the keys {sorted(context)}", got)
+        pairs = {
+            key: (f"null_context[{key!r}]", null_context[key], context[key]) for key in context
+        }
+        return {key: _replaced(*pair, dropped) for key, pair in pairs.items()}
+    assert context is not None  # the callers ask before
+    return _replaced("null_context", null_context, context, dropped)
+
+
+def _replaced(name: str, null: Any, value: Tensor, dropped: Tensor) -> Tensor:
+    checks.tensor(name, null)
+    if null.shape[:1] not in (value.shape[:1], (1,)) or null.shape[1:] != value.shape[1:]:
+        wanted = [f"{len(value)} or 1", *value.shape[1:]]
+        checks.fail(name, f"shape [{', '.join(map(str, wanted))}]", list(null.shape))
+    if null.is_floating_point() != value.is_floating_point():
+        checks.fail(name, f"a dtype like the condition's ({value.dtype})", null.dtype)
+    return torch.where(dropped.view(-1, *(1,) * (value.dim() - 1)), null.to(value), value)

@@ -9,12 +9,15 @@ from .trainer import Progress
 
 
 @contextlib.contextmanager
-def show_progress(steps: int, batch_size: int) -> Iterator[Callable[[Progress], None]]:
+def show_progress(
+    steps: int, batch_size: int, done: int = 0
+) -> Iterator[Callable[[Progress], None]]:
     """A bar on standard error, fed through the ``on_read`` of :meth:`Trainer.fit`.
 
     Args:
         steps: of the run.
         batch_size: images per step, for the rate.
+        done: steps of the run that were done before.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -30,7 +33,7 @@ def show_progress(steps: int, batch_size: int) -> Iterator[Callable[[Progress], 
         console=Console(stderr=True),
     )
     with bar:
-        task = bar.add_task("training", total=steps, loss=float("nan"), rate=0.0)
+        task = bar.add_task("training", total=steps, completed=done, loss=float("nan"), rate=0.0)
 
         def on_read(progress: Progress) -> None:
             recent = progress.losses[-50:]
@@ -39,7 +42,7 @@ def show_progress(steps: int, batch_size: int) -> Iterator[Callable[[Progress], 
                 task,
                 completed=progress.step,
                 loss=sum(recent) / len(recent),
-                rate=progress.step * batch_size / elapsed,
+                rate=(progress.step - done) * batch_size / elapsed,
             )
 
         yield on_read

@@ -2,87 +2,80 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..conditioning import Context
+from ..models.checkpoints import AnyPath
 from ..ops import checks
-from ..ops.add_noise import TARGETS
 from ..schedule import DiffusionSchedule
+from . import state
+from .batches import Batches
+from .checkpoint import Checkpoints, check_finite, read_checkpoint
+from .distributed import Processes
 from .ema import EMA
-from .loss import diffusion_loss, drop_condition
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How to train; every value is checked.
-
-    Attributes:
-        learning_rate: of AdamW at its peak.
-        weight_decay: of AdamW.
-        warmup_steps: over which the rate rises from zero.
-        decay: ``"constant"``, or ``"cosine"`` down to zero at the last step.
-        gradient_clip: largest norm of the gradient; None for no limit.
-        ema_decay: of the averaged weights; None to keep none.
-        condition_dropout: share of conditions replaced by ``null_context`` (0.1 is usual).
-        prediction_type: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
-        read_every: steps between two reads of the loss on the host.
-    """
-
-    learning_rate: float = 2e-4
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    decay: str = "constant"
-    gradient_clip: float | None = None
-    ema_decay: float | None = None
-    condition_dropout: float = 0.0
-    prediction_type: str = "epsilon"
-    read_every: int = 10
-
-    def __post_init__(self) -> None:
-        checks.finite("learning_rate", self.learning_rate)
-        if self.learning_rate <= 0:
-            checks.fail("learning_rate", "a positive number", self.learning_rate)
-        if self.weight_decay < 0:
-            checks.fail("weight_decay", "a number of at least 0", self.weight_decay)
-        if self.warmup_steps < 0:
-            checks.fail("warmup_steps", "a number of at least 0", self.warmup_steps)
-        checks.one_of("decay", self.decay, ("constant", "cosine"))
-        if self.gradient_clip is not None and not self.gradient_clip > 0:
-            checks.fail("gradient_clip", "a positive number or None", self.gradient_clip)
-        if not 0 <= self.condition_dropout <= 1:
-            checks.fail("condition_dropout", "a probability in [0, 1]", self.condition_dropout)
-        checks.one_of("prediction_type", self.prediction_type, TARGETS)
-        checks.positive_int("read_every", self.read_every)
+from .interruption import Interruption
+from .objective import Objective
+from .options import TrainingOptions
+from .timestep_sampling import UniformSampler
+from .unpack import forever
+from .validation import validation_loss
 
 
 @dataclass
 class Progress:
-    """Where a run stands, as handed to ``on_read``."""
+    """Where a run stands, as handed to ``on_read``.
+
+    Attributes:
+        step, steps: done, and of the whole run.
+        loss: of this step.
+        losses: of every step so far.
+        validation_loss: where it was measured at this step, else None.
+    """
 
     step: int
     steps: int
     loss: float
     losses: list[float] = field(repr=False)
+    validation_loss: float | None = None
+
+
+OnRead = Callable[[Progress], object]
 
 
 class Trainer:
     """Trains a model on batches of data.
 
+    Under ``torchrun`` the same script trains in all its processes: each works on its part of every
+    batch, and gradients are averaged (DDP). Random numbers are those of one process with the whole
+    batch. The first process alone writes checkpoints and calls ``on_read``.
+
     Args:
         model: an ``nn.Module`` called as ``model(x_t, t)`` or ``model(x_t, t, context)``; batches
             go to the device of its parameters.
         dataloader: anything that can be iterated again and again and yields batches: x_0, (x_0,),
-            or (x_0, context) with a tensor or a dict of tensors as context.
+            or (x_0, context) with a tensor or a dict of tensors as context. To resume, and for
+            several processes, a :class:`~diffusion_fast.training.Batches`.
         schedule: the noise schedule.
         null_context: what stands for no condition, for ``condition_dropout``.
         seed: of timesteps, noise and dropout; None draws from PyTorch's global generator.
+        timestep_sampler: which timesteps to train on, made for the T of the schedule; uniform by
+            default.
+        validation: batches that are not trained on, for the validation loss. It is that of the
+            averaged weights where there are any.
+        checkpoints: where to save; None for nowhere.
         options: as in :class:`TrainingOptions`.
+
+    Raises:
+        ValueError: arguments that don't fit together, or a batch size that the processes can't
+            share evenly.
     """
 
     def __init__(
@@ -93,93 +86,242 @@ class Trainer:
         *,
         null_context: Context = None,
         seed: int | None = None,
+        timestep_sampler: UniformSampler | None = None,
+        validation: Iterable[Any] | None = None,
+        checkpoints: Checkpoints | None = None,
         **options: Any,
     ) -> None:
         self.model, self.dataloader, self.schedule = model, dataloader, schedule
         self.options = TrainingOptions(**options)
-        if self.options.condition_dropout > 0 and null_context is None:
-            checks.fail("null_context", "a null condition, because of condition_dropout", None)
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not parameters:
             checks.fail("model", "at least one parameter that requires a gradient", "none")
         self.device = parameters[0].device
-        self.null_context = _moved(null_context, self.device)
-        self.generator = None
-        if seed is not None:
-            self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.optimizer = torch.optim.AdamW(
+        self.processes = Processes.join(self.device)
+        if self.options.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.seed = seed
+        self.objective = Objective(
+            model,
+            schedule,
+            self.options,
+            device=self.device,
+            processes=self.processes,
+            null_context=null_context,
+            seed=seed,
+            timestep_sampler=timestep_sampler,
+        )
+        if isinstance(dataloader, Batches):
+            dataloader.check_shared(self.processes)
+        elif self.processes.count > 1:
+            wanted = "a training.Batches, for several processes"
+            checks.fail("dataloader", wanted, type(dataloader).__name__)
+        kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[self.options.optimizer]
+        self.optimizer = kind(
             parameters,
             lr=self.options.learning_rate,
             weight_decay=self.options.weight_decay,
             fused=True,
         )
-        self.ema = (
-            EMA(model, self.options.ema_decay) if self.options.ema_decay is not None else None
-        )
+        self.ema = EMA(model, decay) if (decay := self.options.ema_decay) is not None else None
+        self.validation, self.checkpoints = validation, checkpoints
+        self.step, self.steps = 0, 0  # done in this run, and all of it
+        self.batches = 0  # read in all runs
+        self.losses: list[float] = []  # of this run
+        self._resumed: str | None = None
 
-    def fit(self, steps: int, on_read: Callable[[Progress], None] | None = None) -> list[float]:
+    @property
+    def null_context(self) -> Context:
+        """What stands for no condition."""
+        return self.objective.null_context
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """Of timesteps, noise and dropout; None stands for PyTorch's global one."""
+        return self.objective.generator
+
+    def fit(self, steps: int, on_read: OnRead | Sequence[OnRead] | None = None) -> list[float]:
         """Train for a number of steps, going round the data as often as that needs.
+
+        After :meth:`resume` the steps done before count as done.
 
         Args:
             steps: batches to train on.
-            on_read: called every ``read_every`` steps, and after the last, with the progress.
+            on_read: called with the progress whenever the losses are read: every ``read_every``
+                steps, at validations and checkpoints, and after the last step. Or several such
+                functions.
 
         Returns:
             The loss of every step.
 
         Raises:
-            FloatingPointError: the loss stopped being finite; names the first such step.
-            ValueError: an empty dataloader, or a batch that doesn't fit the model.
+            FloatingPointError: the loss stopped being finite; names the first such step and its
+                batch. Checkpoints saved before it are kept, and none is saved after it.
+            KeyboardInterrupt: Ctrl-C; with ``checkpoints``, after the step was finished and saved.
+            ValueError: an empty dataloader, a batch that doesn't fit the model, or a folder of
+                checkpoints that holds newer ones.
         """
         checks.positive_int("steps", steps)
+        self._start(steps)
+        callbacks = (on_read,) if callable(on_read) else tuple(on_read or ())
         was_training = self.model.training
         self.model.train()
-        losses: list[float] = []
         pending: list[Tensor] = []
         try:
-            for step, batch in zip(range(1, steps + 1), _forever(self.dataloader), strict=False):
-                self._set_rate(step, steps)
-                pending.append(self._step(batch))
-                if step % self.options.read_every == 0 or step == steps:
-                    losses += _read(pending, len(losses))
-                    pending.clear()
-                    if on_read is not None:
-                        on_read(Progress(step, steps, losses[-1], losses))
+            with Interruption(self.checkpoints is not None) as interruption:
+                batches = self._batches()
+                while self.step < steps:
+                    pending.append(self._step(next(batches)))
+                    # Several processes must agree to stop, which they do where all pause.
+                    alone = interruption.asked and self.processes.count == 1
+                    if alone or self._pauses():
+                        self._read(pending)
+                        self._pause(callbacks, interruption)
         finally:
             self.model.train(was_training)
-        return losses
+        return self.losses
+
+    def resume(self, path: AnyPath | None = None, ignore: Iterable[str] = ()) -> int:
+        """Go on where a checkpoint was saved: the next :meth:`fit` does the steps after it.
+
+        On a CPU, what follows is bit for bit what would have followed without the interruption.
+
+        Args:
+            path: a checkpoint; None for the newest of ``checkpoints``.
+            ignore: names of settings that may differ, such as ``"learning_rate"``.
+
+        Returns:
+            The step; 0 if ``path`` is None and there is no checkpoint yet.
+
+        Raises:
+            CheckpointError: it is missing, unfinished, damaged, or of another model; names the
+                file.
+            ValueError: it was made with other settings; lists what differs.
+        """
+        if path is None:
+            if self.checkpoints is None:
+                checks.fail("path", "a checkpoint, because the trainer has no checkpoints", None)
+            path = self.checkpoints.newest()
+            if path is None:
+                return 0
+        if not isinstance(self.dataloader, Batches):
+            wanted = "a training.Batches, which can start in the middle, to resume"
+            checks.fail("dataloader", wanted, type(self.dataloader).__name__)
+        groups, saved = read_checkpoint(path)
+        state.compare_settings(saved["settings"], state.settings(self), ignore, str(path))
+        state.restore(self, groups, saved, str(path))
+        self._resumed = str(path)
+        return self.step
+
+    def _start(self, steps: int) -> None:
+        """A run of its own, or the rest of the one that was resumed."""
+        if self._resumed is None:
+            self.step, self.losses = 0, []
+        elif steps < self.step or (self.options.decay == "cosine" and steps != self.steps):
+            # The cosine's length is part of every step so far.
+            wanted = f"{self.steps}, as for {self._resumed}"
+            checks.fail("steps", wanted, steps)
+        self.steps, self._resumed = steps, None
+        newest = self.checkpoints.newest() if self.checkpoints else None
+        if self.checkpoints and newest and newest > self.checkpoints.path(self.step):
+            wanted = f"none after step {self.step} (call resume(), or take another folder)"
+            checks.fail("checkpoints", wanted, newest)
+
+    def _batches(self) -> Iterator[Any]:
+        if isinstance(self.dataloader, Batches):
+            return self.dataloader.starting_at(self.batches, self.processes)
+        return forever(self.dataloader)
 
     def _step(self, batch: Any) -> Tensor:
-        x_0, context = _unpacked(batch, self.device)
-        context = drop_condition(
-            context, self.null_context, self.options.condition_dropout, self.generator
-        )
-        loss = diffusion_loss(
-            self.model,
-            self.schedule,
-            x_0,
-            context,
-            prediction_type=self.options.prediction_type,
-            generator=self.generator,
-        )
+        self._set_rate(self.step + 1)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss = self.objective.backward(batch)
         if self.options.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.options.gradient_clip)
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update()
-        return loss.detach()
+        self.step, self.batches = self.step + 1, self.batches + 1
+        return loss
 
-    def _set_rate(self, step: int, steps: int) -> None:
+    def _set_rate(self, step: int) -> None:
         """Linear warm-up, then constant or a half cosine to zero."""
         warmup, rate = self.options.warmup_steps, self.options.learning_rate
         if step < warmup:
             rate *= step / warmup
         elif self.options.decay == "cosine":
-            rate *= 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+            rate *= 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+
+    def _pauses(self) -> bool:
+        """Whether something other than training is due after this step."""
+        due = self.step % self.options.read_every == 0 or self.step == self.steps
+        return due or self._validates() or self._saves()
+
+    def _validates(self) -> bool:
+        every = self.options.validate_every
+        if self.validation is None:
+            return False
+        return (every is not None and self.step % every == 0) or self._saves()
+
+    def _saves(self) -> bool:
+        if self.checkpoints is None:
+            return False
+        return self.step % self.checkpoints.every == 0 or self.step == self.steps
+
+    def _read(self, pending: list[Tensor]) -> None:
+        """Bring the losses to the host, the mean of all processes."""
+        losses: list[float] = self.processes.mean(torch.stack(pending)).tolist()
+        for offset, loss in enumerate(losses, 1 - len(losses)):
+            if not math.isfinite(loss):
+                step, number = self.step + offset, self.batches + offset - 1
+                message = f"loss: expected a finite number, got {loss} at step {step}"
+                if isinstance(self.dataloader, Batches):
+                    items = self.dataloader.items(number)
+                    message += f", on batch {number} (items {', '.join(map(str, items))})"
+                raise FloatingPointError(message)
+        self.losses += losses
+        pending.clear()
+
+    def _pause(self, callbacks: tuple[OnRead, ...], interruption: Interruption) -> None:
+        stops = self.processes.any(interruption.asked, self.device)
+        saves, validated = stops or self._saves(), None
+        if self.validation is not None and (saves or self._validates()):
+            validated = self.validation_loss()
+        if self.processes.first:
+            progress = Progress(self.step, self.steps, self.losses[-1], self.losses, validated)
+            for callback in callbacks:
+                callback(progress)
+        if saves:
+            path = self._save(validated)
+        if stops:
+            raise KeyboardInterrupt(
+                f"stopped after step {self.step} of {self.steps} and saved {path}; to go on, run"
+                " the same again and resume"
+            )
+
+    def validation_loss(self) -> float:
+        """See :func:`validation_loss`; of the averaged weights where there are any."""
+        assert self.validation is not None
+        with self.ema.applied() if self.ema else contextlib.nullcontext():
+            return validation_loss(
+                self.model,
+                self.validation,
+                self.schedule,
+                prediction_type=self.options.prediction_type,
+                processes=self.processes,
+                precision=self.options.precision,
+            )
+
+    def _save(self, validated: float | None) -> Path:
+        assert self.checkpoints is not None
+        groups, saved = state.collect(self)
+        check_finite({name: groups[name] for name in ("model", "ema") if name in groups})
+        if self.processes.first:
+            self.checkpoints.save(self.step, groups, saved, validated)
+        self.processes.wait()
+        return self.checkpoints.path(self.step)
 
 
 def train_diffusion(
@@ -208,39 +350,3 @@ def train_diffusion(
     if not len(dataloader):
         checks.fail("dataloader", "at least one batch", "none")
     return Trainer(model, dataloader, schedule, **options).fit(epochs * len(dataloader))
-
-
-def _forever(dataloader: Iterable[Any]) -> Iterator[Any]:
-    while True:
-        empty = True
-        for batch in dataloader:
-            empty = False
-            yield batch
-        if empty:
-            checks.fail("dataloader", "at least one batch in every pass", "none")
-
-
-def _unpacked(batch: Any, device: torch.device) -> tuple[Tensor, Context]:
-    if isinstance(batch, (tuple, list)) and len(batch) in (1, 2):
-        x_0, context = batch[0], batch[1] if len(batch) == 2 else None
-    else:
-        x_0, context = batch, None
-    if not isinstance(x_0, Tensor):
-        got = type(batch).__name__
-        raise TypeError(f"dataloader: expected batches x_0 or (x_0, context), got a {got}")
-    return x_0.to(device, non_blocking=True), _moved(context, device)
-
-
-def _moved(context: Context, device: torch.device) -> Context:
-    if isinstance(context, Mapping):
-        return {key: value.to(device, non_blocking=True) for key, value in context.items()}
-    return context.to(device, non_blocking=True) if context is not None else None
-
-
-def _read(pending: list[Tensor], before: int) -> list[float]:
-    losses: list[float] = torch.stack(pending).tolist()
-    for index, loss in enumerate(losses):
-        if not math.isfinite(loss):
-            step = before + index + 1
-            raise FloatingPointError(f"loss: expected a finite number, got {loss} at step {step}")
-    return losses

@@ -112,6 +112,20 @@ def test_the_noise_returned_is_what_entered_x_t(dtype: torch.dtype, target: str)
         assert same_bits(result, expected)
 
 
+def test_an_infinite_gradient_is_not_nan() -> None:
+    """Where there is no second gradient to turn with."""
+    x_0 = randn(2, 3, dtype=torch.float32).requires_grad_()
+    noise, cotangent = torch.zeros(2, 3, device=DEVICE), torch.full((2, 3), 3e38, device=DEVICE)
+    cotangent[0, 0] = float("inf")
+    call = {"t": timesteps(2), **tables(torch.float32)}
+    results = []
+    for backend in ("triton", "reference"):
+        with ops.use_backend(backend):
+            x_t, _ = ops.add_noise(x_0, noise, **call)
+            results += torch.autograd.grad(x_t, x_0, cotangent)
+    torch.testing.assert_close(*results)
+
+
 def test_operator_and_export() -> None:
     x_0 = randn(2, 4, 5, dtype=torch.float64).requires_grad_()
     t, (signal, sigma) = timesteps(2), tables(torch.float64).values()

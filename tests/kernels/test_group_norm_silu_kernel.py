@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from diffusion_fast import ops
 from diffusion_fast.kernels import group_norm_silu as kernel
+from diffusion_fast.kernels import group_norm_silu_backward as backward
 
 EXTRAS = ("add", "scale", "shift")
 
@@ -97,6 +99,29 @@ def test_64_bit_offsets(second: int, path: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(kernel.launch, "wide", lambda *_: True)
     values = inputs(torch.float32, EXTRAS, (2, 3, 5, 5), second)
     check(lambda **v: ops.group_norm_silu(num_groups=3, **v), values, list(values))
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_offsets_are_as_wide_as_the_result_needs(
+    expanded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sources, or an expanded one, of less than 2^31 elements, and a result of more."""
+    seen: list[tuple[str, bool]] = []
+
+    def record(program: Any, _: object, options: dict[str, Any]) -> None:
+        seen.append((program.fn.__name__, options["WIDE"]))
+
+    monkeypatch.setattr(kernel.launch, "recorder", record)
+    x = torch.empty(1, 32, 4096, 9000, device="meta", dtype=torch.bfloat16)
+    x2, one = (None, 32) if expanded else (x, 64)
+    if expanded:
+        x = x[..., :1].expand(1, 32, 4096, 17000)
+    weight = torch.empty(one, device="meta", dtype=torch.bfloat16)
+    args = x, 32, weight, weight, 1e-5, True, None, None, None, x2
+    y = kernel.group_norm_silu(*args)
+    backward.group_norm_silu_backward(y[..., :1].expand(y.shape), *args)
+    names = ("_statistics", "_normalize", "_sums", "_parameters", "_gradient")
+    assert set(seen) == {(name, True) for name in names}
 
 
 def test_sources_of_different_layouts(path: str) -> None:

@@ -145,6 +145,24 @@ def test_the_peak_shows_the_first_step_that_is_not_finite(value: float, dtype: t
     assert peak.isnan().tolist() == [False] + [value != value] * 2
 
 
+def test_a_negative_nan_reaches_the_peak() -> None:
+    """The peak is a maximum of bits, where a sign would make NaN the smallest."""
+    x, peak = torch.zeros(SHAPE, device=DEVICE), torch.zeros(1, device=DEVICE)
+    output = torch.ones(SHAPE, device=DEVICE)
+    output.view(torch.int32)[0, 0, 0, 0] = -0x400000  # a quiet NaN with its sign set
+    with ops.use_backend("triton"):
+        ops.sampler_step(x, output, table(1, 0), 0, peak=peak)
+    assert peak.isnan().all()
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_table_of_noise_needs_a_row_for_every_row(on_device: bool) -> None:
+    values = tensors(torch.float32, torch.float32)
+    values["noise"] = values["noise"][None].expand(2, *SHAPE)
+    with pytest.raises(ValueError, match="noise: expected a row for each of the table's 3, got 2"):
+        step("triton", table(s=1.0), on_device, values)
+
+
 @pytest.mark.parametrize("on_device", [False, True])
 def test_noise_from_a_row_of_a_table(on_device: bool) -> None:
     values = tensors(torch.float32, torch.float32)
@@ -255,7 +273,7 @@ def test_compiles_and_exports_whole(philox: bool) -> None:
         ({"x": torch.zeros(2, 3, 7, 10)[..., ::2]}, "x is neither contiguous nor channels_last"),
         ({"h1": torch.zeros(2, 7, 5, 3).permute(0, 3, 1, 2)}, "h1 has other strides"),
         ({"model_input": torch.zeros(2, 3, 7, 10)[..., :5]}, "the image dimensions of model_input"),
-        ({"peak": torch.zeros(6)[::2]}, "peak has another dtype than x, or gaps"),
+        ({"peak": torch.zeros(6)[::2]}, "peak has another dtype or device than x, or gaps"),
     ],
 )
 def test_what_the_kernel_cannot_do_is_refused(change: dict[str, Tensor], reason: str) -> None:

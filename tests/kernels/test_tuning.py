@@ -70,7 +70,7 @@ def test_processes_add_to_one_file(measured: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", '{"op (1,)": 3}', '{"op (1,)": "gone"}']
+    "content", ["", "{", "[]", "[1]", "null", "7", '{"op (1,)": 3}', '{"op (1,)": "gone"}']
 )
 def test_a_damaged_or_outdated_file_is_measured_again(measured: list[str], content: str) -> None:
     file = tuning.cache_file(CUDA)

@@ -202,6 +202,16 @@ def test_operator() -> None:
         ({"table": table().float()}, r"table: expected float64"),
         ({"table": table().to("meta")}, "table: expected a table on the host for an int step"),
         ({"step": 2}, r"step: expected an index in \[0, 2\), got 2"),
+        (
+            {"step": torch.tensor([1.0])},
+            r"step: expected an int, or torch.int64 \[1\], got torch.f",
+        ),
+        ({"step": torch.tensor(1)}, r"step: expected an int, or torch.int64 \[1\], got .* \[\]"),
+        ({"step": torch.tensor([1]).to("meta")}, "step: expected the device of x"),
+        (
+            {"noise": torch.ones(1, *SHAPE), "step": torch.tensor([1])},
+            "noise: expected a row for each of the table's 2, got 1",
+        ),
         ({"table": table(s=1.0)}, "noise: expected a tensor, because this row of the table reads"),
         ({"table": table(c_1=1.0)}, "h1: expected a tensor"),
     ],

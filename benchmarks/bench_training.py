@@ -1,0 +1,179 @@
+"""A Trainer's steps beside a plain PyTorch loop with the same features on: same model and data.
+
+    pytest benchmarks/bench_training.py --benchmark-enable --benchmark-json=training.json
+
+The plain loop is what one writes without this library: condition dropout, closed-form noising,
+min-SNR weights, fused AdamW with warm-up, clipping, an average of the weights. Both train in turns
+in one process. ``ratio`` in ``extra_info`` is the plain loop's median over ours, above 1 is faster;
+it should be at least 0.97 with the U-Net. ``host`` is a model that costs nothing, so that what is
+left is the loop. ``data_share`` is the part of our time that goes into reading batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from harness import environment
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import diffusion_fast as df
+from diffusion_fast.training import Batches, MinSNR
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROUNDS, STEPS = (30, 20) if DEVICE == "cuda" else (12, 5)
+BATCH = 64
+SCHEDULE = df.DiffusionSchedule()
+NULL_CLASS = 10
+
+
+class Free(nn.Module):
+    """Costs nothing; what is timed is the loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output = nn.Parameter(torch.zeros(1, 1, 8, 8))
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        return self.output.expand(x.shape)
+
+
+def unet() -> nn.Module:
+    return df.UNet2DCondition(df.UNetConfig.preset("digits"))
+
+
+def data() -> TensorDataset:
+    return TensorDataset(torch.randn(20 * BATCH, 1, 8, 8), torch.randint(10, (20 * BATCH,)))
+
+
+def plain(model: nn.Module, compiled: bool, precision: str) -> Callable[[], object]:
+    """STEPS steps of the loop that one writes."""
+    loader = DataLoader(data(), batch_size=BATCH, shuffle=True, drop_last=True)
+    network = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, weight_decay=0.0, fused=True)
+    average = [p.detach().clone() for p in model.parameters()]
+    signal = SCHEDULE.sqrt_alphas_cumprod.to(DEVICE)
+    sigma = SCHEDULE.sqrt_one_minus_alphas_cumprod.to(DEVICE)
+    snr = (signal / sigma) ** 2
+    weights = snr.clamp(max=5) / snr
+
+    def forever() -> Iterator[list[Tensor]]:
+        while True:
+            yield from loader
+
+    batches, step = forever(), 0
+
+    def run() -> None:
+        nonlocal step
+        losses = []
+        for _ in range(STEPS):
+            step += 1
+            for group in optimizer.param_groups:
+                group["lr"] = 2e-4 * min(1, step / 100)
+            x_0, label = (value.to(DEVICE, non_blocking=True) for value in next(batches))
+            dropped = torch.rand(len(label), device=DEVICE) < 0.1
+            label = torch.where(dropped, NULL_CLASS, label)
+            t = torch.randint(0, 1000, (len(x_0),), device=DEVICE)
+            noise = torch.randn_like(x_0)
+            a, s = (table[t].view(-1, 1, 1, 1) for table in (signal, sigma))
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bfloat16"):
+                prediction = network(a * x_0 + s * noise, t, label)
+            square = (prediction.float() - noise).square().mean((1, 2, 3))
+            loss = (square * weights[t]).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(average, list(model.parameters()), 0.001)
+            losses.append(loss.detach())
+        torch.stack(losses).tolist()
+
+    return run
+
+
+class Timed(Batches):
+    """Counts the seconds that reading takes."""
+
+    seconds = 0.0
+
+    def starting_at(self, *args: Any) -> Iterator[Any]:
+        batches = super().starting_at(*args)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches)
+            self.seconds += time.perf_counter() - start
+            yield batch
+
+
+def ours(model: nn.Module, batches: Batches, compiled: bool, precision: str) -> df.Trainer:
+    return df.Trainer(
+        model,
+        batches,
+        SCHEDULE,
+        null_context=torch.tensor([NULL_CLASS]),
+        condition_dropout=0.1,
+        loss_weighting=MinSNR(),
+        warmup_steps=100,
+        gradient_clip=1.0,
+        ema_decay=0.999,
+        read_every=STEPS,
+        compile=compiled,
+        precision=precision,
+    )
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", ["eager", pytest.param("compile", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("build", [unet, Free], ids=["unet", "host"])
+def test_steps(benchmark: Any, build: Callable[[], nn.Module], mode: str, precision: str) -> None:
+    torch.manual_seed(0)
+    theirs = build().to(DEVICE)
+    batches = Timed(data(), BATCH)
+    trainer = ours(copy.deepcopy(theirs), batches, mode == "compile", precision)
+    baseline = plain(theirs, mode == "compile", precision)
+    times: list[float] = []
+    peaks = {"plain_peak_bytes": 0, "peak_bytes": 0}
+
+    def timed(name: str, run: Callable[[], object]) -> float:
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - start
+        if DEVICE == "cuda":
+            peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated())
+        return seconds
+
+    def step() -> None:
+        timed("peak_bytes", lambda: trainer.fit(STEPS))
+
+    baseline(), step()  # warm up, and compile
+    batches.seconds = 0.0
+    benchmark.pedantic(
+        step, setup=lambda: times.append(timed("plain_peak_bytes", baseline)), rounds=ROUNDS
+    )
+    if not benchmark.stats:
+        return
+    reference, mine = statistics.median(times), benchmark.stats.stats.median
+    benchmark.extra_info |= environment() | {
+        "mode": f"{mode}, {precision}",
+        "images_per_s": STEPS * BATCH / mine,
+        "plain_images_per_s": STEPS * BATCH / reference,
+        "ratio": reference / mine,
+        "data_share": batches.seconds / sum(benchmark.stats.stats.data),
+    }
+    if DEVICE == "cuda":
+        benchmark.extra_info |= peaks
+    print(
+        f"\n{STEPS * BATCH / mine:.0f} images/s, plain {STEPS * BATCH / reference:.0f},"
+        f" ratio {reference / mine:.3f},"
+        f" reading {benchmark.extra_info['data_share']:.1%} of the time"
+    )

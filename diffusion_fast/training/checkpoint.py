@@ -1,0 +1,207 @@
+"""Checkpoints on the disk: whole or not there at all.
+
+A checkpoint is a folder ``step_00001000`` of safetensors files and one ``state.json``. It is
+written under another name, brought onto the disk, renamed, and only then gets its mark
+``complete.json``, which lists its files and their sizes. A folder without a mark is what an
+interruption left and is never read; one with a mark whose files are not what it lists is damaged
+and named.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..models.checkpoints import AnyPath, CheckpointError
+from ..ops import checks
+
+MARK = "complete.json"
+STATE = "state.json"
+
+Groups = Mapping[str, Mapping[str, Tensor]]  # one safetensors file each
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The folder of a run's checkpoints.
+
+    Args:
+        folder: of this run alone.
+        every: steps between two checkpoints.
+        keep: how many of the newest to keep; the one with the lowest validation loss is kept too.
+    """
+
+    folder: AnyPath
+    every: int = 500
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        checks.positive_int("every", self.every)
+        checks.positive_int("keep", self.keep)
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return Path(self.folder) / f"step_{step:08d}"
+
+    def all(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted(mark.parent for mark in Path(self.folder).glob(f"step_*/{MARK}"))
+
+    def newest(self) -> Path | None:
+        """The last complete checkpoint."""
+        return max(self.all(), default=None)
+
+    def best(self) -> Path | None:
+        """The one with the lowest validation loss, None if there was no validation."""
+        losses = {path: _read_json(path / MARK).get("validation_loss") for path in self.all()}
+        known = {path: loss for path, loss in losses.items() if loss is not None}
+        return min(known, key=lambda path: known[path], default=None)
+
+    def save(
+        self,
+        step: int,
+        groups: Groups,
+        state: Mapping[str, Any],
+        validation_loss: float | None = None,
+    ) -> Path:
+        """Write a checkpoint, then remove those that are no longer kept.
+
+        Args:
+            step: names it.
+            groups: tensors by name, one file for each group.
+            state: what JSON can hold.
+            validation_loss: decides which one is the best.
+
+        Returns:
+            Its folder.
+
+        Raises:
+            FileExistsError: there is a complete one of this step.
+            OSError: the folder can't be written, for example because the disk is full. No part of
+                the new checkpoint is left then, and all older ones are as they were.
+        """
+        target = self.path(step)
+        if (target / MARK).exists():
+            raise FileExistsError(f"{target}: there is a checkpoint of this step already")
+        Path(self.folder).mkdir(parents=True, exist_ok=True)
+        self._remove_unfinished()
+        temporary = target.with_name(f".{target.name}.tmp")
+        try:
+            temporary.mkdir()
+            sizes = _write(temporary, groups, state)
+            os.rename(temporary, target)
+            _flush(target.parent)
+            _write_mark(target, {"files": sizes, "validation_loss": validation_loss})
+        except SafetensorError as error:  # its way to say that the disk is full
+            raise OSError(f"{target}: can't be written: {error}") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not (target / MARK).exists():
+                shutil.rmtree(target, ignore_errors=True)
+        self._prune()
+        return target
+
+    def _prune(self) -> None:
+        best = self.best()
+        for path in self.all()[: -self.keep]:
+            if path != best:
+                (path / MARK).unlink()  # first: half a checkpoint must not look like one
+                shutil.rmtree(path)
+
+    def _remove_unfinished(self) -> None:
+        """What a run that was killed has left."""
+        for path in Path(self.folder).glob(".step_*.tmp"):
+            shutil.rmtree(path)
+        for path in Path(self.folder).glob("step_*"):
+            if path.is_dir() and not (path / MARK).exists():
+                shutil.rmtree(path)
+
+
+def read_checkpoint(path: AnyPath) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The groups of tensors and the state that :meth:`Checkpoints.save` was given.
+
+    Raises:
+        CheckpointError: the folder is missing, unfinished or damaged; names the file.
+    """
+    path = Path(path)
+    if not (path / MARK).is_file():
+        what = f"unfinished, it has no {MARK}" if path.is_dir() else "no such folder"
+        raise CheckpointError(f"{path}: expected a checkpoint, but it is {what}")
+    sizes = _read_json(path / MARK).get("files", {})
+    for name, size in sizes.items():
+        file = path / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            got = "it is missing" if found is None else f"got {found}: the file is cut short"
+            raise CheckpointError(f"{file}: expected {size} bytes, {got}")
+    groups = {}
+    for name in sizes:
+        if name != STATE:
+            try:
+                groups[name.removesuffix(".safetensors")] = load_file(path / name)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path / name}: damaged: {error}") from error
+    return groups, _read_json(path / STATE)
+
+
+def check_finite(groups: Groups) -> None:
+    """Refuse to save weights that training has broken.
+
+    Raises:
+        FloatingPointError: a tensor holds NaN or an infinity; names it.
+    """
+    for group, tensors in groups.items():
+        for name, value in tensors.items():
+            # The sum of finite numbers may overflow, so only a suspicious one is looked into.
+            if not math.isfinite(value.double().sum().item()) and not value.isfinite().all():
+                raise FloatingPointError(f"{group}: expected finite numbers, got others in {name}")
+
+
+def _write(folder: Path, groups: Groups, state: Mapping[str, Any]) -> dict[str, int]:
+    """All files, on the disk when this returns; their sizes."""
+    for group, tensors in groups.items():
+        whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        save_file(whole, folder / f"{group}.safetensors", metadata={"format": "pt"})
+    text = json.dumps(state, indent=2, sort_keys=True) + "\n"
+    (folder / STATE).write_text(text, encoding="utf-8")
+    files = sorted(folder.iterdir())
+    for path in [*files, folder]:
+        _flush(path)
+    return {path.name: path.stat().st_size for path in files}
+
+
+def _write_mark(folder: Path, mark: Mapping[str, Any]) -> None:
+    temporary = folder / f".{MARK}.tmp"
+    temporary.write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
+    _flush(temporary)
+    os.replace(temporary, folder / MARK)
+    _flush(folder)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: can't be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file's contents, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

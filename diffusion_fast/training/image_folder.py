@@ -1,0 +1,173 @@
+"""A folder of images as a data set: with classes, with captions, or plain."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..models.checkpoints import AnyPath
+from ..ops import checks
+
+METADATA = "metadata.jsonl"
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_SHOWN = 5  # names in an error message
+
+# What Pillow raises for files that are not images, or only the first half of one.
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+
+class ImageFolder(Dataset[Any]):
+    """Images of one size in [-1, 1], read when they are asked for.
+
+    What is in the folder decides what an item is:
+
+    - ``metadata.jsonl``, lines ``{"file_name": "a.png", "text": "a caption"}`` (the convention of
+      the datasets library): (image, encode(caption));
+    - subfolders with images, one for each class: (image, number of the class);
+    - only images: the image.
+
+    Args:
+        root: the folder.
+        size: of the images, (height, width) or one number for both. Images are scaled until they
+            cover it (Lanczos) and cut at the middle.
+        channels: 3 for colour, 1 for grey.
+        encode: makes a tensor, what the model is conditioned on, of a caption.
+        caption: the key of the caption.
+        broken: what to do with a file that can't be read: ``"refuse"``, or ``"skip"`` to warn and
+            take the next image in its place, so that batches keep their size.
+
+    Attributes:
+        files: paths of the images, sorted.
+        classes: names of the classes, sorted; None without classes.
+        captions: by image; None without captions.
+
+    Raises:
+        ValueError: an empty folder, an empty class, captions without images, images without
+            captions, a line that can't be read; names it.
+    """
+
+    def __init__(
+        self,
+        root: AnyPath,
+        size: int | tuple[int, int],
+        *,
+        channels: int = 3,
+        encode: Callable[[str], Tensor] | None = None,
+        caption: str = "text",
+        broken: str = "refuse",
+    ) -> None:
+        self.root = Path(root)
+        if not self.root.is_dir():
+            checks.fail("root", "a folder", f"{self.root}, which is none")
+        self.size = (size, size) if isinstance(size, int) else size
+        for length in self.size:
+            checks.positive_int("size", length)
+        if channels not in (1, 3):
+            checks.fail("channels", "1 or 3", channels)
+        checks.one_of("broken", broken, ("refuse", "skip"))
+        self.channels, self.encode, self.broken = channels, encode, broken
+        self.files = sorted(
+            path for path in self.root.rglob("*") if path.suffix.lower() in SUFFIXES
+        )
+        if not self.files:
+            checks.fail("root", f"images ({' '.join(SUFFIXES)}) in {self.root}", "none")
+        self.classes: list[str] | None = None
+        self.captions: list[str] | None = None
+        self._labels: list[int] = []
+        if (self.root / METADATA).is_file():
+            self._read_captions(self.root / METADATA, caption)
+        elif any(path.is_dir() for path in self.root.iterdir()):
+            self._find_classes()
+        self._reported: set[Path] = set()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Any:
+        """The item of image ``index``, or with ``broken="skip"`` of the next that can be read."""
+        for offset in range(len(self)):
+            i = (index + offset) % len(self)
+            try:
+                image = self._read(self.files[i])
+            except _UNREADABLE as error:
+                self._report(self.files[i], error)
+                continue
+            if self.captions is not None:
+                assert self.encode is not None
+                return image, self.encode(self.captions[i])
+            return (image, self._labels[i]) if self.classes is not None else image
+        checks.fail("root", "an image that can be read", f"none in {self.root}")
+
+    def _read(self, path: Path) -> Tensor:
+        height, width = self.size
+        with Image.open(path) as file:
+            upright = ImageOps.exif_transpose(file).convert("RGB" if self.channels == 3 else "L")
+        fitted = ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
+        pixels = torch.from_numpy(np.array(fitted)).view(height, width, self.channels)
+        return pixels.permute(2, 0, 1).float() / 127.5 - 1  # [C, H, W]
+
+    def _report(self, path: Path, error: BaseException) -> None:
+        message = f"{path}: can't be read as an image: {error}"
+        if self.broken == "refuse":
+            raise ValueError(message) from error
+        if path not in self._reported:
+            self._reported.add(path)
+            warnings.warn(f"{message}; skipped", stacklevel=3)
+
+    def _find_classes(self) -> None:
+        beside = [path for path in self.files if path.parent == self.root]
+        if beside:
+            checks.fail("root", "images in class folders only", _some(beside, "images beside them"))
+        self.classes = sorted(path.name for path in self.root.iterdir() if path.is_dir())
+        names = [path.relative_to(self.root).parts[0] for path in self.files]
+        empty = [self.root / name for name in self.classes if name not in set(names)]
+        if empty:
+            checks.fail("root", "images in each class folder", _some(empty, "empty ones"))
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        self._labels = [numbers[name] for name in names]
+
+    def _read_captions(self, path: Path, key: str) -> None:
+        if self.encode is None:
+            checks.fail("encode", f"a function of a caption, because there is {path}", None)
+        captions: dict[Path, str] = {}
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if line.strip():
+                name, text = _caption(line, key, f"{path}, line {number}")
+                if self.root / name in captions:
+                    raise ValueError(f"{path}, line {number}: a second caption for {name}")
+                captions[self.root / name] = text
+        known = set(self.files)
+        lost = [file for file in captions if file not in known]
+        if lost:
+            checks.fail(METADATA, "an image for each caption", _some(lost, "captions without"))
+        bare = [file for file in self.files if file not in captions]
+        if bare:
+            checks.fail(METADATA, "a caption for each image", _some(bare, "images without"))
+        self.captions = [captions[file] for file in self.files]
+
+
+def _caption(line: str, key: str, where: str) -> tuple[str, str]:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: can't be read as JSON: {error}") from error
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(entry).__name__}")
+    for name in ("file_name", key):
+        if not isinstance(entry.get(name), str):
+            checks.fail(where, f"a text {name!r}", entry.get(name))
+    return entry["file_name"], entry[key]
+
+
+def _some(paths: list[Path], what: str) -> str:
+    names = ", ".join(str(path) for path in paths[:_SHOWN])
+    return f"{len(paths)} {what}: {names}{' ...' if len(paths) > _SHOWN else ''}"

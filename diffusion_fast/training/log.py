@@ -1,0 +1,128 @@
+"""Functions for ``on_read``: what a run leaves to look at."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..conditioning import Context
+from ..engine import Engine
+from ..images import grid, save_png
+from ..models.checkpoints import AnyPath
+from ..ops import checks
+from .trainer import Progress, Trainer
+
+_COLUMNS = ("step", "loss", "validation_loss")
+
+
+class CsvLog:
+    """One row per step: step, loss, and the validation loss where it was measured.
+
+    A run that is resumed goes on in the same file, without the rows of steps that were lost.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: AnyPath) -> None:
+        self.path = Path(path)
+        self._written: int | None = None  # the last step in the file; None: not looked at yet
+
+    def __call__(self, progress: Progress) -> None:
+        if self._written is None:
+            self._begin(progress)
+        else:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(self._rows(progress, self._written, {}))
+        self._written = progress.step
+
+    def _begin(self, progress: Progress) -> None:
+        """Write everything so far anew, with the validation losses of the file that is there."""
+        validated: dict[int, str] = {}
+        with contextlib.suppress(FileNotFoundError), self.path.open(encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if row.get("step") and row.get("validation_loss"):
+                    validated[int(row["step"])] = row["validation_loss"]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(_COLUMNS)
+                writer.writerows(self._rows(progress, 0, validated))
+            os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @staticmethod
+    def _rows(progress: Progress, after: int, known: dict[int, str]) -> list[Sequence[object]]:
+        rows: list[Sequence[object]] = []
+        for step in range(after + 1, progress.step + 1):
+            last = step == progress.step and progress.validation_loss is not None
+            validated = progress.validation_loss if last else known.get(step, "")
+            rows.append((step, progress.losses[step - 1], validated))
+        return rows
+
+
+class SampleGrids:
+    """Draws images of the averaged weights every so often: FOLDER/step_00001000.png.
+
+    The noise is the same every time, so that the pictures show what training changes.
+
+    Args:
+        trainer: whose model to sample.
+        folder: for the pictures.
+        shape: of the images, [B, C, H, W].
+        every: steps between two pictures; drawn when the losses are read next.
+        context: what to draw, [B, ...].
+        columns: images in a row.
+        seed: of the noise.
+        options: of :class:`~diffusion_fast.Engine`, such as ``sampler``, ``steps``,
+            ``guidance_scale``.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        folder: AnyPath,
+        shape: Sequence[int],
+        *,
+        every: int,
+        context: Context = None,
+        columns: int = 8,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        checks.positive_int("every", every)
+        self.trainer, self.folder, self.shape = trainer, Path(folder), tuple(shape)
+        self.every, self.context, self.columns, self.seed = every, context, columns, seed
+        self.options: dict[str, Any] = {"sampler": "dpmpp_2m", "steps": 20} | options
+        self._drawn = 0  # multiples of ``every``
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.step // self.every <= self._drawn:
+            return
+        self._drawn = progress.step // self.every
+        trainer = self.trainer
+        engine = Engine(
+            trainer.model,
+            trainer.schedule,
+            device=trainer.device,
+            prediction_type=trainer.options.prediction_type,
+            **self.options,
+        )
+        with trainer.ema.applied() if trainer.ema else contextlib.nullcontext():
+            images = engine.sample(
+                self.shape,
+                context=self.context,
+                null_context=trainer.null_context,
+                generator=torch.Generator().manual_seed(self.seed),
+            )
+        path = self.folder / f"step_{progress.step:08d}.png"
+        save_png(grid(images, self.columns), path, {"step": progress.step, "seed": self.seed})

@@ -1,0 +1,129 @@
+"""One batch to the gradient of the loss: all that is random and all that is weighted."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import ops
+from ..conditioning import Context
+from ..ops import checks
+from ..schedule import DiffusionSchedule
+from .distributed import Processes
+from .loss import image_mse, predict, replace_condition
+from .options import TrainingOptions, autocast
+from .timestep_sampling import UniformSampler
+from .unpack import moved, split, unpacked
+
+
+class Objective:
+    """The training loss of a model and its gradient.
+
+    Arguments as for :class:`~diffusion_fast.training.Trainer`; ``device`` is that of the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: DiffusionSchedule,
+        options: TrainingOptions,
+        *,
+        device: torch.device,
+        processes: Processes,
+        null_context: Context = None,
+        seed: int | None = None,
+        timestep_sampler: UniformSampler | None = None,
+    ) -> None:
+        if options.condition_dropout > 0 and null_context is None:
+            checks.fail("null_context", "a null condition, because of condition_dropout", None)
+        if processes.count > 1 and seed is None:
+            wanted = "a number, because all processes draw the same timesteps and noise"
+            checks.fail("seed", wanted, None)
+        if options.prediction_type == "epsilon" and schedule.alpha_bar[-1] == 0:
+            wanted = "v_prediction or sample, because the schedule ends at zero SNR"
+            checks.fail("prediction_type", wanted, "epsilon, which says nothing about x_0 there")
+        self.schedule, self.options, self.device = schedule, options, device
+        self.processes = processes
+        self.null_context = moved(null_context, device)
+        self.generator = None
+        if seed is not None:
+            self.generator = torch.Generator(device).manual_seed(seed)
+        self.timestep_sampler = timestep_sampler or UniformSampler(schedule.timesteps)
+        if self.timestep_sampler.timesteps != schedule.timesteps:
+            wanted = f"one for the {schedule.timesteps} timesteps of the schedule"
+            checks.fail("timestep_sampler", wanted, self.timestep_sampler.timesteps)
+        self.timestep_sampler.to(device)
+        self._loss_weights: Tensor | None = None  # [T]
+        if options.loss_weighting is not None:
+            table = options.loss_weighting.table(schedule, options.prediction_type)
+            self._loss_weights = table.to(device)
+        self._parallel = DistributedDataParallel(model) if processes.count > 1 else None
+        network = self._parallel or model
+        self._network = torch.compile(network) if options.compile else network
+
+    def backward(self, batch: Any) -> Tensor:
+        """Add the batch's gradient to the parameters'; its loss, a scalar of this process.
+
+        Every process draws for the batch of all, and keeps its part: see :mod:`.distributed`.
+        """
+        x_0, context = unpacked(batch, self.device)
+        if self.options.channels_last and x_0.dim() == 4:
+            x_0 = x_0.contiguous(memory_format=torch.channels_last)
+        part, joint = self.processes.part, len(x_0) * self.processes.count
+        context = self._drop(context, joint)
+        all_t, importance = self.timestep_sampler.sample(joint, self.device, self.generator)
+        t = part(all_t)
+        weight = self._weight(t, None if importance is None else part(importance))
+        shape = (joint, *x_0.shape[1:])
+        noise = part(
+            torch.randn(shape, generator=self.generator, dtype=x_0.dtype, device=self.device)
+        )
+        parts = split(x_0, context, self.options.accumulate)
+        losses, squares = [], []
+        for number, (rows, x, c) in enumerate(parts):
+            own_weight = None if weight is None else weight[rows]
+            # Gradients are exchanged once, with the last part.
+            with self._alone() if number < len(parts) - 1 else contextlib.nullcontext():
+                with autocast(self.device, self.options.precision):
+                    prediction, target = predict(
+                        *(self._network, self.schedule, x, c, t[rows], noise[rows]),
+                        self.options.prediction_type,
+                    )
+                loss = ops.weighted_mse(prediction, target, own_weight)
+                if len(parts) > 1:
+                    loss = loss * (len(x) / len(x_0))
+                loss.backward()
+            losses.append(loss.detach())
+            if self.timestep_sampler.learns:
+                squares.append(image_mse(prediction, target))
+        if squares:
+            mine = torch.cat(squares)
+            mine = mine if self._loss_weights is None else mine * self._loss_weights[t]
+            self.timestep_sampler.update(all_t, self.processes.gather(mine))
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _drop(self, context: Context, joint: int) -> Context:
+        probability = self.options.condition_dropout
+        if probability == 0:
+            return context
+        if context is None:
+            wanted = "batches (x_0, context), because of condition_dropout"
+            checks.fail("dataloader", wanted, "x_0 alone")
+        draws = torch.rand(joint, generator=self.generator, device=self.device)
+        return replace_condition(
+            context, self.null_context, self.processes.part(draws) < probability
+        )
+
+    def _weight(self, t: Tensor, importance: Tensor | None) -> Tensor | None:
+        """Loss weighting and importance weight together, [B]."""
+        if self._loss_weights is None:
+            return importance
+        weight = self._loss_weights[t]
+        return weight if importance is None else weight * importance
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        return self._parallel.no_sync() if self._parallel else contextlib.nullcontext()

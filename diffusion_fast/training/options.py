@@ -1,0 +1,98 @@
+"""How to train, checked."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..ops import checks
+from ..ops.add_noise import TARGETS
+from .weighting import LossWeighting
+
+OPTIMIZERS = ("adamw", "adam")
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train; every value is checked.
+
+    Attributes:
+        optimizer: ``"adamw"`` (weight decay apart from the gradient) or ``"adam"`` (L2 within it).
+        learning_rate: of the optimizer at its peak.
+        weight_decay: of the optimizer.
+        warmup_steps: over which the rate rises from zero.
+        decay: ``"constant"``, or ``"cosine"`` down to zero at the last step.
+        gradient_clip: largest norm of the gradient; None for no limit.
+        accumulate: parts that each batch is cut into, one after the other, when it doesn't fit into
+            memory at once. The gradient stays that of the whole batch.
+        ema_decay: of the averaged weights; None to keep none.
+        condition_dropout: share of conditions replaced by ``null_context`` (0.1 is usual).
+        prediction_type: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
+        loss_weighting: such as :class:`~diffusion_fast.training.MinSNR`; None for all alike.
+        precision: ``"float32"``, or ``"bfloat16"`` for mixed precision: weights, their averages,
+            the optimizer and the loss stay float32, the model runs under autocast.
+        channels_last: keep images and convolutions with the channels innermost.
+        compile: run the model through ``torch.compile``.
+        read_every: steps between two reads of the loss on the host.
+        validate_every: steps between two validation losses; None for those at checkpoints only.
+    """
+
+    optimizer: str = "adamw"
+    learning_rate: float = 2e-4
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    decay: str = "constant"
+    gradient_clip: float | None = None
+    accumulate: int = 1
+    ema_decay: float | None = None
+    condition_dropout: float = 0.0
+    prediction_type: str = "epsilon"
+    loss_weighting: LossWeighting | None = None
+    precision: str = "float32"
+    channels_last: bool = False
+    compile: bool = False
+    read_every: int = 10
+    validate_every: int | None = None
+
+    def __post_init__(self) -> None:
+        checks.one_of("optimizer", self.optimizer, OPTIMIZERS)
+        checks.finite("learning_rate", self.learning_rate)
+        if self.learning_rate <= 0:
+            checks.fail("learning_rate", "a positive number", self.learning_rate)
+        if self.weight_decay < 0:
+            checks.fail("weight_decay", "a number of at least 0", self.weight_decay)
+        if self.warmup_steps < 0:
+            checks.fail("warmup_steps", "a number of at least 0", self.warmup_steps)
+        checks.one_of("decay", self.decay, ("constant", "cosine"))
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
+            checks.fail("gradient_clip", "a positive number or None", self.gradient_clip)
+        checks.positive_int("accumulate", self.accumulate)
+        if not 0 <= self.condition_dropout <= 1:
+            checks.fail("condition_dropout", "a probability in [0, 1]", self.condition_dropout)
+        checks.one_of("prediction_type", self.prediction_type, TARGETS)
+        if self.loss_weighting is not None and not hasattr(self.loss_weighting, "table"):
+            checks.fail("loss_weighting", "one such as MinSNR() or None", repr(self.loss_weighting))
+        checks.one_of("precision", self.precision, PRECISIONS)
+        checks.positive_int("read_every", self.read_every)
+        if self.validate_every is not None:
+            checks.positive_int("validate_every", self.validate_every)
+
+    def settings(self) -> dict[str, Any]:
+        """What the weights depend on, as JSON can hold it: all but how often something is read."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del values["read_every"], values["validate_every"]
+        if self.loss_weighting is not None:
+            values["loss_weighting"] = repr(self.loss_weighting)
+        return values
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """What the model's forward pass runs in."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)

@@ -1,0 +1,103 @@
+r"""Loss weights: how much each noise level counts.
+
+A weighting is a function of the signal-to-noise ratio, SNR = abar / (1 - abar). The papers state
+theirs for one prediction type; since the same error in x_0 shows up as
+
+.. math:: \lVert \epsilon - \hat\epsilon \rVert^2 = SNR \, \lVert x_0 - \hat x_0 \rVert^2, \qquad
+          \lVert v - \hat v \rVert^2 = (SNR + 1) \, \lVert x_0 - \hat x_0 \rVert^2,
+
+each is kept here as a weight of the error in x_0 and divided by what the network's target makes of
+it. So a weighting is one and the same objective, whatever the network predicts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..ops import checks
+from ..ops.add_noise import TARGETS
+from ..schedule import DiffusionSchedule, FloatArray
+
+
+class LossWeighting(Protocol):
+    """Anything that gives one weight per timestep."""
+
+    def table(self, schedule: DiffusionSchedule, prediction_type: str) -> Tensor:
+        """Weights of the squared error of the network's output, float32 [T]."""
+        ...
+
+
+@dataclass(frozen=True)
+class MinSNR:
+    """min(SNR, gamma) on the error in x_0 (Hang et al. 2023, arXiv:2303.09556, section 3.4).
+
+    For epsilon that is min(SNR, gamma) / SNR, for v min(SNR, gamma) / (SNR + 1).
+
+    Args:
+        gamma: where the weight stops growing; 5 in the paper.
+    """
+
+    gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        checks.finite("gamma", self.gamma)
+        if self.gamma <= 0:
+            checks.fail("gamma", "a positive number", self.gamma)
+
+    def table(self, schedule: DiffusionSchedule, prediction_type: str) -> Tensor:
+        """Weights of the squared error of the network's output, float32 [T].
+
+        Raises:
+            ValueError: an unknown prediction type, or a schedule with zero terminal SNR.
+        """
+        snr = _snr(schedule)
+        return _for_target(np.minimum(snr, self.gamma), snr, prediction_type)
+
+
+@dataclass(frozen=True)
+class P2:
+    """1 / (k + SNR)^gamma on the error in epsilon (Choi et al. 2022, arXiv:2204.00227, eq. 8).
+
+    Args:
+        gamma: how strongly the nearly clean steps are played down; 1 (or 0.5) in the paper.
+        k: keeps the weight finite where the SNR is small; 1 in the paper.
+    """
+
+    gamma: float = 1.0
+    k: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("gamma", self.gamma), ("k", self.k)):
+            checks.finite(name, value)
+        if self.gamma < 0:
+            checks.fail("gamma", "a number of at least 0", self.gamma)
+        if self.k <= 0:
+            checks.fail("k", "a positive number", self.k)
+
+    def table(self, schedule: DiffusionSchedule, prediction_type: str) -> Tensor:
+        """Weights of the squared error of the network's output, float32 [T].
+
+        Raises:
+            ValueError: an unknown prediction type, or a schedule with zero terminal SNR.
+        """
+        snr = _snr(schedule)
+        return _for_target(snr / (self.k + snr) ** self.gamma, snr, prediction_type)
+
+
+def _snr(schedule: DiffusionSchedule) -> FloatArray:
+    if schedule.alpha_bar[-1] == 0:
+        # The error in x_0 has no weight there, and it is where sampling starts.
+        checks.fail("schedule", "an SNR above 0 for a weighting by SNR", "zero terminal SNR")
+    snr: FloatArray = schedule.alpha_bar / (1 - schedule.alpha_bar)
+    return snr
+
+
+def _for_target(weight_of_x_0: FloatArray, snr: FloatArray, prediction_type: str) -> Tensor:
+    checks.one_of("prediction_type", prediction_type, TARGETS)
+    grows = {"epsilon": snr, "v_prediction": snr + 1, "sample": np.ones_like(snr)}
+    return torch.from_numpy((weight_of_x_0 / grows[prediction_type]).astype(np.float32))
