@@ -62,13 +62,14 @@ def test_the_demo_reaches_what_it_asks_of_itself(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_readme_runs() -> None:
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict[str, torch.Tensor] = {}
     shapes = []
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
         shapes.append(names["x"].shape if "x" in names else None)
-    assert shapes == [None, (10, 1, 8, 8), (2, 64, 16, 16)]
+    assert shapes == [None, None, (10, 1, 8, 8), (2, 64, 16, 16)]
