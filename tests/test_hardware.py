@@ -36,4 +36,4 @@ def test_gpus_or_the_reason() -> None:
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert hardware.compilers()["nvcc"] .startswith("not found: install the CUDA toolkit")
+    assert hardware.compilers()["nvcc"].startswith("not found: install the CUDA toolkit")

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -22,7 +21,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _SHOWN = 5  # names in an error message
 
 # What Pillow raises for files that are not images, or only the first half of one.
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError)
 
 
 class ImageFolder(Dataset[Any]):
@@ -108,9 +107,15 @@ class ImageFolder(Dataset[Any]):
         checks.fail("root", "an image that can be read", f"none in {self.root}")
 
     def _read(self, path: Path) -> Tensor:
+        from PIL import Image, ImageOps  # needed here only: importing the package stays light
+
         height, width = self.size
-        with Image.open(path) as file:
-            upright = ImageOps.exif_transpose(file).convert("RGB" if self.channels == 3 else "L")
+        try:
+            with Image.open(path) as file:
+                mode = "RGB" if self.channels == 3 else "L"
+                upright = ImageOps.exif_transpose(file).convert(mode)
+        except Image.DecompressionBombError as error:
+            raise ValueError(str(error)) from error
         fitted = ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(fitted)).view(height, width, self.channels)
         return pixels.permute(2, 0, 1).float() / 127.5 - 1  # [C, H, W]

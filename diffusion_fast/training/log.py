@@ -13,7 +13,6 @@ import torch
 
 from ..conditioning import Context
 from ..engine import Engine
-from ..images import grid, save_png
 from ..models.checkpoints import AnyPath
 from ..ops import checks
 from .trainer import Progress, Trainer
@@ -124,5 +123,7 @@ class SampleGrids:
                 null_context=trainer.null_context,
                 generator=torch.Generator().manual_seed(self.seed),
             )
+        from ..images import grid, save_png  # imports Pillow, which is needed here only
+
         path = self.folder / f"step_{progress.step:08d}.png"
         save_png(grid(images, self.columns), path, {"step": progress.step, "seed": self.seed})
