@@ -55,14 +55,19 @@ def read_config(folder: Path, parse: Callable[[dict[str, Any]], Config]) -> Conf
     Raises:
         CheckpointError: it can't be read, or ``parse`` refused it with a ValueError.
     """
-    values = _read_json(folder / CONFIG)
+    values = read_json(folder / CONFIG)
     try:
         return parse(values)
     except ValueError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: it can't be read, or holds something else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -86,7 +91,7 @@ def weight_files(path: AnyPath, folder: Path) -> list[Path]:
             return [folder / WEIGHTS]
         found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
         raise CheckpointError(f"{folder}: expected {WEIGHTS} or {INDEX}, found {found}")
-    weight_map = _read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX}: expected a weight_map of tensors to files")
     names = sorted({str(name) for name in weight_map.values()})
@@ -183,11 +188,11 @@ def save_model(model: nn.Module, config: Mapping[str, Any], folder: AnyPath) -> 
         temporary[0].write_text(text, encoding="utf-8")
         save_file(state, temporary[1], metadata={"format": "pt"})
         for path in temporary:
-            _flush(path)
+            flush(path)
         for path, name in zip(temporary, names, strict=True):
             os.replace(path, folder / name)
         (folder / INDEX).unlink(missing_ok=True)  # of weights saved earlier, in several files
-        _flush(folder)
+        flush(folder)
     except SafetensorError as error:  # its way to say that the disk is full
         raise OSError(f"{folder}: can't be written: {error}") from error
     finally:
@@ -206,7 +211,7 @@ def write_json(value: Mapping[str, Any], path: AnyPath) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -234,7 +239,7 @@ def staged(folder: AnyPath) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file's contents, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

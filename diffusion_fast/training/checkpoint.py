@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..models.checkpoints import AnyPath, CheckpointError
+from ..models.checkpoints import AnyPath, CheckpointError, flush, read_json
 from ..ops import checks
 
 MARK = "complete.json"
@@ -63,7 +63,7 @@ class Checkpoints:
 
     def best(self) -> Path | None:
         """The one with the lowest validation loss, None if there was no validation."""
-        losses = {path: _read_json(path / MARK).get("validation_loss") for path in self.all()}
+        losses = {path: read_json(path / MARK).get("validation_loss") for path in self.all()}
         known = {path: loss for path, loss in losses.items() if loss is not None}
         return min(known, key=lambda path: known[path], default=None)
 
@@ -100,7 +100,7 @@ class Checkpoints:
             temporary.mkdir()
             sizes = _write(temporary, groups, state)
             os.rename(temporary, target)
-            _flush(target.parent)
+            flush(target.parent)
             _write_mark(target, {"files": sizes, "validation_loss": validation_loss})
         except SafetensorError as error:  # its way to say that the disk is full
             raise OSError(f"{target}: can't be written: {error}") from error
@@ -137,7 +137,7 @@ def read_checkpoint(path: AnyPath) -> tuple[dict[str, dict[str, Tensor]], dict[s
     if not (path / MARK).is_file():
         what = f"unfinished, it has no {MARK}" if path.is_dir() else "no such folder"
         raise CheckpointError(f"{path}: expected a checkpoint, but it is {what}")
-    sizes = _read_json(path / MARK).get("files", {})
+    sizes = read_json(path / MARK).get("files", {})
     for name, size in sizes.items():
         file = path / name
         found = file.stat().st_size if file.is_file() else None
@@ -151,7 +151,7 @@ def read_checkpoint(path: AnyPath) -> tuple[dict[str, dict[str, Tensor]], dict[s
                 groups[name.removesuffix(".safetensors")] = load_file(path / name)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path / name}: damaged: {error}") from error
-    return groups, _read_json(path / STATE)
+    return groups, read_json(path / STATE)
 
 
 def check_finite(groups: Groups) -> None:
@@ -176,32 +176,13 @@ def _write(folder: Path, groups: Groups, state: Mapping[str, Any]) -> dict[str, 
     (folder / STATE).write_text(text, encoding="utf-8")
     files = sorted(folder.iterdir())
     for path in [*files, folder]:
-        _flush(path)
+        flush(path)
     return {path.name: path.stat().st_size for path in files}
 
 
 def _write_mark(folder: Path, mark: Mapping[str, Any]) -> None:
     temporary = folder / f".{MARK}.tmp"
     temporary.write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
-    _flush(temporary)
+    flush(temporary)
     os.replace(temporary, folder / MARK)
-    _flush(folder)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: can't be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file's contents, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(folder)

@@ -114,7 +114,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     checkpoints.save(2, large, {})
 
 
-@pytest.mark.parametrize("function", ["_write", "_write_mark", "_flush"])
+@pytest.mark.parametrize("function", ["_write", "_write_mark", "flush"])
 def test_no_space_at_any_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
@@ -134,13 +134,13 @@ def test_the_order_in_which_things_reach_the_disk(
 ) -> None:
     """Every file before the rename, the rename before the mark, the mark before its name."""
     done: list[str] = []
-    flush, rename, replace = checkpoint._flush, os.rename, os.replace
+    flush, rename, replace = checkpoint.flush, os.rename, os.replace
     target = tmp_path / "step_00000001"
 
     def note(verb: str, path: Path) -> None:
         done.append(f"{verb} {Path(path).relative_to(tmp_path.parent).name}")
 
-    monkeypatch.setattr(checkpoint, "_flush", lambda p: (note("flush", p), flush(p)))
+    monkeypatch.setattr(checkpoint, "flush", lambda p: (note("flush", p), flush(p)))
     monkeypatch.setattr(os, "rename", lambda a, b: (note("rename", b), rename(a, b)))
     monkeypatch.setattr(os, "replace", lambda a, b: (note("mark", b), replace(a, b)))
     Checkpoints(tmp_path).save(1, GROUPS, {})
