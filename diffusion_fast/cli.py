@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import traceback
 from pathlib import Path
@@ -223,6 +222,7 @@ def sample(
     from .engine import Engine
     from .images import grid, save_png
     from .models import UNet2DCondition
+    from .models.checkpoints import read_json
     from .ops import checks
 
     _check_device(device)
@@ -232,7 +232,7 @@ def sample(
     unet = UNet2DCondition.from_pretrained(model).to(device)
     if unet.config.num_classes is None:
         checks.fail("MODEL", "a class-conditional model", f"one without classes ({model})")
-    config = _read_config(model)
+    config = read_json(model / SCHEDULER)
     columns = _classes(classes, unet.config.num_classes)
     if steps is None and sampler != "ddpm":
         steps = 20
@@ -328,17 +328,6 @@ def _schedule(model: Path, config: dict[str, Any]) -> DiffusionSchedule:
         return DiffusionSchedule.from_config(config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{model / SCHEDULER}: {error}") from error
-
-
-def _read_config(model: Path) -> dict[str, Any]:
-    path = model / SCHEDULER
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: can't be read as the model's schedule: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
 
 
 def _classes(text: str, count: int) -> list[int]:

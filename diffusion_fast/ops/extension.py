@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -245,7 +246,8 @@ def load(head_dim: int) -> str | None:
     """Makes the ops of one head dim known to torch, building them on first use.
 
     Returns:
-        None, or why it is impossible. The answer is remembered: a failed build isn't tried again.
+        None, or why it is impossible. The answer is remembered: a failed build is warned of once
+        and isn't tried again.
     """
     with _loading:
         if head_dim not in _loaded:
@@ -254,7 +256,10 @@ def load(head_dim: int) -> str | None:
                 _probe(head_dim)
                 _loaded[head_dim] = None
             except (OSError, RuntimeError) as error:
-                _loaded[head_dim] = f"the kernels could not be built or loaded: {error}"
+                why = f"the kernels could not be built or loaded: {error}"
+                # There was a compiler, so the user counts on the kernels that now don't run.
+                warnings.warn(f"attention, head dim {head_dim}: {why}", stacklevel=2)
+                _loaded[head_dim] = why
         return _loaded[head_dim]
 
 
