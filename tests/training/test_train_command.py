@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from test_cli import run
+from command_line import run
 
 from diffusion_fast.training import Trainer
 

@@ -1,0 +1,53 @@
+"""The command line, one file per command."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from .doctor import doctor
+from .sample import sample
+from .train import train
+
+app = typer.Typer(
+    help="Train and sample diffusion models, and see what runs on this machine.\n\n"
+    "Start with: diffusion-fast train --out model, then diffusion-fast sample model -o out.png",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+MOST_LINES = 6  # of an error that lists what is wrong, such as the tensors of a checkpoint
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+) -> None:
+    """What every command shares; ``--debug`` itself is read in :func:`main`."""
+
+
+for command in (train, sample, doctor):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line; an error is one line, with ``--debug`` a traceback before it."""
+    debug = "--debug" in sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(args=arguments, prog_name="diffusion-fast")
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
+        if debug:
+            traceback.print_exc()
+        lines = str(error).splitlines() or [type(error).__name__]
+        if len(lines) > MOST_LINES and not debug:
+            lines[MOST_LINES:] = [f"  and {len(lines) - MOST_LINES} more, --debug shows them"]
+        typer.echo("error: " + "\n".join(lines), err=True)
+        sys.exit(1)
