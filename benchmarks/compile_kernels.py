@@ -32,11 +32,13 @@ import shapes
 
 from diffusion_fast.kernels import (
     add_noise,
+    conv2d,
     geglu,
     group_norm_silu,
     group_norm_silu_backward,
     launch,
     layer_norm,
+    linear,
     residual,
     sampler_step,
     weighted_mse,
@@ -60,6 +62,7 @@ def cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
     yield from _norm_cases(quick)
     yield from _row_cases(quick)
     yield from _latent_cases(quick)
+    yield from _product_cases(quick)
 
 
 def _norm_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
@@ -157,6 +160,40 @@ def _latent_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]
         )
 
 
+# Those of shapes.LINEAR and shapes.CONV2D whose programs differ most, and what is before them.
+_LINEAR = (
+    ((8192, 320, 320), BF16, True),
+    ((8192, 320, 320), F32, False),
+    ((128, 1280, 5120), BF16, False),
+    ((8192, 2560, 320), BF16, False),
+    ((8192, 2560, 320), BF16, True),
+    ((8192, 2560, 320), F32, False),
+)
+_CONV2D = ((64, 640, 320, 320, 3, 1), (64, 320, 0, 320, 3, 2), (8, 1280, 0, 1280, 3, 1))
+
+
+def _product_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    for shape, dtype, norm in _LINEAR[: 1 if quick else None]:
+        model, rows, columns, inner, after = next(c for c in shapes.LINEAR if c[1:4] == shape)
+        x, weight = meta(rows, inner, dtype=dtype), meta(columns, inner, dtype=dtype)
+        residual = meta(rows, columns, dtype=dtype) if after == "residual" else None
+        more = meta(columns, dtype=dtype), residual, after == "geglu"
+        folded = (*meta(2, rows, dtype=F32), meta(columns, dtype=F32)) if norm else (None,) * 3
+        args = (x, weight, *more, *folded, None)
+        name = f"{model} {rows}x{columns}x{inner} {after} {str(dtype)[6:]}{' norm' * norm}"
+        yield "linear", name, lambda a=args: linear.linear(*a)
+    chosen = [c for c in shapes.CONV2D if c[1:] in _CONV2D[: 1 if quick else None]]
+    for model, side, first, second, out, window, stride in chosen:
+        x = meta(2, first, side, side, last=True)
+        x2 = meta(2, second, side, side, last=True) if second else None
+        weight = meta(out, first + second, window, window, last=True)
+        after = side // stride
+        residual = meta(2, out, after, after, last=True)
+        args = (x, weight, meta(out), stride, [window // 2] * 4, x2, meta(2, out), residual, None)
+        name = f"{model} {side}x{side} {first}+{second} to {out} {window}x{window} /{stride}"
+        yield "conv2d", name, lambda a=args: conv2d.conv2d(*a)
+
+
 def record(call: Callable[[], object]) -> list[Launch]:
     """What a launcher would launch."""
     launches: list[Launch] = []
@@ -225,16 +262,17 @@ def rows(architectures: tuple[int, ...], quick: bool) -> Iterator[dict[str, Any]
     for op, case, call in cases(quick):
         for kernel, args, options in record(call):
             compiled_source = source(kernel, args, options)
-            warps = options.get("num_warps", 4)
+            cut = {k: options[k] for k in ("num_warps", "num_stages") if k in options}
+            warps = cut.setdefault("num_warps", 4)
             for arch in architectures:
                 row = {"op": op, "case": case, "kernel": kernel.fn.__name__, "arch": arch}
                 # Shapes that specialise alike are the same program: one row is enough.
-                key = (compiled_source.hash(), warps, arch)
+                key = (compiled_source.hash(), *cut.values(), arch)
                 if key in done:
                     continue
                 done.add(key)
                 target = GPUTarget("cuda", arch, 32)
-                compiled = triton.compile(compiled_source, target, {"num_warps": warps})
+                compiled = triton.compile(compiled_source, target, cut)
                 found = resources(compiled.asm["cubin"])
                 spills = (
                     len(re.findall(r"\b(?:STL|LDL)\b", compiled.asm["sass"]))

@@ -44,3 +44,31 @@ LATENTS = (("sd15", 2, 64), ("sd15", 256, 64), ("sdxl", 2, 128), ("sdxl", 256, 1
 
 # Bias, residual, scale: (model, H = W, channels)
 RESIDUAL = (("sd15", 64, 320), ("sd15", 16, 1280), ("sdxl", 128, 320), ("sdxl", 32, 1280))
+
+# Linear layers: (model, rows, N, K, what follows). "geglu": N counts value and gate.
+LINEAR = (
+    ("sd15", 8192, 320, 320, "residual"),
+    ("sd15", 2048, 640, 640, "residual"),
+    ("sd15", 512, 1280, 1280, "residual"),
+    ("sd15", 128, 1280, 5120, "residual"),
+    ("sd15", 154, 1280, 768, "plain"),
+    ("sd15", 8192, 2560, 320, "geglu"),
+    ("sd15", 512, 10240, 1280, "geglu"),
+    ("sdxl", 2048, 1280, 1280, "residual"),
+    ("sdxl", 2048, 10240, 1280, "geglu"),
+)
+
+# Convolutions: (model, H = W, channels of x, of a second source, of the result, window, stride)
+CONV2D = (
+    ("sd15", 64, 320, 0, 320, 3, 1),
+    ("sd15", 64, 640, 320, 320, 3, 1),
+    ("sd15", 64, 320, 0, 320, 3, 2),
+    ("sd15", 32, 640, 0, 640, 3, 1),
+    ("sd15", 16, 1280, 0, 1280, 3, 1),
+    ("sd15", 16, 1280, 0, 1280, 2, 1),
+    ("sd15", 8, 1280, 0, 1280, 3, 1),
+    ("sd15", 8, 1280, 1280, 1280, 3, 1),
+    ("sd15", 8, 1280, 1280, 1280, 1, 1),
+    ("sdxl", 128, 320, 0, 320, 3, 1),
+    ("sdxl", 32, 1280, 0, 1280, 3, 1),
+)

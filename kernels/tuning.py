@@ -67,6 +67,11 @@ def choose(
     return configs[best]
 
 
+def known(kernel: str, shape_class: tuple[object, ...], device: torch.device) -> bool:
+    """Whether :func:`choose` has a result for this class of shapes and need not measure."""
+    return _lookup(cache_file(device), f"{kernel} {shape_class}") is not None
+
+
 def _measure(
     configs: Sequence[Config], run: Callable[[Config], object], device: torch.device
 ) -> list[float]:

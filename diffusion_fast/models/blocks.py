@@ -8,13 +8,14 @@ work once instead of once per step.
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
+from ..ops import checks
 
 KeyValue = tuple[Tensor, Tensor]  # [B, L, H, D] each
 
@@ -40,13 +41,85 @@ def timestep_embedding(t: Tensor, dim: int, cosine_first: bool, freq_shift: int)
     return F.pad(out, (0, 1)) if dim % 2 else out
 
 
+class Linear(nn.Linear):
+    """A linear layer with its neighbours in one op, see :func:`diffusion_fast.ops.linear`."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, geglu: bool = False) -> Tensor:
+        return ops.linear(x, self.weight, self.bias, residual=residual, geglu=geglu)
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution with its neighbours in one op, see :func:`diffusion_fast.ops.conv2d`.
+
+    Args:
+        padding: as nn.Conv2d's, or four numbers: left, right, top, bottom.
+        others: nn.Conv2d's, of which groups, dilation and padding_mode can only be its defaults.
+
+    Raises:
+        ValueError: those with other values, or strides that differ.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, ...] = 0,
+        **others: Any,
+    ) -> None:
+        uneven = isinstance(padding, tuple) and len(padding) == 4
+        even = cast("tuple[int, int]", (0, 0) if uneven else padding)
+        super().__init__(in_channels, out_channels, kernel_size, stride, even, **others)
+        if uneven:  # also for what is made after this layer, such as a LoRA's first convolution
+            self.padding = cast("tuple[int, ...]", padding)
+        plain = (self.groups, self.dilation, self.padding_mode) == (1, (1, 1), "zeros")
+        if not plain or isinstance(self.padding, str) or self.stride[0] != self.stride[1]:
+            expected = "one group, no dilation, zeros in numbers as padding, and equal strides"
+            checks.fail("Conv2d", expected, self.extra_repr())
+
+    @property
+    def pads(self) -> int | tuple[int, int, int, int]:
+        """The padding as :func:`diffusion_fast.ops.conv2d` takes it."""
+        left, right, top, bottom = self.padding if len(self.padding) == 4 else self._even_pads()
+        return left if left == right == top == bottom else (left, right, top, bottom)
+
+    def _even_pads(self) -> tuple[int, int, int, int]:
+        rows, columns = cast("tuple[int, int]", self.padding)
+        return columns, columns, rows, rows
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        stride = self.stride[0]
+        return ops.conv2d(
+            x, self.weight, self.bias, stride=stride, padding=self.pads, residual=residual
+        )
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a call of the module does more, or something else, than its class says."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
+
+
+def with_residual(layer: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """layer(x) + residual, in one op where the layer is ours.
+
+    Whatever stands in its place (a LoRA), or is hooked to it, sees the layer alone.
+    """
+    if residual is None:
+        return layer(x)
+    if type(layer) in (Linear, Conv2d) and not hooked(layer):
+        return layer(x, residual=residual)
+    return layer(x) + residual
+
+
 class TimestepEmbedding(nn.Module):
     """Two linear layers with a SiLU between them."""
 
     def __init__(self, in_features: int, features: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(in_features, features)
-        self.linear_2 = nn.Linear(features, features)
+        self.linear_1 = Linear(in_features, features)
+        self.linear_2 = Linear(features, features)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
@@ -82,14 +155,14 @@ class ResBlock(nn.Module):
     """The residual block of Ho et al. (2020): x + conv(silu(norm(conv(silu(norm(x))) + time))).
 
     With ``scale_shift`` the time embedding scales and shifts the second norm instead (Dhariwal &
-    Nichol 2021, section 3.1).
+    Nichol 2021, section 3.1). ``time_dim=None`` makes a block without time (an autoencoder's).
     """
 
     def __init__(
         self,
         in_channels: int,
         channels: int,
-        time_dim: int,
+        time_dim: int | None,
         groups: int,
         eps: float,
         scale_shift: bool = False,
@@ -98,28 +171,27 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_dim, 2 * channels if scale_shift else channels)
+        self.conv1 = Conv2d(in_channels, channels, 3, padding=1)
+        if time_dim is not None:
+            self.time_emb_proj = Linear(time_dim, 2 * channels if scale_shift else channels)
         self.norm2 = GroupNorm(groups, channels, eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv_shortcut = (
-            nn.Conv2d(in_channels, channels, 1) if in_channels != channels else None
-        )
+        self.conv2 = Conv2d(channels, channels, 3, padding=1)
+        self.conv_shortcut = Conv2d(in_channels, channels, 1) if in_channels != channels else None
 
     def project_time(self, emb: Tensor) -> Tensor:
         """What the block takes from the time embedding [B, T]: [B, C], or [B, 2C]."""
         return self.time_emb_proj(emb)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         h = self.conv1(self.norm1(x))  # [B, C, H, W]
-        if self.scale_shift:
+        if self.scale_shift and time is not None:
             scale, shift = time.chunk(2, dim=1)
             h = self.norm2(h, scale=scale, shift=shift)
         else:
             h = self.norm2(h, add=time)
-        h = self.conv2(self.dropout(h))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return with_residual(self.conv2, self.dropout(h), shortcut)
 
 
 class Attention(nn.Module):
@@ -128,10 +200,10 @@ class Attention(nn.Module):
     def __init__(self, channels: int, context_dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_dim, channels, bias=False)
-        self.to_v = nn.Linear(context_dim, channels, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q = Linear(channels, channels, bias=False)
+        self.to_k = Linear(context_dim, channels, bias=False)
+        self.to_v = Linear(context_dim, channels, bias=False)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def split_heads(self, x: Tensor) -> Tensor:
         """[B, S, C] as [B, S, H, D]: a view."""
@@ -141,10 +213,16 @@ class Attention(nn.Module):
         """Keys and values [B, L, H, D] of what is attended to, [B, L, C]."""
         return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
 
-    def forward(self, x: Tensor, kv: KeyValue, key_lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        kv: KeyValue,
+        key_lengths: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
         q = self.split_heads(self.to_q(x))  # [B, S, H, D]
         out = ops.attention(q, *kv, key_lengths=key_lengths)
-        return self.to_out[0](out.flatten(2))  # [B, S, C]
+        return with_residual(self.to_out[0], out.flatten(2), residual)  # [B, S, C]
 
 
 class GEGLU(nn.Module):
@@ -152,9 +230,11 @@ class GEGLU(nn.Module):
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(channels, 2 * width)
+        self.proj = Linear(channels, 2 * width)
 
     def forward(self, x: Tensor) -> Tensor:
+        if type(self.proj) is Linear and not hooked(self.proj):
+            return self.proj(x, geglu=True)
         return ops.geglu(self.proj(x))
 
 
@@ -165,12 +245,10 @@ class FeedForward(nn.Module):
         super().__init__()
         width = 4 * channels
         # The names are net.0.proj and net.2; net.1 is a dropout elsewhere.
-        self.net = nn.ModuleList(
-            [GEGLU(channels, width), nn.Identity(), nn.Linear(width, channels)]
-        )
+        self.net = nn.ModuleList([GEGLU(channels, width), nn.Identity(), Linear(width, channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return with_residual(self.net[2], self.net[0](x), residual)
 
 
 class TransformerBlock(nn.Module):
@@ -187,9 +265,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, kv: KeyValue, key_lengths: Tensor | None = None) -> Tensor:
         h = self.norm1(x)  # [B, S, C]
-        x = x + self.attn1(h, self.attn1.project_kv(h))
-        x = x + self.attn2(self.norm2(x), kv, key_lengths)
-        return x + self.ff(self.norm3(x))
+        x = self.attn1(h, self.attn1.project_kv(h), residual=x)
+        x = self.attn2(self.norm2(x), kv, key_lengths, residual=x)
+        return self.ff(self.norm3(x), residual=x)
 
 
 class Transformer2D(nn.Module):
@@ -221,22 +299,29 @@ class Transformer2D(nn.Module):
         batch, channels, height, width = x.shape
         h = self.norm(x, silu=False)
         h = h.permute(0, 2, 3, 1).contiguous()  # [B, H, W, C]; a view if x is channels_last
-        h = _project(self.proj_in, h.view(batch, height * width, channels))  # [B, HW, C]
+        h = project(self.proj_in, h.view(batch, height * width, channels))  # [B, HW, C]
         for block, block_kv in zip(self.transformer_blocks, kv, strict=True):
             h = block(h, block_kv, key_lengths)
-        h = _project(self.proj_out, h)
-        return x + h.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        tokens = x.permute(0, 2, 3, 1)
+        if not tokens.is_contiguous():
+            h = project(self.proj_out, h)
+            return x + h.view(tokens.shape).permute(0, 3, 1, 2)
+        h = project(self.proj_out, h, residual=tokens.flatten(1, 2))
+        return h.view(tokens.shape).permute(0, 3, 1, 2)
 
 
 def _projection(channels: int, linear: bool) -> nn.Module:
-    return nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+    return Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
 
 
-def _project(projection: nn.Module, x: Tensor) -> Tensor:
+def project(layer: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """A linear layer, or a 1x1 convolution as one, on [B, S, C]."""
-    if isinstance(projection, nn.Conv2d):
-        return F.linear(x, projection.weight.flatten(1), projection.bias)
-    return projection(x)
+    if cast("Tensor", layer.weight).dim() == 2:
+        return with_residual(layer, x, residual)
+    if type(layer) is Conv2d and not hooked(layer):
+        return ops.linear(x, layer.weight.flatten(1), layer.bias, residual=residual)
+    y = layer(x.mT[..., None])[..., 0].mT.contiguous()
+    return y if residual is None else y + residual
 
 
 class Downsample(nn.Module):
@@ -244,12 +329,11 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
-        self.padding = padding
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        # Without padding the window would not reach the last row and column of an even size.
+        self.pads = padding or (0, 1, 0, 1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=self.pads)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.padding == 0:
-            x = F.pad(x, (0, 1, 0, 1))
         return self.conv(x)
 
 
@@ -258,7 +342,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
         return self.conv(F.interpolate(x, size=size, mode="nearest"))

@@ -3,9 +3,12 @@
 from .add_noise import add_noise
 from .attention import attention
 from .backend import BackendError, Choice, explain, use_backend
+from .conv2d import conv2d
 from .geglu import geglu
 from .group_norm_silu import group_norm_silu
 from .layer_norm import layer_norm
+from .linear import linear
+from .packing import pack_conv2d, pack_linear
 from .philox import Philox
 from .residual import residual
 from .sampler_step import sampler_step
@@ -17,10 +20,14 @@ __all__ = [
     "Philox",
     "add_noise",
     "attention",
+    "conv2d",
     "explain",
     "geglu",
     "group_norm_silu",
     "layer_norm",
+    "linear",
+    "pack_conv2d",
+    "pack_linear",
     "residual",
     "sampler_step",
     "use_backend",

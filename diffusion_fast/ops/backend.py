@@ -14,8 +14,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 # Fastest first: the order in which "auto" tries them.
-BACKENDS = ("cuda", "triton", "sdpa", "reference")
+BACKENDS = ("cuda", "triton", "onednn", "sdpa", "reference")
 
 
 class BackendError(RuntimeError):
@@ -27,8 +30,8 @@ class Implementation:
     """One way to compute an op.
 
     ``unavailable()`` says why this machine can't run it (None: it can) and ``unsupported(*args)``
-    why it can't run this very call. ``native`` marks code made of differentiable PyTorch
-    operations, which needs no registration to be called eagerly.
+    why it can't run this very call. ``native`` marks what needs no registration to be called
+    eagerly: differentiable PyTorch operations, or code that refuses calls which need a gradient.
     """
 
     backend: str
@@ -84,8 +87,8 @@ def use_backend(backend: str | None = None, **per_op: str) -> Iterator[None]:
     """Choose the backend of every op inside the ``with`` block, or of single ops by keyword.
 
     Args:
-        backend: ``"reference"``, ``"triton"``, ``"cuda"``, ``"sdpa"`` (attention) or ``"auto"``;
-            None leaves what an outer block chose.
+        backend: ``"reference"``, ``"triton"``, ``"cuda"``, ``"onednn"`` (products on a CPU),
+            ``"sdpa"`` (attention) or ``"auto"``; None leaves what an outer block chose.
         per_op: the same for single ops, for example ``attention="sdpa"``.
 
     The choice is process-wide (a backward pass runs on autograd's own threads). A call that the
@@ -110,6 +113,11 @@ def use_backend(backend: str | None = None, **per_op: str) -> Iterator[None]:
         yield
     finally:
         overrides = before
+
+
+def needs_gradient(*values: Tensor | None) -> bool:
+    """Whether autograd would record a function of these tensors."""
+    return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in values)
 
 
 def requested(op: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backend
+from . import backend, choice
 from .op import Op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -59,6 +59,7 @@ def add(
     op: Op,
     stem: str,
     unsupported: Callable[..., str | None] | None = None,
+    measured: bool = False,
 ) -> None:
     """Register ``diffusion_fast.kernels.<stem>.<op's name>``, imported at its first call.
 
@@ -66,10 +67,16 @@ def add(
         op: gets the backend ``"triton"``.
         stem: the kernel's file.
         unsupported: why a call is out of the kernel's reach, beyond device and dtype.
+        measured: whether "auto" takes the kernel only where it was measured to be faster than
+            PyTorch's own.
     """
+    plain = next(i.run for i in op.implementations if i.backend == "reference")
 
     def why_not(*args: Any) -> str | None:
-        return _unsupported(op.name, args) or (unsupported(*args) if unsupported else None)
+        why = _unsupported(op.name, args) or (unsupported(*args) if unsupported else None)
+        if why is None and measured and backend.requested(op.name) == "auto":
+            return choice.why_not_triton(op.name, args, run, plain, args[0].device)
+        return why
 
     def run(*args: Any) -> Any:
         module = importlib.import_module(f"diffusion_fast.kernels.{stem}")

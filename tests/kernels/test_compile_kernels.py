@@ -15,9 +15,11 @@ ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "compile" / "kernels.csv"
 KERNELS = {
     "add_noise": {"_rotate"},
+    "conv2d": {"_product", "_reduce"},
     "geglu": {"_geglu", "_gradient"},
     "group_norm_silu": {"_statistics", "_normalize", "_sums", "_gradient", "_parameters"},
     "layer_norm": {"_layer_norm", "_gradient", "_add_stripes"},
+    "linear": {"_product", "_reduce"},
     "residual": {"_residual", "_sums", "_dbias"},
     "sampler_step": {"_deviations", "_sampler_step"},
     "weighted_mse": {"_pieces", "_total", "_gradient", "_weight_gradient"},

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffusion_fast import ops
 from diffusion_fast.kernels import tuning
+from diffusion_fast.ops import choice
 from diffusion_fast.ops.sampler_step import COLUMNS
 
 pytestmark = pytest.mark.gpu
@@ -235,3 +236,46 @@ def test_tuning_measures_and_keeps(tmp_path: object) -> None:
     tuning._loaded.clear()
     call(**values)
     assert "group_norm_silu" in file.read_text()
+
+
+def products() -> dict[str, Callable[[], Tensor]]:
+    """Calls of linear and conv2d, with their sums whole and in parts."""
+    torch.manual_seed(2)
+
+    def randn(*size: int) -> Tensor:
+        value = torch.randn(*size, device=DEVICE, dtype=torch.bfloat16)
+        return value.contiguous(memory_format=torch.channels_last) if len(size) == 4 else value
+
+    x, w, wide, b = randn(2048, 640), randn(640, 640), randn(5120, 640), randn(5120)
+    small, window = randn(2, 1280, 8, 8), randn(1280, 1280, 3, 3)
+    return {
+        "linear": lambda: ops.linear(x, w, b[:640], residual=x),
+        "linear geglu": lambda: ops.linear(x, wide, b, geglu=True),
+        "conv2d": lambda: ops.conv2d(small, window, b[:1280], padding=1, residual=small),
+    }
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("name", ["linear", "linear geglu", "conv2d"])
+def test_products_repeat_and_replay_bit_for_bit(name: str, backend: str) -> None:
+    call = products()[name]
+    with ops.use_backend(backend), torch.no_grad():
+        expected = call()
+        assert all(same_bits(call(), expected) for _ in range(5))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = call()
+        for _ in range(3):
+            y.zero_()
+            graph.replay()
+            assert same_bits(y, expected)
+
+
+def test_the_faster_product_is_kept_on_disk() -> None:
+    file = tuning.cache_file(torch.device("cuda", torch.cuda.current_device()))
+    for cache in (tuning._chosen, tuning._loaded, choice._answers):
+        cache.clear()
+    with torch.no_grad():
+        products()["conv2d"]()
+    assert "backend of conv2d" in file.read_text()
+    assert ops.explain("conv2d").last_ran in ("triton", "reference")

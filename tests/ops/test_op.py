@@ -11,7 +11,16 @@ import torch
 from diffusion_fast import ops
 from diffusion_fast.ops.backend import known_ops
 
-PUBLIC = ("add_noise", "attention", "geglu", "group_norm_silu", "layer_norm", "weighted_mse")
+PUBLIC = (
+    "add_noise",
+    "attention",
+    "conv2d",
+    "geglu",
+    "group_norm_silu",
+    "layer_norm",
+    "linear",
+    "weighted_mse",
+)
 
 
 @pytest.fixture

@@ -1,0 +1,310 @@
+"""A convolution with its neighbours: a second source, bias, time embedding, residual."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import autocast, checks, onednn, triton_backend
+from .op import Op
+
+Padding = int | tuple[int, int, int, int]
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: Padding = 0,
+    x2: Tensor | None = None,
+    add: Tensor | None = None,
+    residual: Tensor | None = None,
+    packed: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """conv(cat(x, x2)) + bias + add + residual, without the concatenation where a kernel can.
+
+    Args:
+        x: [B, C1, H, W].
+        weight: [O, C1 + C2, kh, kw].
+        bias: [O]; None adds nothing.
+        stride: of both dimensions.
+        padding: zeros on every side, or (left, right, top, bottom).
+        x2: [B, C2, H, W], further input channels behind those of ``x``; None: C2 is 0.
+        add: [B, O], one number per image and channel (time embedding).
+        residual: of the result's shape.
+        packed: what :func:`pack_conv2d` made of ``weight``; it changes the speed, not the result.
+
+    Under autocast the tensors are cast to its dtype, as F.conv2d casts them.
+
+    Returns:
+        [B, O, H', W']; channels_last if ``x`` is or the weight is, else contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that don't match, a stride below 1, a negative
+            padding, or an image smaller than the window.
+    """
+    checks.floating("x", x)
+    if autocast.enabled(x):
+        x, weight, bias, x2, add, residual = autocast.cast(
+            x.device, x, weight, bias, x2, add, residual
+        )
+    pads = pads_of(padding)
+    _check(x, weight, bias, stride, pads, x2, add, residual)
+    return _OP(x, weight, bias, stride, pads, x2, add, residual, packed)
+
+
+def pads_of(padding: Any) -> list[int]:
+    """[left, right, top, bottom], as F.pad counts them."""
+    pads = [padding] * 4 if isinstance(padding, int) else list(padding)
+    if len(pads) != 4 or any(not isinstance(p, int) or p < 0 for p in pads):
+        checks.fail("padding", "an integer of at least 0, or four of them", padding)
+    return pads
+
+
+def _check(
+    x: Any, weight: Any, bias: Any, stride: int, pads: list[int], x2: Any, add: Any, residual: Any
+) -> None:
+    checks.tensor("weight", weight)
+    if x.dim() != 4:
+        checks.fail("x", "shape [B, C, H, W]", list(x.shape))
+    for name, value in (
+        ("weight", weight),
+        ("bias", bias),
+        ("x2", x2),
+        ("add", add),
+        ("residual", residual),
+    ):
+        if value is not None:
+            checks.tensor(name, value)
+            checks.same_dtype(name, value, "x", x)
+            checks.same_device(name, value, "x", x)
+    checks.positive_int("stride", stride)
+    batch, channels, height, width = x.shape
+    if x2 is not None:
+        if x2.dim() != 4:
+            checks.fail("x2", "shape [B, C2, H, W]", list(x2.shape))
+        checks.shape("x2", x2, (batch, x2.shape[1], height, width), "[B, C2, H, W]")
+        channels += x2.shape[1]
+    if weight.dim() != 4 or weight.shape[1] != channels:
+        checks.fail("weight", f"shape [O, C, kh, kw] with C = {channels}", list(weight.shape))
+    size = _output_size(x, weight, stride, pads)
+    if size[2] < 1 or size[3] < 1:
+        checks.fail("x", f"at least the window {list(weight.shape[2:])}", list(x.shape))
+    if bias is not None and bias.shape != (weight.shape[0],):
+        checks.shape("bias", bias, (weight.shape[0],), "[O]")
+    if add is not None:
+        checks.shape("add", add, (batch, weight.shape[0]), "[B, O]")
+    if residual is not None:
+        checks.shape("residual", residual, size, "[B, O, H', W']")
+
+
+def _output_size(
+    x: Tensor, weight: Tensor, stride: int, pads: Sequence[int]
+) -> tuple[int, int, int, int]:
+    left, right, top, bottom = pads
+    (batch, _, height, width), (out, _, rows, columns) = x.shape, weight.shape
+    return (
+        batch,
+        out,
+        (height + top + bottom - rows) // stride + 1,
+        (width + left + right - columns) // stride + 1,
+    )
+
+
+def _channels_last(value: Tensor) -> bool:
+    """As PyTorch sees it: where one channel or one pixel fits both layouts, strides decide."""
+    if value.shape[1:].numel() == 1 or not value.is_contiguous(memory_format=torch.channels_last):
+        return False
+    return value.stride(1) == 1 and value.stride(3) == value.shape[1]
+
+
+def layout(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """The layout of the result."""
+    last = _channels_last(x) or _channels_last(weight)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _joined(x: Tensor, x2: Tensor | None, pads: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """Both sources as one tensor, and the padding [top, left] that is the same on both sides.
+
+    Where it isn't, the zeros are in the tensor and the padding is 0.
+    """
+    if x2 is not None:
+        x = torch.cat((x, x2), 1)
+    left, right, top, bottom = pads
+    if left == right and top == bottom:
+        return x, [top, left]
+    return F.pad(x, tuple(pads)), [0, 0]
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    x2: Tensor | None,
+    add: Tensor | None,
+    residual: Tensor | None,
+    packed: Sequence[Tensor] | None = None,
+) -> Tensor:
+    form = layout(x, weight)
+    both, pads = _joined(x, x2, padding)
+    y = F.conv2d(both, weight, bias, stride, pads)
+    if add is not None:
+        y = y + add[..., None, None]
+    if residual is not None:
+        y = y + residual
+    return y.contiguous(memory_format=form)
+
+
+def _fake(
+    x: Tensor, weight: Tensor, bias: Any, stride: int, padding: Sequence[int], *_: Any
+) -> Tensor:
+    size = _output_size(x, weight, stride, padding)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout(x, weight))
+
+
+_OP = Op(
+    "conv2d",
+    "(Tensor x, Tensor weight, Tensor? bias, int stride, int[] padding, Tensor? x2, Tensor? add,"
+    " Tensor? residual, Tensor[]? packed) -> Tensor",
+    reference,
+    _fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, _, ctx.stride, ctx.padding, x2, _, _, packed = inputs
+    ctx.no_packed = None if packed is None else [None] * len(packed)
+    ctx.save_for_backward(x, weight, x2)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """PyTorch's own gradients of a convolution: no op of its own."""
+    x, weight, x2 = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    both, pads = _joined(x, x2, ctx.padding)
+    mask = [needs[0] or needs[5], needs[1], needs[2]]
+    stride = [ctx.stride] * 2
+    dboth, dweight, dbias = torch.ops.aten.convolution_backward(
+        grad, both, weight, [weight.shape[0]], stride, pads, [1, 1], False, [0, 0], 1, mask
+    )
+    dx = dx2 = None
+    if mask[0]:
+        if both.shape[2:] != x.shape[2:]:
+            left, _, top, _ = ctx.padding
+            dboth = dboth[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+        dx, dx2 = dboth[:, : x.shape[1]], dboth[:, x.shape[1] :]
+    dadd = grad.sum((2, 3)) if needs[6] else None
+    return (
+        dx if needs[0] else None,
+        dweight,
+        dbias,
+        None,
+        None,
+        dx2 if needs[5] else None,
+        dadd,
+        grad if needs[7] else None,
+        ctx.no_packed,
+    )
+
+
+_OP.autograd(_setup_context, _backward)
+
+
+def _pointwise(weight: Tensor, stride: int, padding: Sequence[int]) -> bool:
+    """Whether the convolution is a linear layer on each pixel."""
+    return weight.shape[2:] == (1, 1) and stride == 1 and not any(padding)
+
+
+def _few_pixels(x: Tensor, weight: Tensor, stride: int, padding: Sequence[int]) -> bool:
+    """Whether gathering the windows costs less than oneDNN's reordering of the weight."""
+    batch, out, height, width = _output_size(x, weight, stride, padding)
+    return 2 * batch * height * width <= out
+
+
+def _onednn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    x2: Tensor | None,
+    add: Tensor | None,
+    residual: Tensor | None,
+    packed: Sequence[Tensor] | None = None,
+) -> Tensor:
+    form = layout(x, weight)
+    both, pads = _joined(x, x2, padding)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=form)
+    if packed is not None:
+        both = both.contiguous(memory_format=form)
+        y = onednn.conv2d(both, packed[0], bias, stride, pads, residual)
+    elif _pointwise(weight, stride, padding):
+        y = _product(both.permute(0, 2, 3, 1), weight.flatten(1), bias, residual)
+    elif _few_pixels(x, weight, stride, padding):
+        y = _product(*_windows(both, weight, stride, pads), bias, residual)
+    else:
+        both = both.contiguous(memory_format=form)
+        y = onednn.conv2d(both, weight, bias, stride, pads, residual)
+    if add is not None:
+        y = y.add_(add[..., None, None])
+    return y.contiguous(memory_format=form)
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """Rows [B, H, W, K] times a weight [O, K], as [B, O, H, W]."""
+    if residual is not None:
+        residual = residual.permute(0, 2, 3, 1).contiguous()
+    return onednn.linear(rows, weight, bias, "add", residual).permute(0, 3, 1, 2)
+
+
+def _windows(
+    x: Tensor, weight: Tensor, stride: int, padding: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The window of each output pixel as a row, [B, H', W', K], and the weight as [O, K].
+
+    K counts channels and places in the window in the order in which the weight lies in memory.
+    """
+    top, left = padding
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))
+    for dim, size in enumerate(weight.shape[2:], 1):
+        x = x.unfold(dim, size, stride)  # at last [B, H', W', C, kh, kw]
+    if _channels_last(weight):
+        x, weight = x.permute(0, 1, 2, 4, 5, 3), weight.permute(0, 2, 3, 1)
+    return x.flatten(3), weight.flatten(1)
+
+
+def _onednn_unsupported(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    x2: Tensor | None,
+    add: Tensor | None,
+    residual: Tensor | None,
+    packed: Sequence[Tensor] | None = None,
+) -> str | None:
+    batch, _, height, width = _output_size(x, weight, stride, padding)
+    if batch * height * width * weight.numel() < onednn.SMALL:
+        return onednn.TOO_SMALL
+    if packed is None and residual is None:
+        last = layout(x, weight) == torch.channels_last
+        pointwise = last and _pointwise(weight, stride, padding)
+        if not pointwise and not _few_pixels(x, weight, stride, padding):
+            return "F.conv2d is oneDNN's own, and there is no packed weight and no residual"
+    return onednn.unsupported(x, weight, bias, x2, add, residual)
+
+
+_OP.add("onednn", _onednn, onednn.unavailable, _onednn_unsupported, native=True)
+
+triton_backend.add(_OP, "conv2d", measured=True)

@@ -1,0 +1,231 @@
+"""A linear layer with what follows it: bias, gate, residual, and the LayerNorm before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import autocast, backend, checks, onednn, triton_backend
+from .geglu import geglu as gate
+from .geglu import reference as _gated
+from .geglu import reference_backward as _gated_backward
+from .op import Op
+
+Norm = tuple[Tensor, Tensor, Tensor]
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    geglu: bool = False,
+    norm: Norm | None = None,
+    packed: Sequence[Tensor] | None = None,
+) -> Tensor:
+    r"""x W^T + b with its neighbours in a transformer block.
+
+    A LayerNorm before the layer, :math:`u = (x - \mu) r \gamma + \beta`, folds into it, because
+    :math:`u W^T + b = r (x W'^T - \mu s) + b'` with :math:`W' = W \gamma`, its column sums
+    :math:`s_n = \sum_k W'_{nk}` and :math:`b' = b + W \beta`.
+
+    Args:
+        x: [..., K].
+        weight: [N, K].
+        bias: [N]; None adds nothing.
+        residual: of the result's shape, added last.
+        geglu: ends with first half * gelu(second half) of the N outputs (Shazeer 2020).
+        norm: (mean [...], rstd [...], column sums [N]) of a folded LayerNorm, float32 (float64 for
+            float64); ``weight`` and ``bias`` are W' and b' then.
+        packed: what :func:`pack_linear` made of ``weight``; it changes the speed, not the result.
+
+    Under autocast the tensors are cast to its dtype, as F.linear casts them.
+
+    Returns:
+        [..., N], or [..., N / 2] with ``geglu``; contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that don't match, or an odd N with ``geglu``.
+    """
+    checks.floating("x", x)
+    if autocast.enabled(x):
+        x, weight, bias, residual = autocast.cast(x.device, x, weight, bias, residual)
+    mean, rstd, sums = norm or (None, None, None)
+    _check(x, weight, bias, residual, geglu, mean, rstd, sums)
+    if packed is not None and len(packed) != 1 + geglu:
+        checks.fail("packed", f"{1 + geglu} tensors, packed with geglu={geglu}", len(packed))
+    if geglu and backend.needs_gradient(x, weight, bias):
+        # The gate by itself keeps its input; together they would compute it again backwards.
+        y = gate(_OP(x, weight, bias, None, False, mean, rstd, sums, None))
+        return y if residual is None else y + residual
+    return _OP(x, weight, bias, residual, geglu, mean, rstd, sums, packed)
+
+
+def _check(
+    x: Any, weight: Any, bias: Any, residual: Any, geglu: bool, mean: Any, rstd: Any, sums: Any
+) -> None:
+    checks.tensor("weight", weight)
+    if x.dim() < 1:
+        checks.fail("x", "shape [..., K]", list(x.shape))
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        checks.fail("weight", f"shape [N, K] with K = {x.shape[-1]}", list(weight.shape))
+    out = weight.shape[0]
+    values = (("weight", weight), ("bias", bias), ("residual", residual))
+    for name, value in values:
+        if value is not None:
+            checks.tensor(name, value)
+            checks.same_dtype(name, value, "x", x)
+            checks.same_device(name, value, "x", x)
+    if bias is not None and bias.shape != (out,):
+        checks.shape("bias", bias, (out,), "[N]")
+    if geglu and out % 2:
+        checks.fail("weight", "an even number of rows with geglu", list(weight.shape))
+    if residual is not None:
+        checks.shape("residual", residual, (*x.shape[:-1], out // (2 if geglu else 1)), "[..., N]")
+    if mean is None:
+        return
+    compute = torch.promote_types(x.dtype, torch.float32)
+    rows = x.shape[:-1]
+    for name, value, shape, meaning in (
+        ("norm[0]", mean, rows, "[...] of x"),
+        ("norm[1]", rstd, rows, "[...] of x"),
+        ("norm[2]", sums, (out,), "[N]"),
+    ):
+        checks.tensor(name, value)
+        checks.shape(name, value, shape, meaning)
+        checks.same_device(name, value, "x", x)
+        if value.dtype != compute:
+            checks.fail(name, f"dtype {compute}", value.dtype)
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geglu: bool,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    sums: Tensor | None,
+    packed: Sequence[Tensor] | None = None,
+) -> Tensor:
+    if mean is None:
+        y = F.linear(x, weight, bias)
+    else:
+        compute = mean.dtype
+        y = _normalized(F.linear(x.to(compute), weight.to(compute)), bias, mean, rstd, sums)
+        y = y.to(x.dtype)
+    if geglu:
+        y = _gated(y)
+    return (y if residual is None else y + residual).contiguous()
+
+
+def _normalized(product: Tensor, bias: Tensor | None, mean: Any, rstd: Any, sums: Any) -> Tensor:
+    """The folded LayerNorm, in the dtype of its statistics: x - mean cancels."""
+    y = rstd[..., None] * (product - mean[..., None] * sums)
+    return y if bias is None else y + bias
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Any, residual: Any, geglu: bool, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // (2 if geglu else 1)))
+
+
+_OP = Op(
+    "linear",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool geglu, Tensor? mean,"
+    " Tensor? rstd, Tensor? sums, Tensor[]? packed) -> Tensor",
+    reference,
+    _fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, bias, _, ctx.geglu, mean, rstd, sums, packed = inputs
+    ctx.no_packed = None if packed is None else [None] * len(packed)
+    ctx.save_for_backward(x, weight, bias, mean, rstd, sums)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Matrix products, for which PyTorch's own are as good as any: no op of its own."""
+    x, weight, bias, mean, rstd, sums = ctx.saved_tensors
+    needs, rows = ctx.needs_input_grad, x.shape[:-1].numel()
+    compute = x.dtype if mean is None else mean.dtype
+    x2, w = x.to(compute).reshape(rows, x.shape[-1]), weight.to(compute)
+    dy = grad.to(compute).reshape(rows, grad.shape[-1])
+    if mean is not None:
+        mean2, rstd2 = mean.reshape(rows, 1), rstd.reshape(rows, 1)
+        centred = F.linear(x2, w) - mean2 * sums
+    if ctx.geglu:
+        y = F.linear(x2, w, bias) if mean is None else centred * rstd2
+        dy = _gated_backward(dy, y if mean is None or bias is None else y + bias)
+    dbias = dy.sum(0).to(x.dtype) if needs[2] else None
+    dmean = drstd = dsums = None
+    if mean is not None:
+        drstd = (dy * centred).sum(-1).reshape(mean.shape)
+        dy = dy * rstd2
+        dmean = -(dy @ sums).reshape(mean.shape)
+        dsums = -(dy * mean2).sum(0)
+    dx = (dy @ w).to(x.dtype).reshape(x.shape) if needs[0] else None
+    dweight = (dy.mT @ x2).to(x.dtype) if needs[1] else None
+    return dx, dweight, dbias, grad if needs[3] else None, None, dmean, drstd, dsums, ctx.no_packed
+
+
+_OP.autograd(_setup_context, _backward)
+
+
+def _onednn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geglu: bool,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    sums: Tensor | None,
+    packed: Sequence[Tensor] | None = None,
+) -> Tensor:
+    if mean is not None:
+        y = _normalized(onednn.linear(x, weight, None), bias, mean, rstd, sums)
+        y = _gated(y) if geglu else y
+    elif not geglu:
+        return onednn.linear(x, packed[0] if packed else weight, bias, "add", residual)
+    else:
+        half = weight.shape[0] // 2
+        values, gates = packed or (weight[:half], weight[half:])
+        of_values, of_gates = (None, None) if bias is None else (bias[:half], bias[half:])
+        factor = onednn.linear(x, gates, of_gates, "gelu")
+        y = onednn.linear(x, values, of_values, "mul", factor)
+    return y if residual is None else y.add_(residual)
+
+
+def _onednn_unsupported(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geglu: bool,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    sums: Tensor | None,
+    packed: Sequence[Tensor] | None = None,
+) -> str | None:
+    if x.numel() * weight.shape[0] < onednn.SMALL:
+        return onednn.TOO_SMALL
+    if mean is not None and mean.dtype != x.dtype:
+        return f"it would round the product to {x.dtype} before the mean is subtracted"
+    return onednn.unsupported(x, weight, bias, residual, mean, rstd, sums)
+
+
+_OP.add("onednn", _onednn, onednn.unavailable, _onednn_unsupported, native=True)
+
+
+def _kernel_unsupported(x: Tensor, *_: Any) -> str | None:
+    return None if x.shape[-1] else "rows of nothing"
+
+
+triton_backend.add(_OP, "linear", _kernel_unsupported, measured=True)

@@ -1,0 +1,96 @@
+"""oneDNN's products on a CPU, with epilogues and packed weights: the one file that calls them.
+
+PyTorch's own F.linear goes to its BLAS, which on many CPUs is slower, and its convolutions reorder
+their weights at every call. The operators under ``torch.ops.mkldnn`` are those that Inductor emits.
+They record no gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backend
+
+# Multiply-adds below which oneDNN's set-up costs more than its products save.
+SMALL = 2**21
+TOO_SMALL = f"fewer than {SMALL:,} multiply-adds"
+
+_ONE = (1, 1)
+
+
+@functools.cache
+def _missing() -> str | None:
+    if not torch.backends.mkldnn.is_available():
+        return "this PyTorch was built without oneDNN"
+    names = ("_linear_pointwise", "_convolution_pointwise", "_reorder_linear_weight")
+    absent = [name for name in names if not hasattr(torch.ops.mkldnn, name)]
+    return f"this PyTorch has no torch.ops.mkldnn.{absent[0]}" if absent else None
+
+
+def unavailable() -> str | None:
+    """Why oneDNN can't run on this machine; None if it can."""
+    return _missing()
+
+
+@functools.cache
+def _supports(dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype == torch.float32
+
+
+def supports(x: Tensor) -> bool:
+    """Whether oneDNN takes tensors of this device and dtype."""
+    return x.device.type == "cpu" and _supports(x.dtype)
+
+
+def unsupported(x: Tensor, *others: Tensor | None) -> str | None:
+    """Why oneDNN can't take these tensors, whatever the op."""
+    if not supports(x):
+        return f"{x.dtype} on {x.device}"
+    return "a gradient is needed" if backend.needs_gradient(x, *others) else None
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    post: str = "none",
+    other: Tensor | None = None,
+) -> Tensor:
+    """x W^T + bias, then ``post``: ``"gelu"`` (exact), or ``"add"`` or ``"mul"`` of ``other``."""
+    if other is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, post)
+    post = post if post == "gelu" else "none"
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, post, [], "none")
+
+
+def conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: list[int], other: Any
+) -> Tensor:
+    """The convolution plus ``other``, which may be None."""
+    sizes = padding, (stride, stride), _ONE, 1
+    if other is None:
+        return torch.ops.mkldnn._convolution_pointwise.default(
+            x, weight, bias, *sizes, "none", [], ""
+        )
+    return torch.ops.mkldnn._convolution_pointwise.binary(
+        x, other, weight, bias, *sizes, "add", 1.0, None, [], None
+    )
+
+
+def pack_linear(weight: Tensor, rows: int) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
+
+
+def pack_conv2d(weight: Tensor, size: tuple[int, ...], stride: int, padding: list[int]) -> Tensor:
+    opaque = weight.detach().contiguous().to_mkldnn()
+    return torch.ops.aten.mkldnn_reorder_conv2d_weight(
+        opaque, padding, (stride, stride), _ONE, 1, list(size)
+    )

@@ -1,0 +1,60 @@
+"""A convolution with its neighbours as an implicit GEMM: see matmul.py for the formula and kernel.
+
+Layout: any strides, in and out; fast where x, x2, the weight and y are channels_last.
+"""
+
+import torch
+
+from . import launch, matmul
+
+
+def conv2d(x, weight, bias, stride, padding, x2, add, residual, packed):
+    """y [B, O, H', W'], channels_last if x is or the weight is, else contiguous."""
+    last = any(map(_channels_last, (x, weight)))
+    left, right, top, bottom = padding
+    (batch, channels, height, width), (columns, _, rows, window) = x.shape, weight.shape
+    out_height = (height + top + bottom - rows) // stride + 1
+    out_width = (width + left + right - window) // stride + 1
+    y = torch.empty(
+        (batch, columns, out_height, out_width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+    if not y.numel():
+        return y
+    if packed is not None:
+        weight = packed[0]
+    if residual is not None:
+        residual = launch.laid_out_like(residual, y)
+    pixels = out_height * out_width
+    tables = (bias, add, None, None, None)
+    p = matmul.Problem(
+        x=x,
+        x_strides=x.stride(),
+        x2=x2,
+        x2_strides=(0, 0, 0, 0) if x2 is None else x2.stride(),
+        w=weight,
+        w_strides=weight.stride(),
+        y=y,
+        y_strides=(columns * pixels, columns, 1) if last else (columns * pixels, 1, pixels),
+        tables=tuple(None if t is None else t.contiguous() for t in tables),
+        residual=residual,
+        shape=(batch * pixels, columns, pixels),
+        channels=(channels, 0 if x2 is None else x2.shape[1]),
+        size=(height, width),
+        out_width=out_width,
+        window=(rows, window),
+        stride=stride,
+        pads=(top, left),
+        geglu=False,
+    )
+    matmul.run("conv2d", p)
+    return y
+
+
+def _channels_last(value):
+    """As PyTorch sees it: where one channel or one pixel fits both layouts, strides decide."""
+    if value.shape[1:].numel() == 1 or not value.is_contiguous(memory_format=torch.channels_last):
+        return False
+    return value.stride(1) == 1 and value.stride(3) == value.shape[1]
