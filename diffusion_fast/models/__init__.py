@@ -3,5 +3,7 @@
 from .checkpoints import CheckpointError
 from .config import UNetConfig
 from .unet import UNet2DCondition
+from .vae import AutoencoderKL
+from .vae_config import VAEConfig
 
-__all__ = ["CheckpointError", "UNet2DCondition", "UNetConfig"]
+__all__ = ["AutoencoderKL", "CheckpointError", "UNet2DCondition", "UNetConfig", "VAEConfig"]
