@@ -5,27 +5,26 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
+
+from .tensors import CheckpointError
 
 CONFIG = "config.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = WEIGHTS + ".index.json"  # of weights in several files
+STEM = "diffusion_pytorch_model"
+WEIGHTS = f"{STEM}.safetensors"
+INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
 
 AnyPath = str | os.PathLike[str]
 Config = TypeVar("Config")
-
-
-class CheckpointError(ValueError):
-    """A file is missing, damaged, or belongs to another model; the message names it."""
 
 
 def find_model(path: AnyPath, subfolder: str) -> Path:
@@ -70,103 +69,64 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: can't be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
 
 
-def weight_files(path: AnyPath, folder: Path) -> list[Path]:
-    """The safetensors files of a model: ``path`` if it is a file, else those in ``folder``.
+def weight_files(
+    path: AnyPath, folder: Path, variant: str | None = None, stem: str = STEM
+) -> list[Path]:
+    """The files with a model's weights: ``path`` if it is a file, else those in ``folder``.
+
+    Args:
+        variant: such as ``"fp16"`` for ``diffusion_pytorch_model.fp16.safetensors``.
+        stem: what the files' names begin with; ``"model"`` for those of transformers.
 
     Raises:
-        CheckpointError: there are none, or a part of a sharded model is missing.
+        CheckpointError: there are none, only other variants, or a part of a sharded model is
+            missing.
     """
     path = Path(path)
     if path.is_file() and path.name != CONFIG:
+        if variant is not None:
+            raise CheckpointError(f"{path}: variant: expected None for a file, got {variant!r}")
         return [path]
-    if not (folder / INDEX).is_file():
-        if (folder / WEIGHTS).is_file():
-            return [folder / WEIGHTS]
-        found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
-        raise CheckpointError(f"{folder}: expected {WEIGHTS} or {INDEX}, found {found}")
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    suffix = f".{variant}" if variant else ""
+    for kind in ("safetensors", "bin"):
+        index = folder / f"{stem}.{kind}.index{suffix}.json"
+        if index.is_file():
+            return _shards(index)
+        whole = folder / f"{stem}{suffix}.{kind}"
+        if whole.is_file():
+            return [whole]
+    expected = f"{stem}{suffix}.safetensors or {stem}.safetensors.index{suffix}.json"
+    found = sorted(p.name for p in folder.iterdir())
+    others = _variants(stem, found)
+    hint = "".join(f"; pass variant={other!r}" for other in others[:1])
+    names = ", ".join(found) or "nothing"
+    raise CheckpointError(f"{folder}: expected {expected}, found {names}{hint}")
+
+
+def _variants(stem: str, names: list[str]) -> list[str]:
+    pattern = rf"{re.escape(stem)}(?:\.(\w+)\.safetensors|\.safetensors\.index\.(\w+)\.json)"
+    found = (re.fullmatch(pattern, name) for name in names)
+    return sorted({match[1] or match[2] for match in found if match})
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / INDEX}: expected a weight_map of tensors to files")
+        raise CheckpointError(f"{index}: expected a weight_map of tensors to files")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if Path(name).name != name:  # a path could lead anywhere
-            raise CheckpointError(f"{folder / INDEX}: expected plain file names, got {name!r}")
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: missing, but listed in {INDEX}")
-    return [folder / name for name in names]
-
-
-def load_weights(
-    model: nn.Module,
-    files: Sequence[Path],
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-) -> None:
-    """Fill a model that was built on the meta device, without a second copy of the weights.
-
-    Names and shapes are compared before any tensor is read. On the CPU, tensors of the right dtype
-    stay mapped from their file until they are written to.
-
-    Args:
-        model: with all parameters and buffers on the meta device, left as it is on errors.
-        files: safetensors files that hold each tensor once.
-        dtype: of the loaded model; None for that of the files.
-        device: where to put it.
-
-    Raises:
-        CheckpointError: a damaged file, or missing, extra, repeated or misshapen tensors (listed).
-    """
-    expected = {name: list(value.shape) for name, value in model.state_dict().items()}
-    _compare(expected, files)
-    state: dict[str, Tensor] = {}
-    for file in files:
-        with _open(file) as handle:
-            for name in handle.keys():  # noqa: SIM118 (not a mapping)
-                state[name] = handle.get_tensor(name).to(device=device, dtype=dtype)
-    dtypes = {value.dtype for value in state.values()}
-    if len(dtypes) > 1 or not all(value.is_floating_point for value in dtypes):
-        kinds = ", ".join(sorted(map(str, dtypes)))
-        raise CheckpointError(f"{files[0]}: expected one floating dtype, got {kinds}; pass dtype=")
-    model.load_state_dict(state, strict=True, assign=True)
-
-
-@contextlib.contextmanager
-def _open(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            yield handle
-    except (SafetensorError, OSError) as error:
-        message = f"{file}: truncated, or not a safetensors file: {error}"
-        raise CheckpointError(message) from error
-
-
-def _compare(expected: Mapping[str, list[int]], files: Sequence[Path]) -> None:
-    found: dict[str, list[int]] = {}
-    problems = []
-    for file in files:
-        with _open(file) as handle:
-            for name in handle.keys():  # noqa: SIM118
-                if name in found:
-                    problems.append(f"repeated: {name}")
-                found[name] = handle.get_slice(name).get_shape()
-    problems += [f"missing: {name} {expected[name]}" for name in expected.keys() - found.keys()]
-    problems += [f"extra: {name} {found[name]}" for name in found.keys() - expected.keys()]
-    problems += [
-        f"misshapen: {name} expected {expected[name]}, got {found[name]}"
-        for name in expected.keys() & found.keys()
-        if expected[name] != found[name]
-    ]
-    if problems:
-        lines = "".join(f"\n  {problem}" for problem in sorted(problems))
-        count = f"{len(problems)} of its tensors" if len(problems) > 1 else "one of its tensors"
-        raise CheckpointError(f"{files[0]}: not this model's weights, {count}:{lines}")
+            raise CheckpointError(f"{index}: expected plain file names, got {name!r}")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index.parent / name}: missing, but listed in {index.name}")
+    return [index.parent / name for name in names]
 
 
 def save_model(model: nn.Module, config: Mapping[str, Any], folder: AnyPath) -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..ops import checks
 from .blocks import (
+    Conv2d,
     Downsample,
     GroupNorm,
     KeyValue,
@@ -19,15 +20,9 @@ from .blocks import (
     Upsample,
     timestep_embedding,
 )
-from .checkpoints import (
-    AnyPath,
-    find_model,
-    load_weights,
-    read_config,
-    save_model,
-    weight_files,
-)
+from .checkpoints import AnyPath, save_model
 from .config import UNetConfig
+from .pretrained import find_pretrained
 
 TimeProjections = list[list[Tensor]]  # per block, per residual block: [B, C] or [B, 2C]
 ContextProjections = list[list[list[KeyValue]]]  # per block, per transformer, per layer
@@ -194,14 +189,17 @@ class UNet2DCondition(nn.Module):
         cls,
         path: AnyPath,
         *,
+        variant: str | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> UNet2DCondition:
-        """A model with the weights of a diffusers folder, in eval mode.
+        """A model with the weights of a checkpoint, in eval mode.
 
         Args:
             path: the folder with ``config.json`` and safetensors files, a pipeline's folder with
-                such a folder ``unet``, or one safetensors file beside its ``config.json``.
+                such a folder ``unet``, one file of weights beside its ``config.json``, a single
+                CompVis file (``.safetensors`` or ``.ckpt``), or a hub id ``owner/name``.
+            variant: of the files in a folder, such as ``"fp16"``.
             dtype: of the parameters; None for that of the files.
             device: of the parameters.
 
@@ -209,12 +207,8 @@ class UNet2DCondition(nn.Module):
             CheckpointError: a missing or damaged file, an unsupported config, or tensors that are
                 missing, extra or misshapen (listed by name).
         """
-        folder = find_model(path, "unet")
-        config = read_config(folder, UNetConfig.from_dict)
-        with torch.device("meta"):
-            model = cls(config)
-        load_weights(model, weight_files(path, folder), dtype, device)
-        return model.eval()
+        source = find_pretrained(path, "unet", UNetConfig.from_dict, variant)
+        return source.build(cls, dtype, device)
 
     def save_pretrained(self, folder: AnyPath) -> None:
         """Write a folder that :meth:`from_pretrained` and diffusers load.
@@ -394,5 +388,5 @@ class UNet2DCondition(nn.Module):
             )
 
 
-def _conv(in_channels: int, channels: int, kernel: int) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2)
+def _conv(in_channels: int, channels: int, kernel: int) -> Conv2d:
+    return Conv2d(in_channels, channels, kernel, padding=kernel // 2)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,64 @@ def test_takes_a_pipeline_folder_a_file_or_the_config(saved: tuple[UNet2DConditi
     _same_weights(load(str(folder / WEIGHTS)), model)
     _same_weights(load(folder / CONFIG), model)
     _same_weights(load(folder / "diffusion_pytorch_model.fp16.safetensors"), model.half())
+
+
+@pytest.mark.parametrize("size", ["10GB", "200KB"], ids=["whole", "sharded"])
+def test_variants(size: str, tmp_path: Path) -> None:
+    """What diffusers saves as a variant is loaded if it is asked for, and named if it isn't."""
+    _, theirs = twins(small_config())
+    theirs.half().save_pretrained(tmp_path, variant="fp16", max_shard_size=size)
+    _same_weights(load(tmp_path, variant="fp16"), theirs)
+    with pytest.raises(CheckpointError, match=r"; pass variant='fp16'$"):
+        load(tmp_path)
+    with pytest.raises(CheckpointError, match=r"expected diffusion_pytorch_model\.bf16\.safe"):
+        load(tmp_path, variant="bf16")
+    theirs.float().save_pretrained(tmp_path / "full", max_shard_size=size)
+    shutil.copytree(tmp_path / "full", tmp_path, dirs_exist_ok=True)
+    _same_weights(load(tmp_path), theirs)
+    _same_weights(load(tmp_path, variant="fp16"), theirs.half())
+    _same_weights(load(tmp_path, variant="fp16", dtype=torch.float32), theirs.float())
+
+
+def test_the_older_names_of_sharded_variants(tmp_path: Path) -> None:
+    """An index names its files itself, wherever the variant stands in their names."""
+    model, _ = twins(small_config())
+    model.save_pretrained(tmp_path)
+    part = "diffusion_pytorch_model-00001-of-00001.fp16.safetensors"
+    (tmp_path / WEIGHTS).rename(tmp_path / part)
+    index = {"weight_map": dict.fromkeys(model.state_dict(), part)}
+    write_json(index, tmp_path / "diffusion_pytorch_model.safetensors.index.fp16.json")
+    _same_weights(load(tmp_path, variant="fp16"), model)
+
+
+def test_a_variant_of_a_file_is_refused(saved: tuple[UNet2DCondition, Path]) -> None:
+    with pytest.raises(CheckpointError, match="variant: expected None for a file, got 'fp16'"):
+        load(saved[1] / WEIGHTS, variant="fp16")
+
+
+@pytest.mark.parametrize("size", ["10GB", "200KB"], ids=["whole", "sharded"])
+def test_pickled_weights_of_a_folder(size: str, tmp_path: Path) -> None:
+    _, theirs = twins(small_config())
+    theirs.save_pretrained(tmp_path, safe_serialization=False, max_shard_size=size)
+    assert not list(tmp_path.glob("*.safetensors"))
+    _same_weights(load(tmp_path), theirs)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (32, 32, 1, 1)], ids=str)
+def test_a_matrix_may_be_a_convolution(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Projections [C, C] and [C, C, 1, 1] are the same numbers."""
+    model, _ = twins(small_config())
+    model.save_pretrained(tmp_path)
+    name = "mid_block.attentions.0.proj_in.weight"
+    expected = model.state_dict()[name]
+    assert expected.shape == (32, 32, 1, 1)
+    state = {n: v.clone() for n, v in load_file(tmp_path / WEIGHTS).items()}
+    state[name] = expected.reshape(shape).clone()
+    save_file(state, tmp_path / WEIGHTS)
+    _same_weights(load(tmp_path), model)
+    save_file(state | {name: torch.zeros(32, 32, 1, 2)}, tmp_path / WEIGHTS)
+    with pytest.raises(CheckpointError, match=f"misshapen: {name}"):
+        load(tmp_path)
 
 
 def test_converts_to_a_dtype(saved: tuple[UNet2DCondition, Path]) -> None:

@@ -1,0 +1,115 @@
+"""The text encoders of a CompVis (LDM) checkpoint, in transformers' names and configs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from .tensors import Stored
+
+HEAD_DIM = 64  # of every CLIP text encoder that Stable Diffusion uses
+
+_CONFIG: dict[str, Any] = {
+    "model_type": "clip_text_model",
+    "attention_dropout": 0.0,
+    "layer_norm_eps": 1e-5,
+    "bos_token_id": 0,
+    "eos_token_id": 2,  # as published: the end of a text is its largest token
+    "pad_token_id": 1,
+}
+_IGNORED = ("position_ids", "logit_scale", "attn_mask")
+_OPEN_CLIP = {
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+}
+_OPEN_CLIP_LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+_RESBLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
+
+
+def clip_tensors(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """OpenAI's CLIP (SD 1.x, SDXL's first), which CompVis kept in transformers' names.
+
+    Args:
+        tensors: names without prefix; ``text_model.`` may be missing, as in newer versions of
+            transformers, and ``position_ids`` be there, as in older ones.
+    """
+    return {
+        "text_model." + name.removeprefix("text_model."): tensor
+        for name, tensor in tensors.items()
+        if name.rpartition(".")[2] not in _IGNORED
+    }
+
+
+def open_clip_tensors(tensors: Mapping[str, Stored], projected: bool) -> dict[str, Stored]:
+    """OpenCLIP (SD 2.x, SDXL's second) in transformers' names.
+
+    Query, key and value are one matrix there, and ``text_projection`` multiplies from the right.
+
+    Args:
+        tensors: names without prefix.
+        projected: keep all layers and the projection. Else the last layer is left out: SD 2.x
+            conditions on the one before it.
+    """
+    matches = {name: _RESBLOCK.fullmatch(name) for name in tensors}
+    last = max((int(match[1]) for match in matches.values() if match), default=0)
+    found: dict[str, Stored] = {}
+    for name, tensor in tensors.items():
+        match = matches[name]
+        if match and (projected or int(match[1]) < last):
+            found |= _layer(f"text_model.encoder.layers.{match[1]}.", match[2], tensor)
+        elif name == "text_projection" and projected:
+            found["text_projection.weight"] = tensor.through(torch.t)
+        elif not match and name not in (*_IGNORED, "text_projection"):
+            found[_OPEN_CLIP.get(name, name)] = tensor
+    return found
+
+
+def _layer(prefix: str, name: str, tensor: Stored) -> dict[str, Stored]:
+    stem, dot, kind = name.rpartition(".")
+    if stem == "attn" and kind.startswith("in_proj_"):
+        kind = kind.removeprefix("in_proj_")
+        return {
+            f"{prefix}self_attn.{letter}_proj.{kind}": tensor.through(partial(_third, i))
+            for i, letter in enumerate("qkv")
+        }
+    return {prefix + _OPEN_CLIP_LAYER.get(stem, stem) + dot + kind: tensor}
+
+
+def _third(i: int, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.chunk(3)[i]
+
+
+def text_config(tensors: Mapping[str, Stored], open_clip: bool) -> dict[str, Any]:
+    """The ``config.json`` of a text encoder, from its tensors in transformers' names.
+
+    Raises:
+        KeyError: a tensor that every encoder has is missing.
+    """
+    tokens = tensors["text_model.embeddings.token_embedding.weight"].shape
+    positions = tensors["text_model.embeddings.position_embedding.weight"].shape
+    layers = [re.match(r"text_model\.encoder\.layers\.(\d+)\.", name) for name in tensors]
+    projection = tensors.get("text_projection.weight")
+    return {
+        **_CONFIG,
+        "architectures": ["CLIPTextModelWithProjection" if projection else "CLIPTextModel"],
+        "hidden_act": "gelu" if open_clip else "quick_gelu",
+        "hidden_size": tokens[1],
+        "vocab_size": tokens[0],
+        "max_position_embeddings": positions[0],
+        "intermediate_size": tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "num_attention_heads": max(tokens[1] // HEAD_DIM, 1),
+        "num_hidden_layers": 1 + max(int(match[1]) for match in layers if match),
+        "projection_dim": projection.shape[0] if projection else tokens[1],
+    }

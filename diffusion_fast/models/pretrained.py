@@ -1,0 +1,46 @@
+"""Any path to a model: a diffusers folder, a file in one, a CompVis file, or a hub id."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from . import hub, single_file
+from .checkpoints import CONFIG, AnyPath, Config, find_model, read_config, weight_files
+from .tensors import CheckpointError, Rename, Source, stored
+
+
+def find_pretrained(
+    path: AnyPath,
+    subfolder: str,
+    parse: Callable[[dict[str, Any]], Config],
+    variant: str | None = None,
+    rename: Rename = str,
+    scaling: float | None = None,
+) -> Source[Config]:
+    """A model's config and the names and shapes of its tensors; no tensor is read.
+
+    Args:
+        path: a folder with ``config.json`` and weights, a pipeline's folder with such a folder in
+            it, a file of weights beside its ``config.json``, a CompVis file, or a hub id.
+        subfolder: the model's place in a pipeline, ``"unet"`` or ``"vae"``.
+        parse: makes the config of the contents of ``config.json``.
+        variant: of the weights in a folder, such as ``"fp16"``.
+        rename: the model's name for a name in diffusers' files, such as one of an older version.
+        scaling: of an autoencoder alone in a CompVis file, see :func:`.single_file.identify`.
+
+    Raises:
+        CheckpointError: a missing or damaged file, or an unsupported config.
+    """
+    path = hub.resolve(path, allow_patterns=hub.model_files(subfolder, variant))
+    if path.is_file() and path.name != CONFIG:
+        names = stored(weight_files(path, path.parent, variant))
+        if single_file.is_single_file(names):
+            source = getattr(single_file.identify_tensors(path, names, scaling), subfolder)
+            if source is None:
+                raise CheckpointError(f"{path}: has no {subfolder}")
+            return source
+    folder = find_model(path, subfolder)
+    config = read_config(folder, parse)
+    files = weight_files(path, folder, variant)
+    return Source(files[0], config, stored(files, rename))

@@ -1,0 +1,183 @@
+"""Hub ids: fetched through huggingface_hub, found in its cache, or refused with what to do."""
+
+from __future__ import annotations
+
+import builtins
+import fnmatch
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from unet_parity import small_config, twins
+
+from diffusion_fast.models import CheckpointError, UNet2DCondition, hub
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+NOT_FETCHED = (
+    "v1-5-pruned.safetensors",
+    "v1-5-pruned-emaonly.ckpt",
+    "unet/diffusion_pytorch_model.bin",
+    "unet/diffusion_pytorch_model.non_ema.safetensors",
+    "text_encoder/pytorch_model.bin",
+    "safety_checker/model.safetensors",
+    "README.md",
+)
+
+
+def chosen(patterns: list[str], files: tuple[str, ...]) -> list[str]:
+    return [name for name in files if any(fnmatch.fnmatch(name, p) for p in patterns)]
+
+
+@pytest.fixture
+def snapshots(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Calls of snapshot_download, which answers with a folder or raises ``error``."""
+    calls: list[dict[str, Any]] = []
+
+    def snapshot_download(repo: str, **options: Any) -> str:
+        calls.append({"repo": repo, **options})
+        return "/fetched"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return calls
+
+
+def test_what_exists_is_a_path(
+    snapshots: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert hub.resolve("owner/name") == Path("owner/name")
+    assert hub.resolve(tmp_path) == tmp_path
+    assert not snapshots
+
+
+def test_an_id_is_fetched(snapshots: list[dict[str, Any]]) -> None:
+    assert hub.resolve("owner/some-model.v1", revision="fp16") == Path("/fetched")
+    assert hub.resolve("owner/name", allow_patterns=["unet/*"]) == Path("/fetched")
+    first, second = snapshots
+    assert (first["repo"], first["revision"]) == ("owner/some-model.v1", "fp16")
+    assert first["allow_patterns"] == hub.pipeline_files()
+    assert second["allow_patterns"] == ["unet/*"]
+
+
+@pytest.mark.parametrize("text", ["model", "a b/c", "./a/b", "/a/b", "a/b/c", "~/a", "", "a/.."])
+def test_what_is_neither_is_refused(text: str, snapshots: list[dict[str, Any]]) -> None:
+    if text == "":
+        assert hub.resolve(text) == Path()  # the current folder, as everywhere
+        return
+    with pytest.raises(CheckpointError, match="no such file or folder, and not a hub id"):
+        hub.resolve(text)
+    assert not snapshots
+
+
+def test_a_path_object_is_never_an_id(snapshots: list[dict[str, Any]]) -> None:
+    with pytest.raises(CheckpointError, match="no such file or folder, and not a hub id"):
+        hub.resolve(Path("owner/name"))
+    assert not snapshots
+
+
+@pytest.mark.parametrize("offline", [True, False], ids=["HF_HUB_OFFLINE", "no network"])
+def test_without_a_network(offline: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub itself, with an empty cache and an address that nobody answers."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_OFFLINE", str(int(offline)))
+    with pytest.raises(CheckpointError) as caught:
+        UNet2DCondition.from_pretrained("owner/name")
+    message = str(caught.value)
+    assert message.startswith("owner/name: no such file or folder, and as a hub id it isn't in the")
+    assert "can't be fetched" in message
+    assert "hf download owner/name" in message
+
+
+def test_a_cached_model_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    repo = tmp_path / "models--owner--name"
+    model, _ = twins(small_config())
+    model.save_pretrained(repo / "snapshots" / COMMIT / "unet")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub._snapshot_download.constants, "HF_HUB_CACHE", str(tmp_path))
+    loaded = UNet2DCondition.from_pretrained("owner/name")
+    assert loaded.config == model.config
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (LocalEntryNotFoundError("no connection\nmore"), r"can't be fetched \(no connection\)"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (
+            RepositoryNotFoundError(
+                "404: no such model", response=SimpleNamespace(headers={}, request=None)
+            ),
+            "as a hub id it is refused: 404: no such model",
+        ),
+    ],
+    ids=["offline", "disk", "unknown"],
+)
+def test_what_went_wrong_is_told(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(CheckpointError, match=message):
+        hub.resolve("owner/name")
+
+
+def test_names_that_the_hub_forbids() -> None:
+    with pytest.raises(CheckpointError, match=r"as a hub id it is refused: .*--"):
+        hub.resolve("owner--x/name")
+
+
+def test_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbid(name: str, *rest: Any, _import: Any = builtins.__import__) -> Any:
+        if name.startswith("huggingface_hub"):
+            raise ImportError(name)
+        return _import(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", forbid)
+    with pytest.raises(CheckpointError, match="pip install huggingface_hub"):
+        hub.resolve("owner/name")
+
+
+def test_only_what_is_read_is_fetched() -> None:
+    wanted = (
+        "model_index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder_2/model.safetensors",
+        "scheduler/scheduler_config.json",
+        "tokenizer/merges.txt",
+        "tokenizer_2/vocab.json",
+    )
+    half = ("unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors")
+    assert chosen(hub.pipeline_files(), wanted + half + NOT_FETCHED) == list(wanted)
+    names = chosen(hub.pipeline_files("fp16"), wanted + half + NOT_FETCHED)
+    assert set(half) <= set(names)
+    assert "unet/diffusion_pytorch_model.safetensors" not in names
+
+
+def test_one_models_files() -> None:
+    files = ("config.json", "diffusion_pytorch_model.safetensors", *NOT_FETCHED)
+    assert chosen(hub.model_files("unet"), files) == list(files[:2])
+    sharded = (
+        "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
+        "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model-00001-of-00002.fp16.safetensors",
+    )
+    assert chosen(hub.model_files("unet", "fp16"), sharded) == list(sharded)
+    assert chosen(hub.model_files("unet"), sharded) == []
