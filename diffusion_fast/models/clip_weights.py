@@ -1,0 +1,108 @@
+"""CLIP networks of ``transformers``, filled from files of any age.
+
+Older and newer versions of transformers name the same tensors differently (with and without
+``text_model.`` or ``vision_model.``), so names are compared without these parts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .checkpoints import CONFIG, weight_files, write_json
+from .tensors import CheckpointError, read, stored
+
+_OPTIONAL = re.compile(r"(^|\.)(text_model|vision_model)(?=\.)")
+_UNUSED = ("position_ids", "logit_scale")  # of older files, and of whole CLIP models
+_BESIDE = ("text_projection.", "visual_projection.")  # the transformer
+
+
+def read_states(
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    variant: str | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of a ``transformers`` folder; on the CPU mapped from its files.
+
+    Raises:
+        CheckpointError: no file with weights (of this variant), or a damaged one.
+    """
+    files = weight_files(folder, folder, variant, stem="model")
+    return read(stored(files, _used), dtype, device)
+
+
+def assemble(
+    build: Callable[[], nn.Module], states: Mapping[str, Tensor], source: Path | str
+) -> nn.Module:
+    """A network in eval mode with these tensors as its parameters.
+
+    Args:
+        build: makes the network; called on the meta device.
+        states: its tensors, in an older or newer layout of names.
+        source: what error messages name.
+
+    Raises:
+        CheckpointError: tensors that are missing, extra or misshapen (listed by name).
+    """
+    with torch.device("meta"):
+        model = build()
+    expected = {_plain(name): (name, value) for name, value in model.state_dict().items()}
+    found = {_plain(name): value for name, value in states.items() if _used(name)}
+    problems = [f"missing: {n} {list(expected[n][1].shape)}" for n in expected.keys() - found]
+    problems += [f"extra: {n} {list(found[n].shape)}" for n in found.keys() - expected]
+    for name in expected.keys() & found:
+        wanted, got = list(expected[name][1].shape), list(found[name].shape)
+        if wanted != got:
+            problems.append(f"misshapen: {name} expected {wanted}, got {got}")
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in sorted(problems))
+        count = f"{len(problems)} of its tensors" if len(problems) > 1 else "one of its tensors"
+        raise CheckpointError(f"{source}: not this model's weights, {count}:{lines}")
+    state = {name: found[plain] for plain, (name, _) in expected.items()}
+    model.load_state_dict(state, assign=True)
+    device = next(model.parameters()).device
+    for module in model.modules():  # not in the files: 0, 1, 2 ...
+        ids = getattr(module, "position_ids", None)
+        if isinstance(ids, Tensor):
+            module.position_ids = torch.arange(ids.shape[-1], device=device)[None]
+    return model.eval()
+
+
+def save(model: Any, folder: Path, prefix: str = "text_model.") -> None:
+    """Write ``config.json`` and ``model.safetensors`` in the older layout, which all versions load.
+
+    Args:
+        prefix: of all tensors but those that stand beside the transformer.
+
+    Raises:
+        OSError: the folder can't be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {}
+    for name, value in model.state_dict().items():
+        plain = _plain(name)
+        beside = "." not in plain or plain.startswith(_BESIDE)
+        state[plain if beside else prefix + plain] = value.detach().contiguous()
+    dtype = next(model.parameters()).dtype
+    kind = {"architectures": [type(model).__name__], "torch_dtype": str(dtype).split(".")[-1]}
+    write_json(model.config.to_dict() | kind, folder / CONFIG)
+    try:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # its way to say that the disk is full
+        raise OSError(f"{folder}: can't be written: {error}") from error
+
+
+def _plain(name: str) -> str:
+    return _OPTIONAL.sub("", name).lstrip(".")
+
+
+def _used(name: str) -> str | None:
+    return None if name.rpartition(".")[2] in _UNUSED else name

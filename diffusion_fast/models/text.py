@@ -1,0 +1,266 @@
+"""Text encoders: prompts in, the states that a U-Net attends to out.
+
+The networks and tokenizers are those of ``transformers``, imported when the first one is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import checks
+from .checkpoints import AnyPath, CheckpointError, read_json
+from .clip_weights import assemble, read_states, save
+from .prompt import tokenize
+from .single_file import TextState
+
+SUBFOLDERS = ("text_encoder", "text_encoder_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """What the U-Net is told of B prompts.
+
+    Attributes:
+        context: states of all tokens, [B, L, C]; L is 77 for each chunk of the longest prompt.
+        pooled: one vector per prompt, [B, P], of its first chunk (SDXL), or None.
+    """
+
+    context: Tensor
+    pooled: Tensor | None = None
+
+    def __getitem__(self, prompts: slice | Sequence[int]) -> TextStates:
+        pooled = None if self.pooled is None else self.pooled[prompts]
+        return TextStates(self.context[prompts], pooled)
+
+
+class TextEncoders:
+    """The text encoders of one model: one for SD 1 and 2, two for SDXL.
+
+    SD 1 and 2 see the last layer's states after the final norm. SDXL sees the penultimate layers'
+    states of both encoders, without it, side by side; and the second one's projection, pooled at
+    the end token, joins the time embedding.
+
+    Args:
+        tokenizers: one ``CLIPTokenizer`` for each encoder.
+        encoders: ``CLIPTextModel``, and ``CLIPTextModelWithProjection`` as the second one.
+    """
+
+    def __init__(self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module]) -> None:
+        if len(tokenizers) != len(encoders) or len(encoders) not in (1, 2):
+            got = f"{len(tokenizers)} and {len(encoders)}"
+            checks.fail("tokenizers, encoders", "one or two of each", got)
+        for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
+            known = encoder.config.vocab_size  # type: ignore[union-attr]
+            if len(tokenizer) > known:  # type: ignore[operator]
+                checks.fail("tokenizer", f"at most the encoder's {known} tokens", len(tokenizer))
+        self.tokenizers, self.encoders = list(tokenizers), [one.eval() for one in encoders]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: AnyPath,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        variant: str | None = None,
+        tokenizer: AnyPath | None = None,
+    ) -> TextEncoders:
+        """The encoders in a pipeline's folder: ``text_encoder`` and, if there, ``text_encoder_2``.
+
+        Args:
+            variant: which weights, such as ``"fp16"``.
+            tokenizer: a folder to take the tokenizers from in place of ``folder``.
+
+        Raises:
+            CheckpointError: a missing or damaged file, another kind of encoder, tensors that are
+                missing, extra or misshapen (listed by name).
+        """
+        folder = Path(folder)
+        names = [name for name in SUBFOLDERS if (folder / name).is_dir()]
+        if names[:1] != [SUBFOLDERS[0]]:
+            raise CheckpointError(f"{folder}: expected a folder {SUBFOLDERS[0]} in it")
+        encoders = []
+        for name in names:
+            config = read_json(folder / name / "config.json")
+            kind = config.get("model_type", "clip_text_model")
+            if kind not in ("clip_text_model", "clip"):
+                raise CheckpointError(
+                    f"{folder / name / 'config.json'}: expected model_type clip_text_model"
+                    f" (CLIP and OpenCLIP encoders), got {kind!r}"
+                )
+            states = read_states(folder / name, dtype, device, variant)
+            encoders.append(_encoder(name, config, states, folder / name))
+        return cls(load_tokenizers(tokenizer or folder, len(encoders)), encoders)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        file: AnyPath,
+        text: Mapping[str, TextState],
+        tokenizer: AnyPath | None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> TextEncoders:
+        """The encoders of a single CompVis file.
+
+        Args:
+            file: for messages.
+            text: what :func:`~.single_file.identify` found in it.
+            tokenizer: folder with the tokenizer (and ``tokenizer_2`` for SDXL).
+
+        Raises:
+            CheckpointError: no encoder or no tokenizer; tensors that don't fit.
+        """
+        if not text:
+            raise CheckpointError(f"{file}: expected a text encoder in it, found none")
+        if tokenizer is None:
+            raise CheckpointError(
+                f"{file}: a single file holds no tokenizer; pass tokenizer= with the folder of one"
+                " (a diffusers folder of the same model, or one with vocab.json and merges.txt)"
+            )
+        names = [name for name in SUBFOLDERS if name in text]
+        tokenizers = load_tokenizers(tokenizer, len(names))
+        encoders = []
+        for name in names:
+            states = text[name].load(dtype=dtype, device=device)
+            encoders.append(_encoder(name, text[name].config, states, file))
+        return cls(tokenizers, encoders)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The networks under their folders' names."""
+        return dict(zip(SUBFOLDERS, self.encoders, strict=False))
+
+    def to(self, *args: Any, **kwargs: Any) -> TextEncoders:
+        """Move or cast all encoders, as ``nn.Module.to``."""
+        for encoder in self.encoders:
+            encoder.to(*args, **kwargs)
+        return self
+
+    def save_pretrained(self, folder: AnyPath) -> None:
+        """Write encoders and tokenizers as a pipeline's folder has them.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        folder = Path(folder)
+        for name, encoder in self.modules().items():
+            save(encoder, folder / name)
+        for name, tokenizer in zip(TOKENIZERS, self.tokenizers, strict=False):
+            tokenizer.save_pretrained(folder / name)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], clip_skip: int = 0) -> TextStates:
+        """The states of prompts.
+
+        Weights (see :func:`~.prompt.parse`) multiply the states of their tokens; then each chunk is
+        scaled so that the mean of its states is what it was (unless that is about zero, under a
+        thousandth of their root mean square). Without weights, and within 75 tokens,
+        the states are the encoder's own. Longer prompts are cut into chunks of 75 tokens that are
+        encoded by themselves, one after the other along L; all prompts get the same number.
+
+        Args:
+            prompts: B texts; the empty one is fine. Give the prompts and the negative ones of a run
+                together, so that they are equally long.
+            clip_skip: how many layers to leave out at the end (0 is as trained, 1 what other tools
+                often call "clip skip 2").
+
+        Returns:
+            :class:`TextStates` in the encoders' dtype.
+
+        Raises:
+            TypeError: a prompt that is no string.
+            ValueError: no prompts, or more layers to skip than there are.
+        """
+        if not prompts:
+            checks.fail("prompts", "at least one", list(prompts))
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise TypeError(f"prompt: expected a string, got {type(prompt).__name__}")
+        pairs = list(zip(self.tokenizers, self.encoders, strict=True))
+        states = [self._states(*pair, prompts, clip_skip) for pair in pairs]
+        contexts, pooled = zip(*states, strict=True)
+        chunks = max(context.shape[1] for context in contexts)
+        if any(context.shape[1] != chunks for context in contexts):
+            checks.fail("tokenizers", "two that split prompts alike", "two that don't")
+        return TextStates(torch.cat(contexts, dim=-1), pooled[-1])
+
+    def _states(
+        self, tokenizer: Any, encoder: Any, prompts: Sequence[str], clip_skip: int
+    ) -> tuple[Tensor, Tensor | None]:
+        config = encoder.config
+        two = len(self.encoders) == 2
+        most = config.num_hidden_layers - 1 - two
+        if not isinstance(clip_skip, int) or not 0 <= clip_skip <= most:
+            checks.fail("clip_skip", f"an integer in [0, {most}]", repr(clip_skip))
+        tokens = tokenize(prompts, tokenizer, config.max_position_embeddings)
+        device = next(encoder.parameters()).device
+        output = encoder(tokens.ids.flatten(0, 1).to(device), output_hidden_states=True)
+        states = output.hidden_states[-1 - clip_skip - two]  # [B * chunks, L, C]
+        if not two:
+            states = getattr(encoder, "text_model", encoder).final_layer_norm(states)
+        weights = tokens.weights.flatten(0, 1).to(device)  # [B * chunks, L]
+        states = _weighted(states, weights).unflatten(0, tokens.ids.shape[:2]).flatten(1, 2)
+        pooled = getattr(output, "text_embeds", None)
+        if pooled is not None:
+            pooled = pooled.unflatten(0, tokens.ids.shape[:2])[:, 0]
+        return states, pooled
+
+
+def load_tokenizers(folder: AnyPath, count: int) -> list[Any]:
+    """The tokenizers in a pipeline's folder, or one in a folder of its own.
+
+    Raises:
+        CheckpointError: there is none, or it can't be read.
+    """
+    from transformers import CLIPTokenizer
+
+    folder = Path(folder)
+    found = []
+    for name in TOKENIZERS[:count]:
+        place = folder / name if (folder / name).is_dir() else folder
+        if place == folder and name == TOKENIZERS[1]:
+            raise CheckpointError(f"{folder}: expected a folder {name} in it (SDXL has two)")
+        if not any((place / file).is_file() for file in ("vocab.json", "tokenizer.json")):
+            raise CheckpointError(f"{place}: expected a tokenizer (vocab.json and merges.txt)")
+        try:
+            found.append(CLIPTokenizer.from_pretrained(place, local_files_only=True))
+        except Exception as error:  # what the tokenizers library raises has no class of its own
+            raise CheckpointError(f"{place}: not a CLIP tokenizer: {error}") from error
+    return found
+
+
+def _encoder(
+    name: str, config: Mapping[str, Any], states: Mapping[str, Tensor], source: AnyPath
+) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    kind = CLIPTextModelWithProjection if name == SUBFOLDERS[1] else CLIPTextModel
+    shape = CLIPTextConfig.from_dict(dict(config))
+    return assemble(lambda: kind(shape), states, Path(source))
+
+
+def _weighted(states: Tensor, weights: Tensor) -> Tensor:
+    """States [N, L, C] times weights [N, L], each item scaled back to its mean."""
+    plain = (weights == 1).all(dim=1)
+    if plain.all():
+        return states
+    before = states.float()
+    after = before * weights[..., None]
+    (mean, clear), (new_mean, still_clear) = _mean(before), _mean(after)
+    scale = torch.where(clear & still_clear, mean / new_mean, 1.0)
+    after *= scale[:, None, None]
+    return torch.where(plain[:, None, None], states, after.to(states.dtype))
+
+
+def _mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of the items [N, L, C], and whether they are more than rounding."""
+    mean = x.mean((1, 2))
+    return mean, mean.abs() > 1e-3 * x.square().mean((1, 2)).sqrt()
