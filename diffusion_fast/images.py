@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .ops import checks
 
 SETTINGS = "diffusion_fast"  # the PNG text chunk that holds the settings as JSON
+BETWEEN = 64  # the grey between the images of a grid
+LINE = 14  # pixels of a line of headings
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -23,7 +25,20 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
 
 
-def grid(x: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Image.Image:
+def to_pil(x: Tensor) -> list[Image.Image]:
+    """Images [N, C, H, W] in [-1, 1] with 1 or 3 channels, as PIL images.
+
+    Raises:
+        ValueError: another number of channels or dimensions.
+    """
+    _check_images(x)
+    arrays = to_uint8(x).permute(0, 2, 3, 1).contiguous().numpy()
+    return [Image.fromarray(a.squeeze(-1) if a.shape[-1] == 1 else a) for a in arrays]
+
+
+def grid(
+    x: Tensor, columns: int, scale: int = 1, gap: int = 2, headings: Sequence[str] = ()
+) -> Image.Image:
     """Images in rows, left to right.
 
     Args:
@@ -31,27 +46,33 @@ def grid(x: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Image.Image:
         columns: images per row.
         scale: pixels per pixel.
         gap: pixels between images.
+        headings: a text for each column, in a line above the images; none by default.
 
     Raises:
-        ValueError: another number of channels or dimensions.
+        ValueError: another number of channels, dimensions or headings.
     """
-    if x.dim() != 4 or x.shape[1] not in (1, 3) or not len(x):
-        checks.fail("x", "shape [N, C, H, W] with C = 1 or 3 and N > 0", list(x.shape))
+    _check_images(x)
     checks.positive_int("columns", columns)
     checks.positive_int("scale", scale)
+    if len(headings) not in (0, columns):
+        checks.fail("headings", f"none, or one for each of {columns} columns", len(headings))
     pixels = to_uint8(x).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     count, channels, height, width = pixels.shape
-    rows = -(-count // columns)
+    rows, line = -(-count // columns), LINE if headings else 0
     canvas = torch.full(
-        (channels, rows * (height + gap) + gap, columns * (width + gap) + gap),
-        64,
+        (channels, line + rows * (height + gap) + gap, columns * (width + gap) + gap),
+        BETWEEN,
         dtype=torch.uint8,
     )
     for i, image in enumerate(pixels):
         top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
-        canvas[:, top : top + height, left : left + width] = image
+        canvas[:, line + top : line + top + height, left : left + width] = image
     array = canvas.permute(1, 2, 0).contiguous().numpy()
-    return Image.fromarray(array.squeeze(-1) if channels == 1 else array)
+    picture = Image.fromarray(array.squeeze(-1) if channels == 1 else array)
+    draw = ImageDraw.Draw(picture)
+    for i, heading in enumerate(headings):
+        draw.text((gap + i * (width + gap), gap), heading, fill="white")
+    return picture
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
@@ -70,3 +91,25 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], settings: Mapping
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What :func:`save_png` wrote into a PNG.
+
+    Raises:
+        ValueError: no image, or one without settings.
+    """
+    try:
+        with Image.open(path) as image:
+            settings = json.loads(image.info[SETTINGS])
+    except (OSError, SyntaxError, ValueError, KeyError) as error:
+        message = f"{path}: expected a PNG that carries its settings"
+        raise ValueError(f"{message}, got {type(error).__name__}: {error}") from error
+    if not isinstance(settings, dict):
+        checks.fail(str(path), "a JSON object as its settings", type(settings).__name__)
+    return settings
+
+
+def _check_images(x: Tensor) -> None:
+    if x.dim() != 4 or x.shape[1] not in (1, 3) or not len(x):
+        checks.fail("x", "shape [N, C, H, W] with C = 1 or 3 and N > 0", list(x.shape))

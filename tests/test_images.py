@@ -50,3 +50,36 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 def test_bad_input(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="x: expected shape"):
         images.grid(torch.zeros(shape), 1)
+
+
+def test_headings_are_a_line_above_the_images() -> None:
+    x = torch.full((4, 3, 20, 60), -1.0)
+    plain = np.asarray(images.grid(x, columns=2))
+    headed = np.asarray(images.grid(x, columns=2, headings=["one", "two"]))
+    assert (headed[images.LINE :] == plain).all()
+    line = headed[: images.LINE].max(axis=(0, 2))
+    assert (line[:62] > 200).any()
+    assert (line[64:] > 200).any()
+    with pytest.raises(ValueError, match="headings: expected none, or one for each of 2"):
+        images.grid(x, columns=2, headings=["one"])
+
+
+def test_pil_images() -> None:
+    colours = torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(2, 3, 2, 5)
+    found = images.to_pil(colours)
+    assert [(image.size, image.mode) for image in found] == [((5, 2), "RGB")] * 2
+    assert found[0].getpixel((4, 1)) == (0, 128, 255)
+    assert images.to_pil(colours[:, :1])[0].mode == "L"
+
+
+@pytest.mark.parametrize("settings", [None, "[1]"])
+def test_a_file_without_settings(tmp_path: Path, settings: str | None) -> None:
+    info = images.PngInfo()
+    if settings:
+        info.add_text(images.SETTINGS, settings)
+    Image.new("L", (4, 4)).save(tmp_path / "x.png", pnginfo=info)
+    with pytest.raises(ValueError, match="settings"):
+        images.read_settings(tmp_path / "x.png")
+    (tmp_path / "y.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"y\.png: expected a PNG that carries its settings"):
+        images.read_settings(tmp_path / "y.png")

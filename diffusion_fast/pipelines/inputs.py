@@ -1,0 +1,178 @@
+"""What users hand to a pipeline, checked and made uniform before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops import checks
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Size = tuple[int, int]  # height, width
+
+
+def prompt_list(name: str, value: Any) -> list[str]:
+    """One prompt or several, as a list.
+
+    Raises:
+        TypeError: something else than strings; ValueError: an empty list.
+    """
+    prompts = [value] if isinstance(value, str) else value
+    if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
+        raise TypeError(f"{name}: expected a string or a list of strings, got {value!r:.60}")
+    if not prompts:
+        checks.fail(name, "at least one prompt", prompts)
+    return list(prompts)
+
+
+def seed_list(seed: int | Sequence[int], count: int) -> list[int]:
+    """A seed for each image: those given, or ``seed``, ``seed + 1``, ..."""
+    values = range(seed, seed + count) if _is_int(seed) else seed
+    if not isinstance(values, (list, tuple, range)) or not all(_is_int(s) for s in values):
+        checks.fail("seed", "an integer or a list of them", repr(seed)[:60])
+    if len(values) != count:
+        checks.fail("seed", f"one, or one for each of {count} images", f"{len(values)}")
+    if not all(0 <= s < 2**63 for s in values):
+        checks.fail("seed", "integers in [0, 2^63)", repr(seed)[:60])
+    return list(values)
+
+
+def checked_size(size: Any, grain: int) -> Size:
+    """Height and width as multiples of ``grain``; one number is a square."""
+    pair = (size, size) if _is_int(size) else size
+    expected = f"(height, width) or one number, positive multiples of {grain}"
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(map(_is_int, pair)):
+        checks.fail("size", expected, repr(size)[:60])
+    height, width = pair
+    if height < grain or width < grain or height % grain or width % grain:
+        checks.fail("size", expected, repr(size))
+    return height, width
+
+
+def image_tensor(image: Any, size: Size | None, grain: int) -> Tensor:
+    """Images as [B, 3, H, W] in [-1, 1], float32.
+
+    Args:
+        image: a PIL image, a list of them, or a tensor [3, H, W] or [B, 3, H, W] in [-1, 1].
+        size: to scale PIL images to (Lanczos); tensors must have it. None: as they are.
+        grain: what height and width must be multiples of.
+
+    Raises:
+        ValueError: another shape or size; TypeError: no image.
+    """
+    if isinstance(image, Tensor):
+        checks.floating("image", image)
+        x = image[None] if image.dim() == 3 else image
+        if x.dim() != 4 or x.shape[1] != 3 or not len(x):
+            checks.fail("image", "shape [3, H, W] or [B, 3, H, W]", list(image.shape))
+        x = x.detach().float()
+    else:
+        several = image if isinstance(image, (list, tuple)) else [image]
+        x = _joined("image", [_pixels(_pil("image", one, "RGB", size)) for one in several]) * 2 - 1
+    _check_sides("image", x, size, grain)
+    return x
+
+
+def mask_tensor(mask: Any, original: Any, size: Size, count: int) -> Tensor:
+    """A mask as [B, 1, H, W] of zeros and ones: 1 where to draw, 0 where to keep the image.
+
+    Args:
+        mask: a PIL image (white is where to draw), a list of them, or a tensor [H, W], [1, H, W]
+            or [B, 1, H, W] in [0, 1]. Halves and more count as 1.
+        original: the image as it was given: the mask must be of its size.
+        size: to scale PIL masks to, like the image.
+        count: the number of images; B must be that, or 1.
+
+    Raises:
+        ValueError: a mask of another size; TypeError: no mask.
+    """
+    if isinstance(mask, Tensor):
+        checks.tensor("mask", mask)
+        x = mask.detach().float()
+        x = x[(None,) * (4 - x.dim())] if x.dim() in (2, 3) else x
+        if x.dim() != 4 or x.shape[1] != 1:
+            checks.fail("mask", "shape [H, W], [1, H, W] or [B, 1, H, W]", list(mask.shape))
+        if not 0 <= x.min() <= x.max() <= 1:
+            checks.fail("mask", "values in [0, 1]", f"{x.min():g} to {x.max():g}")
+    else:
+        several = mask if isinstance(mask, (list, tuple)) else [mask]
+        wanted = _sides(original)
+        pictures = [_pil("mask", one, "L", None) for one in several]
+        for picture in pictures:
+            if (picture.height, picture.width) != wanted:
+                got = f"{picture.width} x {picture.height}"
+                checks.fail("mask", f"the size of the image ({wanted[1]} x {wanted[0]})", got)
+        x = _joined("mask", [_pixels(_pil("mask", one, "L", size)) for one in pictures])
+    if tuple(x.shape[2:]) != size:
+        wanted_size, got = f"{size[1]} x {size[0]}", f"{x.shape[3]} x {x.shape[2]}"
+        checks.fail("mask", f"the size of the image ({wanted_size})", got)
+    check_batch("mask", x, count)
+    return (x >= 0.5).float()
+
+
+def small_mask(mask: Tensor, grain: int) -> Tensor:
+    """A mask [B, 1, H, W] for latents, [B, 1, H / grain, W / grain]: nearest neighbours."""
+    return F.interpolate(mask, size=(mask.shape[2] // grain, mask.shape[3] // grain))
+
+
+def absent(name: str, value: Any, without: str) -> None:
+    """Refuse an argument that needs another one."""
+    if value is not None:
+        checks.fail(name, f"None without {without}", repr(value)[:60])
+
+
+def check_batch(name: str, x: Tensor, count: int) -> None:
+    """One for all images, or one for each."""
+    if len(x) not in (1, count):
+        checks.fail(name, f"one, or one for each of {count} images", len(x))
+
+
+def _is_int(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _pil(name: str, image: Any, mode: str, size: Size | None) -> Image:
+    from PIL import Image
+
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"{name}: expected PIL images or a tensor, got {type(image).__name__}")
+    image = image.convert(mode)
+    if size is None or (image.height, image.width) == size:
+        return image
+    return image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+
+
+def _sides(image: Any) -> Size:
+    one = image[0] if isinstance(image, (list, tuple)) else image
+    height, width = one.shape[-2:] if isinstance(one, Tensor) else (one.height, one.width)
+    return height, width
+
+
+def _pixels(image: Image) -> Tensor:
+    """[C, H, W] in [0, 1], float32."""
+    import numpy as np
+
+    array = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
+    return array[None] if array.dim() == 2 else array.permute(2, 0, 1).contiguous()
+
+
+def _joined(name: str, images: list[Tensor]) -> Tensor:
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) != 1:
+        checks.fail(name, "images of one size", " and ".join(map(str, sorted(shapes))) or "none")
+    return torch.stack(images)
+
+
+def _check_sides(name: str, x: Tensor, size: Size | None, grain: int) -> None:
+    height, width = x.shape[2:]
+    if size is not None and (height, width) != size:
+        checks.fail(name, f"the size asked for ({size[1]} x {size[0]})", f"{width} x {height}")
+    if height % grain or width % grain or not height or not width:
+        expected = f"width and height to be multiples of {grain} (or size=, to scale it)"
+        checks.fail(name, expected, f"{width} x {height}")

@@ -1,0 +1,388 @@
+"""Stable Diffusion (Rombach et al. 2022, arXiv:2112.10752; SDXL: Podell et al. 2023,
+arXiv:2307.01952): a prompt in, images out."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine import Engine
+from ..engine.engine import Callback
+from ..models import vae_memory
+from ..models.checkpoints import AnyPath
+from ..models.lora import LoRAs
+from ..models.text import TextStates
+from ..models.vae import AutoencoderKL
+from ..ops import checks
+from ..samplers import make_table
+from . import inputs
+from .loading import Options, Parts, load
+from .result import Result
+from .saving import save
+
+OUTPUTS = ("pil", "tensor", "latent")
+DEFAULTS = {  # of make_table's options
+    parameter.name: parameter.default
+    for parameter in inspect.signature(make_table).parameters.values()
+    if parameter.kind is parameter.KEYWORD_ONLY
+}
+
+
+class StableDiffusion:
+    """Text-to-image, image-to-image and inpainting with SD 1.x, SD 2.x or SDXL base.
+
+    Make one with :meth:`from_pretrained` and call it. ``unet``, ``vae`` and ``text`` are the
+    networks (``text.modules()`` the text encoders under their names), ``loras`` switches LoRAs on
+    them (:class:`~diffusion_fast.models.lora.LoRAs`). One engine is kept between calls, so that
+    prompts, seeds, samplers and guidance change without new buffers or graphs.
+
+    Args:
+        parts: the networks and the schedule.
+        graph, rewrites: of the :class:`~diffusion_fast.Engine`.
+    """
+
+    def __init__(self, parts: Parts, graph: str = "auto", rewrites: Any = "all") -> None:
+        self.unet, self.vae, self.text = parts.unet, parts.vae, parts.text
+        self.loras = LoRAs({"unet": self.unet, **self.text.modules()})
+        self.safety_checker = parts.safety_checker
+        self.zero_empty, self.random_weights = parts.zero_empty, parts.random_weights
+        self.scheduler = parts.scheduler
+        self._graph, self._rewrites = graph, rewrites
+        self._engine: Engine | None = None
+        self._lock = threading.Lock()  # the engine's settings belong to one call
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: AnyPath,
+        *,
+        vae: AutoencoderKL | AnyPath | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        variant: str | None = None,
+        tokenizer: AnyPath | None = None,
+        safety_checker: bool = True,
+        prediction_type: str | None = None,
+        graph: str = "auto",
+        rewrites: str | Sequence[str] = "all",
+    ) -> StableDiffusion:
+        """Load a model.
+
+        Args:
+            path: a diffusers folder, a single CompVis file, or the id of a model on the Hugging
+                Face hub. ``"tiny"`` is a small model with random weights, made on the fly; so are
+                ``"tiny-sd21"``, ``"tiny-sdxl"`` and ``"tiny-inpainting"``.
+            vae: another autoencoder in place of the model's: one loaded before, or a path. A file
+                that doesn't tell its scaling factor takes that of the model.
+            dtype: of all parameters; None for that of the files. A VAE that may overflow in
+                float16 computes in float32 all the same
+                (:class:`~diffusion_fast.models.AutoencoderKL` says when, and how to change it).
+            device: of all parameters.
+            variant: which weights of a folder, such as ``"fp16"``.
+            tokenizer: a folder with the tokenizer; a single file holds none.
+            safety_checker: use the checker that some SD 1.x folders have: images that it finds
+                unsafe turn black, and the result says which. False leaves it out.
+            prediction_type: ``"epsilon"`` or ``"v_prediction"``, where a single file doesn't say:
+                one of SD 2.x is either, and None warns and takes epsilon.
+            graph: how to capture CUDA graphs, see :class:`~diffusion_fast.Engine`.
+            rewrites: which exact rewrites of the U-Net to use, see there.
+
+        Raises:
+            CheckpointError: no model there, or an unsupported or damaged one.
+            ValueError: parts that don't fit together.
+        """
+        options = Options(vae, dtype, device, variant, tokenizer, safety_checker, prediction_type)
+        return cls(load(path, options), graph, rewrites)
+
+    def save_pretrained(self, folder: AnyPath) -> None:
+        """Write a folder that :meth:`from_pretrained` and diffusers load.
+
+        Raises:
+            OSError: it can't be written; what was there before still is.
+        """
+        save(self, folder)
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    def to(self, *args: Any, **kwargs: Any) -> StableDiffusion:
+        """Move or cast all networks, as ``nn.Module.to``."""
+        for part in (self.unet, self.vae, self.text, self.safety_checker):
+            if part is not None:
+                part.to(*args, **kwargs)
+        return self
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        steps: int = 20,
+        guidance_scale: float | Sequence[float] = 7.5,
+        sampler: str | None = None,
+        seed: int | Sequence[int] = 0,
+        size: int | tuple[int, int] | None = None,
+        batch: int = 1,
+        image: Any = None,
+        mask: Any = None,
+        strength: float | None = None,
+        clip_skip: int = 0,
+        output: str = "pil",
+        callback: Callback | None = None,
+        progress: bool = False,
+        **table: Any,
+    ) -> Result:
+        """Draw images: ``batch`` of them for each prompt.
+
+        Image i has its own generator, on the CPU, with its own seed. So its noise is bit for bit
+        what it would be if it were made alone, and on any device.
+
+        Args:
+            prompt: one or several. ``(word:1.3)``, ``(word)`` and ``[word]`` change weights (see
+                :func:`diffusion_fast.models.prompt.parse`); any length.
+            negative_prompt: what to guide away from, one for all or one for each prompt.
+            steps: of the sampler.
+            guidance_scale: 1 is the plain conditional model, at about half the cost.
+            sampler: see :func:`diffusion_fast.sample`; None for the model's own scheduler.
+            seed: of the first image, the next ones have ``seed + 1`` and so on; or one for each.
+            size: (height, width) or one number for both, multiples of 8; by default what the model
+                was trained at, or the size of ``image``.
+            image: image-to-image: start from this image (PIL, or a tensor [3, H, W] or
+                [B, 3, H, W] in [-1, 1]); one for all, or a list with one for each.
+            mask: inpainting: where to draw (white, or 1) in ``image``, and what to keep.
+            strength: how much of the image's noise schedule to run, in (0, 1]; 0.8 by default, and
+                1 with a mask. ``int(steps * strength)`` steps are run.
+            clip_skip: layers to leave out at the text encoders' ends, for both prompts.
+            output: ``"pil"``, ``"tensor"`` or ``"latent"``.
+            callback: ``callback(step, t, latents)`` after each step.
+            progress: show a progress bar.
+            table: what else :class:`~diffusion_fast.Engine` takes, such as ``eta``,
+                ``timestep_spacing``, ``guidance_rescale`` or ``guidance_interval``.
+
+        Raises:
+            TypeError: a prompt that is no string, an image that is none.
+            ValueError: an argument that can't be; the message names it.
+            FloatingPointError: the U-Net's output was not finite.
+        """
+        prompts = inputs.prompt_list("prompt", prompt)
+        checks.positive_int("batch", batch)
+        checks.positive_int("steps", steps)
+        checks.one_of("output", output, OUTPUTS)
+        count = len(prompts) * batch
+        seeds = inputs.seed_list(seed, count)
+        images, masks = self._images(image, mask, size, count)
+        height, width = self._size(size) if images is None else images.shape[2:]
+        if images is None:
+            inputs.absent("strength", strength, "image")
+        elif strength is None:
+            strength = 1.0 if masks is not None else 0.8
+        table = self._table(sampler, steps, guidance_scale, strength, masks is not None, table)
+        positive, negative = self._text(prompts, negative_prompt, clip_skip)
+        generators = [torch.Generator().manual_seed(one) for one in seeds]
+        shape = count, self.unet.config.out_channels, *self._small(height, width)
+        ways: list[str] = []  # how the VAE ran
+        with self._lock:
+            latents = self._ready(table, progress).sample(
+                shape,
+                self._context(positive, batch, (height, width)),
+                self._context(negative, batch, (height, width)),
+                callback=callback,
+                generator=generators,
+                **self._start(shape, images, masks, table["strength"], generators, ways),
+            )
+        settings = {
+            "prompt": prompts,
+            "negative_prompt": negative_prompt,
+            "size": [height, width],
+            "batch": batch,
+            "clip_skip": clip_skip,
+            **table,
+            "strength": strength,
+        }
+        return self._finish(latents, seeds, settings, output, ways)
+
+    # What a call is made of, in its order.
+
+    def _images(
+        self, image: Any, mask: Any, size: Any, count: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Images [B, 3, H, W] and masks [B, 1, H, W], checked."""
+        if self.inpainting and (image is None or mask is None):
+            missing = "image" if image is None else "mask"
+            checks.fail(missing, "one, because the model is made for inpainting", None)
+        if image is None:
+            inputs.absent("mask", mask, "image")
+            return None, None
+        grain = self.vae.downsampling
+        wanted = None if size is None else inputs.checked_size(size, grain)
+        images = inputs.image_tensor(image, wanted, grain)
+        inputs.check_batch("image", images, count)
+        if mask is None:
+            return images, None
+        height, width = images.shape[2:]
+        return images, inputs.mask_tensor(mask, image, (height, width), count)
+
+    @property
+    def inpainting(self) -> bool:
+        """Whether the U-Net reads a mask and the masked image beside the noisy latents."""
+        return self.unet.config.in_channels != self.unet.config.out_channels
+
+    def _size(self, size: Any) -> inputs.Size:
+        grain = self.vae.downsampling
+        if size is not None:
+            return inputs.checked_size(size, grain)
+        trained = self.unet.config.sample_size or 64
+        height, width = trained if isinstance(trained, tuple) else (trained, trained)
+        return height * grain, width * grain
+
+    def _small(self, height: int, width: int) -> inputs.Size:
+        return height // self.vae.downsampling, width // self.vae.downsampling
+
+    def _table(
+        self,
+        sampler: str | None,
+        steps: int,
+        guidance_scale: float | Sequence[float],
+        strength: float | None,
+        inpainting: bool,
+        changes: dict[str, Any],
+    ) -> dict[str, Any]:
+        """All keywords of the engine's table, so that nothing stays from the call before.
+
+        Inpainting of strength 1 starts from pure noise.
+        """
+        unknown = sorted(changes.keys() - DEFAULTS.keys())
+        if unknown:
+            known = ", ".join(sorted(DEFAULTS))
+            raise TypeError(f"{unknown[0]}: expected one of the keywords {known}")
+        return {
+            **DEFAULTS,
+            **self.scheduler.table(sampler),
+            **changes,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "strength": None if inpainting and strength == 1 else strength,
+        }
+
+    def _ready(self, table: dict[str, Any], progress: bool) -> Engine:
+        engine = self._engine
+        if engine is None or engine.model is not self.unet:
+            engine = Engine(
+                self.unet, self.scheduler.schedule, self._graph, rewrites=self._rewrites, **table
+            )
+            self._engine = engine
+        else:
+            engine.configure(**table)
+        engine.progress = progress
+        return engine
+
+    def _text(
+        self, prompts: list[str], negative_prompt: Any, clip_skip: int
+    ) -> tuple[TextStates, TextStates]:
+        """States of the prompts and of the negative ones, equally many and equally long."""
+        if negative_prompt is None:
+            negatives = [""] * len(prompts)
+        else:
+            negatives = inputs.prompt_list("negative_prompt", negative_prompt)
+            if len(negatives) not in (1, len(prompts)):
+                expected = f"one, or one for each of {len(prompts)} prompts"
+                checks.fail("negative_prompt", expected, len(negatives))
+            negatives *= len(prompts) // len(negatives)
+        distinct = list(dict.fromkeys([*prompts, *negatives]))
+        states = self.text.encode(distinct, clip_skip)
+        positive = states[[distinct.index(one) for one in prompts]]
+        negative = states[[distinct.index(one) for one in negatives]]
+        if negative_prompt is None and self.zero_empty:
+            assert negative.pooled is not None
+            zeros = torch.zeros_like(negative.context), torch.zeros_like(negative.pooled)
+            negative = TextStates(*zeros)
+        return positive, negative
+
+    def _context(
+        self, states: TextStates, batch: int, size: inputs.Size
+    ) -> Tensor | dict[str, Tensor]:
+        """What the U-Net is conditioned on, for ``batch`` images of each prompt."""
+        weight = self.unet.conv_in.weight
+        context = states.context.to(weight).repeat_interleave(batch, 0)
+        if states.pooled is None:
+            return context
+        time_ids = torch.tensor([[*size, 0, 0, *size]], device=weight.device)  # not cropped
+        return {
+            "context": context,
+            "text_embeds": states.pooled.to(weight).repeat_interleave(batch, 0),
+            "time_ids": time_ids.expand(len(context), -1),
+        }
+
+    def _start(
+        self,
+        shape: tuple[int, ...],
+        images: Tensor | None,
+        masks: Tensor | None,
+        strength: float | None,
+        generators: list[torch.Generator],
+        ways: list[str],
+    ) -> dict[str, Tensor]:
+        """What the loop starts from. Each generator is asked in the order of diffusers."""
+        start: dict[str, Tensor] = {}
+        if images is not None and (strength is not None or not self.inpainting):
+            start["x_0"] = self._encode(images, generators, ways)
+        noise = [torch.randn(shape[1:], generator=generator) for generator in generators]
+        start["x_T"] = torch.stack(noise).to(self.device)
+        if images is not None and masks is not None:
+            small = inputs.small_mask(masks, self.vae.downsampling).to(self.device)
+            if self.inpainting:
+                kept = self._encode(images * (1 - masks), generators, ways)
+                extra = (small.expand(len(kept), -1, -1, -1), kept)
+                start["extra_channels"] = torch.cat(extra, dim=1)
+            else:
+                start["mask"] = small
+        return start
+
+    def _encode(self, images: Tensor, generators: list[torch.Generator], ways: list[str]) -> Tensor:
+        """Latents [N, C, h, w] for N generators of N images, or of one; float32."""
+        weight = self.vae.encoder.conv_in.weight
+        encoded = vae_memory.encode(self.vae, images.to(weight))
+        ways.append(encoded.how)
+        latents = encoded.latents
+        shape = len(generators), *latents.mean.shape[1:]
+        latents = type(latents)(latents.mean.expand(shape), latents.log_variance.expand(shape))
+        return self.vae.scale(latents.sample(generators)).float().to(self.device)
+
+    def _finish(
+        self,
+        latents: Tensor,
+        seeds: list[int],
+        settings: dict[str, Any],
+        output: str,
+        ways: list[str],
+    ) -> Result:
+        made = (latents, seeds, settings)
+        if output == "latent":
+            return Result(latents, *made, _worst(ways), None, self.random_weights)
+        weight = self.vae.decoder.conv_in.weight
+        decoded = vae_memory.decode(self.vae, self.vae.unscale(latents).to(weight))
+        images, flagged, how = (
+            decoded.images.float().clamp(-1, 1),
+            None,
+            _worst([*ways, decoded.how]),
+        )
+        if self.safety_checker is not None:
+            flagged = self.safety_checker(images)
+            images[torch.tensor(flagged)] = -1
+        if output == "tensor":
+            return Result(images, *made, how, flagged, self.random_weights)
+        from ..images import to_pil
+
+        return Result(to_pil(images), *made, how, flagged, self.random_weights)
+
+
+def _worst(ways: list[str]) -> str | None:
+    """Of the ways that the VAE ran, the one with the smallest parts."""
+    return max(ways, key=vae_memory.HOW.index, default=None)

@@ -1,0 +1,256 @@
+"""A scheduler's config gives the steps that diffusers' scheduler of that config takes."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import warnings
+from typing import Any
+
+import diffusers
+import pytest
+from samplers.scheduler_parity import Parity
+
+from diffusion_fast.pipelines.scheduler_config import (
+    SchedulerSettings,
+    read_scheduler,
+    write_scheduler,
+)
+from diffusion_fast.samplers import SAMPLERS, make_table
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning:diffusers",
+    "ignore:__array_wrap__:DeprecationWarning:numpy",  # diffusers gives tensors to numpy
+)
+
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SD = {**BETAS, "timestep_spacing": "leading", "steps_offset": 1}
+
+
+class ConfigParity(Parity):
+    """Ours and theirs from one and the same config."""
+
+    def __init__(self, config: dict[str, Any], steps: int, settings: SchedulerSettings) -> None:
+        self.steps, self.strength, self.step_options = steps, None, {}
+        self.schedule = settings.schedule
+        self.table = make_table(schedule=settings.schedule, steps=steps, **settings.table())
+        self.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+        first = settings.table()["final_alpha"] == "first" and settings.sampler == "euler"
+        self.final_scale = float(self.schedule.alpha_bar[0]) ** 0.5 if first else 1.0
+
+
+def read_quietly(config: dict[str, Any]) -> SchedulerSettings:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return read_scheduler(config)
+
+
+def full_config(name: str, **options: Any) -> dict[str, Any]:
+    """The file that diffusers writes: every option of the class, as JSON."""
+    scheduler = getattr(diffusers, name)(**options)
+    return {"_class_name": name, **json.loads(scheduler.to_json_string())}
+
+
+CONFIGS: list[tuple[str, dict[str, Any]]] = [
+    ("DDIMScheduler", {**SD, "set_alpha_to_one": False, "clip_sample": False}),
+    ("DDIMScheduler", {}),
+    ("DDIMScheduler", {**BETAS, "timestep_spacing": "trailing", "clip_sample_range": 2.0}),
+    (
+        "DDIMScheduler",
+        {
+            **BETAS,
+            "prediction_type": "v_prediction",
+            "rescale_betas_zero_snr": True,
+            "timestep_spacing": "trailing",
+            "clip_sample": False,
+        },
+    ),
+    ("DDPMScheduler", {}),
+    ("DDPMScheduler", {**SD, "clip_sample": False, "variance_type": "fixed_large"}),
+    ("DDPMScheduler", {"beta_schedule": "squaredcos_cap_v2", "variance_type": "fixed_small_log"}),
+    ("EulerDiscreteScheduler", SD),
+    ("EulerDiscreteScheduler", {}),
+    ("EulerDiscreteScheduler", {**BETAS, "use_karras_sigmas": True}),
+    ("EulerDiscreteScheduler", {**SD, "final_sigmas_type": "sigma_min"}),
+    (
+        "EulerDiscreteScheduler",
+        {**SD, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+    ),
+    ("EulerAncestralDiscreteScheduler", SD),
+    ("EulerAncestralDiscreteScheduler", {**BETAS, "timestep_spacing": "trailing"}),
+    ("DPMSolverMultistepScheduler", SD),
+    ("DPMSolverMultistepScheduler", {}),
+    ("DPMSolverMultistepScheduler", {**SD, "solver_order": 1}),
+    ("DPMSolverMultistepScheduler", {**SD, "solver_order": 3}),
+    ("DPMSolverMultistepScheduler", {**SD, "algorithm_type": "sde-dpmsolver++"}),
+    ("DPMSolverMultistepScheduler", {**SD, "use_karras_sigmas": True, "euler_at_final": True}),
+    ("DPMSolverMultistepScheduler", {**SD, "final_sigmas_type": "sigma_min"}),
+    ("HeunDiscreteScheduler", {}),
+    ("HeunDiscreteScheduler", {**SD, "prediction_type": "v_prediction"}),
+    ("HeunDiscreteScheduler", {**BETAS, "use_karras_sigmas": True, "clip_sample": True}),
+    ("UniPCMultistepScheduler", SD),
+    ("UniPCMultistepScheduler", {**SD, "solver_order": 3, "use_karras_sigmas": True}),
+    (
+        "UniPCMultistepScheduler",
+        {"trained_betas": [0.001 * (1 + i / 20) for i in range(400)], "num_train_timesteps": 400},
+    ),
+]
+IDS = [f"{i}-{name.replace('Scheduler', '')}" for i, (name, _) in enumerate(CONFIGS)]
+
+
+@pytest.mark.parametrize("name, options", CONFIGS, ids=IDS)
+@pytest.mark.parametrize("steps", [7, 20])
+def test_steps_are_diffusers(name: str, options: dict[str, Any], steps: int) -> None:
+    """Timesteps and every state, with only the options that differ from the defaults in the file,
+    and with all of them."""
+    for config in ({"_class_name": name, **options}, full_config(name, **options)):
+        parity = ConfigParity(config, steps, read_quietly(config))
+        float32, float64 = parity.errors_against_double()
+        assert float64 <= 1e-9
+        assert float32 <= 2e-5
+
+
+@pytest.mark.parametrize("name, options", CONFIGS, ids=IDS)
+def test_written_configs_are_diffusers(name: str, options: dict[str, Any]) -> None:
+    settings = read_quietly({"_class_name": name, **options})
+    written = json.loads(json.dumps(write_scheduler(settings)))
+    again = read_quietly(written)
+    assert again.table() == settings.table()
+    assert again.schedule.betas.equal(settings.schedule.betas)
+    accepted = inspect.signature(getattr(diffusers, name).__init__).parameters
+    assert written.keys() - {"_class_name"} <= accepted.keys()
+    float32, float64 = ConfigParity(written, 7, settings).errors_against_double()
+    assert max(float32 / 2e-5, float64 / 1e-9) <= 1
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_any_sampler_can_be_asked_for(sampler: str) -> None:
+    """The schedule, the spacing and the prediction stay; what only one of both has doesn't."""
+    config = {**SD, "_class_name": "DDIMScheduler", "set_alpha_to_one": False, "clip_sample": False}
+    settings = read_quietly({**config, "prediction_type": "v_prediction"})
+    table = settings.table(sampler)
+    assert table["sampler"] == sampler
+    assert (table["timestep_spacing"], table["steps_offset"]) == ("leading", 1)
+    assert table["prediction_type"] == "v_prediction"
+    assert table["final_alpha"] == ("first" if sampler == "ddim" else "one")
+    make_table(schedule=settings.schedule, steps=5, **table)
+    with pytest.raises(ValueError, match="sampler: expected one of"):
+        settings.table("plms")
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler"),
+    [
+        ("PNDMScheduler", "dpmpp_2m"),
+        ("LMSDiscreteScheduler", "dpmpp_2m"),
+        ("DEISMultistepScheduler", "dpmpp_2m"),
+        ("DPMSolverSinglestepScheduler", "dpmpp_2m"),
+        ("KDPM2DiscreteScheduler", "heun"),
+        ("KDPM2AncestralDiscreteScheduler", "euler_ancestral"),
+        ("LCMScheduler", "ddim"),
+    ],
+)
+def test_another_scheduler_is_replaced_with_a_warning(name: str, sampler: str) -> None:
+    config = full_config(name, **BETAS) | {"timestep_spacing": "leading"}
+    with pytest.warns(UserWarning, match=f"{name} is not available here; {sampler} takes"):
+        settings = read_scheduler(config)
+    assert settings.sampler == sampler
+    assert settings.table()["timestep_spacing"] == "leading"
+    assert settings.schedule.alphas_cumprod.tolist() == pytest.approx(
+        getattr(diffusers, name).from_config(config).alphas_cumprod.tolist(), rel=1e-5
+    )
+    written = write_scheduler(settings)
+    again = getattr(diffusers, written["_class_name"]).from_config(written)
+    again.set_timesteps(10)
+    make_table(schedule=settings.schedule, steps=10, **settings.table())
+
+
+def test_the_file_of_sd15() -> None:
+    """As published, by an old version of diffusers."""
+    config = {
+        "_class_name": "PNDMScheduler",
+        "_diffusers_version": "0.6.0",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "num_train_timesteps": 1000,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "trained_betas": None,
+        "clip_sample": False,
+    }
+    with pytest.warns(UserWarning, match="PNDMScheduler is not available here") as caught:
+        settings = read_scheduler(config)
+    assert len(caught) == 1
+    assert settings.table() == {
+        "sampler": "dpmpp_2m",
+        "timestep_spacing": "leading",
+        "steps_offset": 1,
+        "final_alpha": "one",
+        "prediction_type": "epsilon",
+        "variance": "small",
+        "clip_sample": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("DDIMScheduler", {"thresholding": True}, "thresholding=True is not available here"),
+        ("EulerDiscreteScheduler", {"use_beta_sigmas": True}, "use_beta_sigmas=True is not"),
+        ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}, "interpolation_type="),
+        ("EulerDiscreteScheduler", {**SD, "use_karras_sigmas": True}, "spans the whole schedule"),
+        ("EulerDiscreteScheduler", {"sigma_max": 10.0}, r"sigma_max=10\.0"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, "dpmsolver of order 2 is"),
+        (
+            "DPMSolverMultistepScheduler",
+            {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+            r"sde-dpmsolver\+\+ of order 3 is not available here; dpmpp_2m_sde",
+        ),
+        ("DPMSolverMultistepScheduler", {"solver_type": "heun"}, "midpoint takes its place"),
+        ("DPMSolverMultistepScheduler", {"lower_order_final": False}, "lower_order_final=False"),
+        ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1}, "lambda_min_clipped"),
+        (
+            "DPMSolverMultistepScheduler",
+            {"euler_at_final": True, "final_sigmas_type": "sigma_min"},
+            "euler_at_final",
+        ),
+        ("UniPCMultistepScheduler", {"solver_type": "bh1"}, "bh2 takes its place"),
+        ("UniPCMultistepScheduler", {"solver_order": 1}, "UniPC of order 1 is not"),
+        ("UniPCMultistepScheduler", {"predict_x0": False}, "predict_x0=False"),
+        ("UniPCMultistepScheduler", {"disable_corrector": [0]}, r"disable_corrector=\[0\]"),
+        ("DDPMScheduler", {"variance_type": "fixed_large_log"}, "fixed_large takes its place"),
+        ("DDIMScheduler", {"sparkle": 3}, "unknown option sparkle=3"),
+    ],
+)
+def test_what_is_left_out_is_named(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.warns(UserWarning, match=message):
+        read_scheduler({"_class_name": name, **options})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "_class_name: expected the name of a scheduler, got None"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "is not supported"),
+        ({"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}, "EDMEulerScheduler is not"),
+        ({"_class_name": "DDIMScheduler", "prediction_type": "flow_prediction"}, "prediction_type"),
+        ({"_class_name": "DDIMScheduler", "timestep_spacing": "odd"}, "timestep_spacing: expected"),
+        ({"_class_name": "DDIMScheduler", "beta_schedule": "laplace"}, "beta_schedule: expected"),
+        ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "variance_type"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
+        ({"_class_name": "UniPCMultistepScheduler", "solver_order": "2"}, "solver_order"),
+        ({"_class_name": "DDIMScheduler", "num_train_timesteps": -1}, "timesteps: expected"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_scheduler(config)
+
+
+def test_diffusers_infinity_is_read() -> None:
+    config = full_config("DPMSolverMultistepScheduler", **SD)
+    assert config["lambda_min_clipped"] == -math.inf
+    read_quietly(config)
