@@ -11,10 +11,12 @@ import typer
 from .doctor import doctor
 from .sample import sample
 from .train import train
+from .vae_check import vae_check
 
 app = typer.Typer(
     help="Train and sample diffusion models, and see what runs on this machine.\n\n"
-    "Start with: diffusion-fast train --out model, then diffusion-fast sample model -o out.png",
+    "Start with: diffusion-fast train --out model, then"
+    " diffusion-fast sample --model model -o out.png",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -30,7 +32,7 @@ def options(
     """What every command shares; ``--debug`` itself is read in :func:`main`."""
 
 
-for command in (train, sample, doctor):
+for command in (train, sample, vae_check, doctor):
     app.command()(command)
 
 

@@ -1,117 +1,161 @@
-"""``diffusion-fast sample``: images into one PNG."""
+"""``diffusion-fast sample``: images into one PNG, or many into a folder."""
 
 from __future__ import annotations
 
-import sys
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from .common import SCHEDULER, check_device, check_folder
+from .common import check_folder
+from .sample_classes import ClassDrawing
+from .sample_prompts import PromptDrawing
 
-if TYPE_CHECKING:
-    from ..schedule import DiffusionSchedule
+KINDS = {kind.KIND: kind for kind in (PromptDrawing, ClassDrawing)}
 
 
 def sample(
-    model: Annotated[Path, typer.Argument(help="A folder that `train` wrote.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")],
-    classes: Annotated[
-        str, typer.Option(help="Classes to draw, such as 0-9 or 3,1,4; one column each.")
-    ] = "0-9",
-    per_class: Annotated[int, typer.Option(help="Images of each class.", min=1)] = 4,
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help="What to draw; several prompts in one picture.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The PNG to write.")] = None,
+    out_dir: Annotated[
+        Path | None,
+        typer.Option(help="A folder for one PNG of each image, made by all processes of torchrun."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A text file with a prompt in each line.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A Stable Diffusion folder, single file or hub id; tiny (random weights, made on"
+            " the fly); or a folder that `train` wrote."
+        ),
+    ] = None,
+    again: Annotated[
+        Path | None, typer.Option(help="Make this PNG of `sample` again, from its settings.")
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the first image, the next has the next seed; default 0.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Images of each prompt.", min=1)] = None,
+    size: Annotated[
+        str | None, typer.Option(help="WIDTHxHEIGHT or one number, multiples of 8.")
+    ] = None,
     sampler: Annotated[
-        str, typer.Option(help="ddpm, ddim, dpmpp_2m, euler, heun, unipc ...")
-    ] = "dpmpp_2m",
+        str | None, typer.Option(help="ddim, dpmpp_2m, euler, heun, unipc ...; the model's own.")
+    ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Steps; all of the schedule for ddpm, else 20 by default.")
+        str | None, typer.Option(help="Default 20. A list (5,10,20) makes a column of each.")
     ] = None,
     guidance: Annotated[
-        float, typer.Option(help="1: as trained; higher: more typical, less varied; 0: no class.")
-    ] = 1.5,
-    eta: Annotated[float, typer.Option(help="Noise of ddim: 0 none, 1 as much as ddpm.")] = 0.0,
+        str | None,
+        typer.Option(
+            help="How closely to follow prompt or class, 1: as trained; default 7.5 for prompts,"
+            " 1.5 for classes. A list makes a column of each."
+        ),
+    ] = None,
+    eta: Annotated[float | None, typer.Option(help="Noise of ddim: 0 none, 1 as ddpm.")] = None,
     spacing: Annotated[
-        str, typer.Option(help="Timesteps: leading, trailing, linspace or karras.")
-    ] = "leading",
-    seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
-    scale: Annotated[int, typer.Option(help="Pixels per pixel in the PNG.", min=1)] = 8,
-    device: Annotated[str, typer.Option(help="Where to sample: cpu, cuda ...")] = "cpu",
+        str | None, typer.Option(help="Timesteps: leading, trailing, linspace or karras.")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="Start from this image.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Draw where this is white.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much to change the image, up to 1.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="A LoRA, FILE or FILE=SCALE; as often as you like.")
+    ] = None,
+    vae: Annotated[str | None, typer.Option(help="Another autoencoder.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder of the tokenizer, for single files.")
+    ] = None,
+    prediction_type: Annotated[
+        str | None,
+        typer.Option(help="epsilon or v_prediction, for single files of SD 2.x, which don't tell."),
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="Which weights, such as fp16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Classes such as 0-9 or 3,1,4, a column each; default all.")
+    ] = None,
+    per_class: Annotated[int | None, typer.Option(help="Images of each class.", min=1)] = None,
+    scale: Annotated[int | None, typer.Option(help="Pixels per pixel of classes.", min=1)] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda ...")] = None,
 ) -> None:
-    """Draw images of every class asked for into one PNG. The file carries its settings."""
-    import torch
-
-    from ..engine import Engine
-    from ..images import grid, save_png
-    from ..models import UNet2DCondition
-    from ..models.checkpoints import read_json
+    """Draw prompts (or classes) into one PNG, or many into a folder. Files carry their settings."""
+    given = {name: value for name, value in locals().items() if value is not None}
+    for name in ("out", "out_dir", "again"):
+        given.pop(name, None)
     from ..ops import checks
 
-    check_device(device)
+    if (out is None) == (out_dir is None):
+        checks.fail("--out", "a file to write, such as out.png (or --out-dir)", out)
+    if out_dir is not None:
+        check_folder("--out-dir", out_dir)
+        if again is not None:
+            checks.fail("--again", "no --out-dir beside it", out_dir)
+        _new(given).draw_many(out_dir)
+        return
+    assert out is not None
     if out.is_dir():
         checks.fail("--out", "a file to write, such as out.png", f"the folder {out}")
     check_folder("--out", out.parent)
-    unet = UNet2DCondition.from_pretrained(model).to(device)
-    if unet.config.num_classes is None:
-        checks.fail("MODEL", "a class-conditional model", f"one without classes ({model})")
-    config = read_json(model / SCHEDULER)
-    columns = _classes(classes, unet.config.num_classes)
-    if steps is None and sampler != "ddpm":
-        steps = 20
-    engine = Engine(
-        unet,
-        _schedule(model, config),
-        device=device,
-        progress=sys.stderr.isatty(),
-        sampler=sampler,
-        steps=steps,
-        eta=eta,
-        timestep_spacing=spacing,
-        prediction_type=config.get("prediction_type", "epsilon"),
-        guidance_scale=guidance,
-    )
-    labels = torch.tensor(columns * per_class, device=device)
-    side = unet.config.sample_size or 8
-    height, width = side if isinstance(side, tuple) else (side, side)
-    images = engine.sample(
-        (len(labels), unet.config.out_channels, height, width),
-        context=labels,
-        null_context=torch.tensor([unet.null_class], device=device),
-        generator=torch.Generator().manual_seed(seed),
-    )
-    settings: dict[str, object] = {
-        "sampler": sampler,
-        "steps": steps,
-        "guidance": guidance,
-        "eta": eta,
-    }
-    settings |= {"spacing": spacing, "seed": seed, "classes": columns, "per_class": per_class}
-    save_png(grid(images, len(columns), scale), out, settings)
-    typer.echo(f"wrote {out}: {len(labels)} images")
+    drawing = _again(again, given) if again is not None else _new(given)
+    picture, settings, done = drawing.draw()
+    from ..images import save_png
+
+    save_png(picture, out, {"kind": drawing.KIND, **settings})
+    typer.echo(f"wrote {out}: {done}")
 
 
-def _schedule(model: Path, config: dict[str, Any]) -> DiffusionSchedule:
-    from ..schedule import DiffusionSchedule
-
-    try:
-        return DiffusionSchedule.from_config(config)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{model / SCHEDULER}: {error}") from error
+Drawing = PromptDrawing | ClassDrawing
 
 
-def _classes(text: str, count: int) -> list[int]:
-    """``0-9`` or ``3,1,4`` as a list."""
+def _new(given: dict[str, Any]) -> Drawing:
     from ..ops import checks
 
-    found: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            checks.fail("--classes", "numbers and ranges such as 0-9 or 3,1,4", repr(text))
-        numbers = range(int(first), int(last if dash else first) + 1)
-        if not numbers:
-            checks.fail("--classes", "ranges that go up, such as 0-9", repr(part))
-        found += numbers
-    if not found or max(found) >= count:
-        checks.fail("--classes", f"classes in [0, {count})", repr(text))
-    return found
+    if "model" not in given:
+        checks.fail("--model", "a model to draw with", None)
+    if "prompts" in given:
+        from .sample_many import read_prompts
+
+        given["prompt"] = [*given.get("prompt", []), *read_prompts(given.pop("prompts"))]
+    if given.get("device") == "cuda":
+        from ..training import local_device
+
+        given["device"] = str(local_device())
+    folder = Path(given["model"])
+    classes = folder.is_dir() and not (folder / "model_index.json").is_file()
+    kind = ClassDrawing if classes else PromptDrawing
+    fields = {field.name for field in dataclasses.fields(kind)}
+    for name in given.keys() - fields:
+        option = name.upper() if name == "prompt" else f"--{name.replace('_', '-')}"
+        checks.fail(option, f"nothing for {kind.KIND} (model {folder})", given[name])
+    paths = {name: str(value) for name, value in given.items() if isinstance(value, Path)}
+    return kind(**{**given, **paths})
+
+
+def _again(path: Path, given: dict[str, Any]) -> Drawing:
+    from ..images import read_settings
+    from ..ops import checks
+
+    if given:
+        names = ", ".join(sorted(given))
+        checks.fail("--again", "no other option but --out: the PNG holds them all", names)
+    settings = read_settings(path)
+    kind = KINDS.get(str(settings.get("kind")))
+    if kind is None or "model" not in settings:
+        checks.fail("--again", "a PNG that `sample` wrote", path)
+    hints = get_type_hints(kind)
+    own = {f.name: settings[f.name] for f in dataclasses.fields(kind) if f.name in settings}
+    for name, value in own.items():  # somebody may have edited them
+        types = get_args(hints[name]) if isinstance(hints[name], UnionType) else [hints[name]]
+        if not isinstance(value, tuple(get_origin(one) or one for one in types)):
+            checks.fail("--again", f"{path} with settings of `sample`", f"{name}={value!r:.60}")
+    return kind(**own)

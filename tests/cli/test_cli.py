@@ -17,7 +17,7 @@ def test_doctor() -> None:
         assert word in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "doctor", ""])
+@pytest.mark.parametrize("command", ["train", "sample", "vae-check", "doctor", ""])
 def test_help(command: str) -> None:
     done = run(*([command] if command else []), "--help")
     assert done.returncode == 0
@@ -27,7 +27,7 @@ def test_help(command: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("sample", "nowhere", "-o", "x.png"), "error: nowhere: no such file or folder"),
+        (("sample", "--model", "nowhere", "-o", "x.png"), "error: nowhere: no such file or folder"),
         (("train", "--out", "x", "--data", "cats"), "error: --data: expected digits or a folder"),
         (
             ("train", "--out", "x", "--batch-size", "9999"),
@@ -36,7 +36,7 @@ def test_help(command: str) -> None:
         (("train", "--out", "x", "--device", "cuda:9"), "--device: expected one that works"),
         (("train", "--out", "/proc/x"), "--out: expected a folder that can be written"),
         (("train", "--out", __file__), "--out: expected a folder that can be written"),
-        (("sample", "nowhere", "-o", "."), "--out: expected a file to write"),
+        (("sample", "--model", "nowhere", "-o", "."), "--out: expected a file to write"),
     ],
 )
 def test_errors_are_one_line_that_names_the_fix(
@@ -55,7 +55,7 @@ def test_errors_are_one_line_that_names_the_fix(
     "program", [["-m", "diffusion_fast"], ["-c", "import diffusion_fast.cli as c; c.main()"]]
 )
 def test_in_a_process_of_its_own(program: list[str]) -> None:
-    command = [sys.executable, *program, "sample", "nowhere", "-o", "x.png"]
+    command = [sys.executable, *program, "sample", "--model", "nowhere", "-o", "x.png"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: nowhere: no such file or folder")

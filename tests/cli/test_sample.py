@@ -9,16 +9,18 @@ import pytest
 from command_line import run
 from PIL import Image
 
+from diffusion_fast.images import read_settings
+
 
 def test_train_then_sample(model: Path, tmp_path: Path) -> None:
     arguments = ("--classes", "3,0-1", "--per-class", 2, "--steps", 3, "--seed", 5, "--scale", 4)
     for name in ("a.png", "b.png"):
-        done = run("sample", model, "-o", tmp_path / name, *arguments)
+        done = run("sample", "--model", model, "-o", tmp_path / name, *arguments)
         assert done.returncode == 0, done.stderr
     picture = Image.open(tmp_path / "a.png")
     assert picture.size == (3 * 34 + 2, 2 * 34 + 2)
     settings = json.loads(picture.text["diffusion_fast"])
-    assert settings["classes"] == [3, 0, 1]
+    assert settings["classes"] == "3,0-1"
     assert settings["seed"] == 5
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
@@ -28,18 +30,19 @@ def test_a_long_list_of_tensors_is_cut(model: Path, tmp_path: Path) -> None:
     config = json.loads((copy / "unet" / "config.json").read_text())
     config["block_out_channels"] = [32, 96]
     (copy / "unet" / "config.json").write_text(json.dumps(config))
-    done = run("sample", copy, "-o", tmp_path / "x.png")
+    done = run("sample", "--model", copy, "-o", tmp_path / "x.png")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 7
     assert "more, --debug shows them" in done.stderr
-    assert len(run("--debug", "sample", copy, "-o", tmp_path / "x.png").stderr.splitlines()) > 50
+    done = run("--debug", "sample", "--model", copy, "-o", tmp_path / "x.png")
+    assert len(done.stderr.splitlines()) > 50
 
 
 def test_a_truncated_model_is_named(model: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(model, tmp_path / "model")
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    done = run("sample", copy, "-o", tmp_path / "x.png")
+    done = run("sample", "--model", copy, "-o", tmp_path / "x.png")
     assert f"error: {weights}: truncated, or not a safetensors file" in done.stderr
 
 
@@ -57,7 +60,7 @@ def test_a_truncated_model_is_named(model: Path, tmp_path: Path) -> None:
 def test_bad_options_of_sample(
     model: Path, tmp_path: Path, option: tuple[str, ...], message: str
 ) -> None:
-    done = run("sample", model, "-o", tmp_path / "x.png", *option)
+    done = run("sample", "--model", model, "-o", tmp_path / "x.png", *option)
     assert done.returncode == 1
     assert re.search(message, done.stderr), done.stderr
     assert not list(tmp_path.iterdir())
@@ -73,6 +76,31 @@ def test_a_broken_schedule_is_named(model: Path, tmp_path: Path) -> None:
         ('{"trained_betas": [0.1, 2.0]}', "scheduler_config.json: betas: expected"),
     ):
         config.write_text(text)
-        done = run("sample", copy, "-o", tmp_path / "x.png")
+        done = run("sample", "--model", copy, "-o", tmp_path / "x.png")
         assert done.returncode == 1
         assert message in done.stderr
+
+
+def test_again(model: Path, tmp_path: Path) -> None:
+    first = run("sample", "--model", model, "-o", tmp_path / "a.png", "--steps", 2, "--seed", 7)
+    assert first.returncode == 0, first.stderr
+    done = run("sample", "--again", tmp_path / "a.png", "-o", tmp_path / "b.png")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_many_files(model: Path, tmp_path: Path) -> None:
+    arguments = ("--classes", "1,5", "--per-class", 2, "--steps", 2, "--out-dir", tmp_path / "many")
+    done = run("sample", "--model", model, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "wrote 4 images" in done.stdout
+    files = sorted((tmp_path / "many").iterdir())
+    assert [file.name for file in files] == [f"0000{i}.png" for i in range(4)]
+    assert [read_settings(file)["class"] for file in files] == [1, 5, 1, 5]
+
+
+@pytest.mark.parametrize("option", ["--negative", "--image", "--size", "--vae"])
+def test_options_for_prompts_are_refused(model: Path, tmp_path: Path, option: str) -> None:
+    done = run("sample", "--model", model, "-o", tmp_path / "x.png", option, "1")
+    assert done.returncode == 1
+    assert f"error: {option}: expected nothing for classes" in done.stderr

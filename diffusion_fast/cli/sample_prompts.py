@@ -1,0 +1,254 @@
+"""Drawing prompts with Stable Diffusion: text-to-image, image-to-image, inpainting, sweeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import typer
+
+from .common import check_device
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+    from ..pipelines import Result, StableDiffusion
+
+
+@dataclass(frozen=True)
+class PromptDrawing:
+    """Settings of a picture: everything that decides its pixels.
+
+    ``steps`` and ``guidance`` are texts, of one number or of a list; ``digests`` are those of the
+    files ``image``, ``mask`` and ``lora`` when the picture was first made.
+    """
+
+    KIND: ClassVar[str] = "prompts"
+
+    model: str
+    prompt: list[str] = dataclasses.field(default_factory=list)
+    negative: str | None = None
+    seed: int = 0
+    batch: int = 1
+    size: str | None = None
+    sampler: str | None = None
+    steps: str = "20"
+    guidance: str = "7.5"
+    eta: float | None = None
+    spacing: str | None = None
+    image: str | None = None
+    mask: str | None = None
+    strength: float | None = None
+    lora: list[str] = dataclasses.field(default_factory=list)
+    vae: str | None = None
+    tokenizer: str | None = None
+    prediction_type: str | None = None
+    variant: str | None = None
+    dtype: str | None = None
+    device: str = "cpu"
+    digests: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def draw(self) -> tuple[Image, dict[str, Any], str]:
+        """The picture, its settings, and what was done in words."""
+        import torch
+
+        from .._version import __version__
+        from ..images import grid, to_pil
+
+        steps, guidance, size, pictures = self._checked()
+        digests = self._digests()
+        pipe = self._pipeline()
+        results = [self._run(pipe, n, g, size, pictures) for n in steps for g in guidance]
+        if pipe.random_weights:
+            typer.echo(f"{self.model}: random weights, so the picture shows nothing", err=True)
+        images = torch.stack([result.images for result in results], dim=1)  # type: ignore
+        columns = len(results)
+        headings = _headings(steps, guidance)
+        if columns == 1:
+            columns = self.batch if self.batch > 1 else len(self.prompt)
+        flat = images.flatten(0, 1)  # rows are images, columns the values of a sweep
+        picture = to_pil(flat)[0] if len(flat) == 1 else grid(flat, columns, headings=headings)
+        settings = dataclasses.asdict(self) | {
+            "digests": digests,
+            "seeds": results[0].seeds,
+            "resolved": results[0].settings,
+            "weights": "random" if pipe.random_weights else "trained",
+            "vae_decoding": [result.vae for result in results],
+            "flagged": [result.flagged for result in results],
+            "version": __version__,
+        }
+        return picture, settings, _summary(len(flat), results)
+
+    def draw_many(self, folder: Path) -> None:
+        """One file for each image, by all processes of torchrun."""
+        from ..ops import checks
+        from .sample_many import many_prompts
+
+        steps, guidance, size, pictures = self._checked()
+        if len(steps) + len(guidance) > 2:
+            checks.fail("--steps, --guidance", "one number each with --out-dir", "a list")
+        settings = dataclasses.asdict(self) | {"digests": self._digests()}
+        settings = {n: v for n, v in settings.items() if n not in ("prompt", "seed", "batch")}
+        pipe = self._pipeline()
+
+        def one(prompt: str, seed: int) -> Image:
+            single = dataclasses.replace(self, prompt=[prompt], seed=seed, batch=1)
+            images = single._run(pipe, steps[0], guidance[0], size, pictures, "pil").images
+            assert isinstance(images, list)
+            return images[0]
+
+        prompts = [prompt for prompt in self.prompt for _ in range(self.batch)]
+        if pipe.random_weights:
+            typer.echo(f"{self.model}: random weights, so the images show nothing", err=True)
+        many_prompts(one, prompts, folder, seed=self.seed, settings=settings)
+
+    def _checked(self) -> tuple[list[int], list[float], Any, dict[str, Any]]:
+        """What can be refused before the model is loaded."""
+        from ..ops import checks
+        from ..pipelines.loading import TINY
+
+        check_device(self.device)
+        if not (self.model in TINY or "/" in self.model or Path(self.model).exists()):
+            raise ValueError(f"{self.model}: no such file or folder")
+        if not self.prompt:
+            checks.fail("PROMPT", 'what to draw, such as "a cat"', "none")
+        steps = [int(n) for n in _numbers("--steps", self.steps, whole=True)]
+        guidance = _numbers("--guidance", self.guidance)
+        if len(steps) > 1 and len(guidance) > 1:
+            checks.fail("--steps, --guidance", "a list for one of them", "two lists")
+        names = {"image": self.image, "mask": self.mask}
+        pictures: dict[str, Any] = {
+            name: _open(f"--{name}", path) for name, path in names.items() if path
+        }
+        return steps, guidance, None if self.size is None else _size(self.size), pictures
+
+    def _digests(self) -> dict[str, str]:
+        """SHA-256 of the files that are read; another one than before is an error."""
+        from ..ops import checks
+
+        found = {}
+        loras = [(f"lora {path}", path) for path, _ in map(_lora, self.lora)]
+        for name, path in (("image", self.image), ("mask", self.mask), *loras):
+            if path is not None and not Path(path).is_dir():
+                found[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+                if self.digests.get(name, found[name]) != found[name]:
+                    checks.fail(f"--{name}", f"{path} as it was (SHA-256)", "another file")
+        return found
+
+    def _pipeline(self) -> StableDiffusion:
+        from ..pipelines import StableDiffusion
+
+        loras = [_lora(text) for text in self.lora]
+        pipe = StableDiffusion.from_pretrained(
+            self.model,
+            vae=self.vae,
+            tokenizer=self.tokenizer,
+            prediction_type=self.prediction_type,
+            variant=self.variant,
+            dtype=None if self.dtype is None else _dtype(self.dtype),
+            device=self.device,
+        )
+        for path, scale in loras:
+            pipe.loras.load(path, path, scale)
+        return pipe
+
+    def _run(
+        self,
+        pipe: StableDiffusion,
+        steps: int,
+        guidance: float,
+        size: Any,
+        pictures: dict[str, Any],
+        output: str = "tensor",
+    ) -> Result:
+        table: dict[str, Any] = {"eta": self.eta, "timestep_spacing": self.spacing}
+        return pipe(
+            self.prompt,
+            self.negative,
+            steps=steps,
+            guidance_scale=guidance,
+            sampler=self.sampler,
+            seed=self.seed,
+            size=size,
+            batch=self.batch,
+            strength=self.strength,
+            output=output,
+            progress=sys.stderr.isatty(),
+            **pictures,
+            **{name: value for name, value in table.items() if value is not None},
+        )
+
+
+def _headings(steps: list[int], guidance: list[float]) -> list[str]:
+    """Over the columns of a sweep."""
+    if len(steps) > 1:
+        return [f"{n} steps" for n in steps]
+    return [f"guidance {g:g}" for g in guidance] if len(guidance) > 1 else []
+
+
+def _summary(count: int, results: list[Result]) -> str:
+    words = f"{count} image" + "s" * (count > 1)
+    ways = sorted({result.vae for result in results if result.vae not in (None, "whole")})
+    if ways:
+        words += f", decoded {' and '.join(map(str, ways))} because memory was short"
+    flagged = sum(sum(result.flagged or []) for result in results)
+    return words + (f", {flagged} of them black (safety checker)" if flagged else "")
+
+
+def _numbers(option: str, text: str, whole: bool = False) -> list[float]:
+    """``5,10,20`` as a list."""
+    from ..ops import checks
+
+    try:
+        return [int(part) if whole else float(part) for part in text.split(",")]
+    except ValueError:
+        kind = "whole numbers" if whole else "numbers"
+        checks.fail(option, f"{kind} such as 5 or 5,10,20", repr(text))
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    """``512`` or ``WIDTHxHEIGHT`` as the pipeline takes it: height first."""
+    from ..ops import checks
+
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        checks.fail("--size", "WIDTHxHEIGHT or one number, such as 512x768", repr(text))
+    width, height = int(sides[0]), int(sides[-1])
+    return height, width
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """``file.safetensors`` or ``file.safetensors=0.8`` as a path and a scale."""
+    from ..ops import checks
+
+    path, equals, scale = text.rpartition("=")
+    if not equals:
+        return text, 1.0
+    try:
+        return path, float(scale)
+    except ValueError:
+        checks.fail("--lora", "a file, or FILE=SCALE such as style.safetensors=0.8", repr(text))
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    from ..ops import checks
+
+    checks.one_of("--dtype", name, ("float32", "bfloat16", "float16"))
+    return getattr(torch, name)
+
+
+def _open(option: str, path: str) -> Image:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image)  # upright, as cameras mean it
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{option}: expected an image, got {path}: {error}") from error

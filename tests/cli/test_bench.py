@@ -1,0 +1,118 @@
+"""``diffusion-fast bench`` on the small model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import run
+
+from diffusion_fast.benchmarks import run as work
+from diffusion_fast.benchmarks import store
+from diffusion_fast.benchmarks.environment import GPU
+from diffusion_fast.benchmarks.variants import NOT_COMPILED, TITLES
+
+SHORT = ("--seconds", 0, "--steps", 2, "--model", "small", "--dtype", "float32", "--batch", 1)
+TIMES = ("p20_s", "p50_s", "p80_s")
+
+
+def bench(out: Path, *options: object) -> Any:
+    return run("bench", *SHORT, "--no-compile", "--out", out, *options)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench") / "results"
+    done = bench(folder, "--what", "unet,loop,pipeline")
+    assert done.returncode == 0, done.stderr
+    assert "random weights" in done.stdout
+    assert GPU or "CPU, no GPU" in done.stdout
+    assert f"not run: diffusers compiled: {NOT_COMPILED}" in done.stdout
+    return folder
+
+
+def test_every_variant_computes_the_same(out: Path) -> None:
+    results = store.Results(out)
+    for what in ("unet", "loop", "pipeline"):
+        rows = [row for row in results.rows if row["what"] == what]
+        assert [row["variant"] for row in rows] == list(TITLES)
+        for row in rows:
+            if row["variant"] == "diffusers compiled":
+                assert row["reason"] == NOT_COMPILED
+                continue
+            assert row["error"] < 1e-4, row
+            assert row["truth"] == "float64"
+            assert 0 < row["p20_s"] <= row["p50_s"] <= row["p80_s"]
+            assert row["peak_bytes"] > 0
+            assert ("limit_steps_per_s" in row) == (GPU and what != "pipeline")
+    backends = {row["variant"]: row.get("backend") for row in results.rows}
+    assert backends["eager"].startswith("reference: ")
+    assert ";" not in backends["eager"]
+    assert backends["diffusers"] == "torch"
+
+
+def test_a_finished_part_is_kept(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "measure", None)
+    before = store.Results(out).rows
+    done = bench(out, "--what", "unet", "--compare", out)
+    assert done.returncode == 0, done.stderr
+    assert "kept" in done.stderr
+    assert "compared 5 rows" in done.stdout
+    assert store.Results(out).rows == before
+
+
+def test_what_became_slower_ends_with_1(out: Path, tmp_path: Path) -> None:
+    old = store.Results(tmp_path)
+    for group in dict.fromkeys(map(store.group_of, store.Results(out).rows)):
+        rows = store.Results(out).of(group)
+        faster = [
+            {k: v / 3 if k.startswith("p") and k.endswith("_s") else v for k, v in row.items()}
+            for row in rows
+        ]
+        old.add(group, faster, store.Results(out).facts(rows[0]))
+    done = bench(out, "--what", "unet", "--compare", tmp_path)
+    assert done.returncode == 1
+    assert "unet, small, float32, batch 1, engine: 3.00 times as long" in done.stderr
+
+
+def test_without_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    done = bench(tmp_path, "--what", "unet")
+    assert done.returncode == 0, done.stderr
+    assert "diffusers is not installed" in " ".join(done.stdout.split())
+    rows = {row["variant"]: row for row in store.Results(tmp_path).rows}
+    assert rows["engine"]["over_eager"] > 0
+    assert "over_diffusers" not in rows["engine"]
+
+
+def test_a_model_that_cannot_be_made_is_rows_that_say_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(work.Networks, "unet", property(fail))
+    done = bench(tmp_path, "--what", "unet,ladder")
+    assert done.returncode == 0, done.stderr
+    rows = store.Results(tmp_path).rows
+    assert {row["reason"] for row in rows} == {"MemoryError: no room"}
+    assert {row["variant"] for row in rows} >= {*TITLES, "shared_prefix"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--what", "nothing"), "--what: expected some of unet, loop, pipeline, ladder"),
+        (("--model", "sd9"), "--model: expected some of small, sd15, sdxl, got 'sd9'"),
+        (("--batch", "1,0"), "--batch: expected positive integers such as 1,4,16, got '1,0'"),
+        (("--dtype", "int8"), "--dtype: expected some of float32, bfloat16, float16"),
+        (("--compare", "missing"), "--compare: expected a folder with results.json, got missing"),
+        (("--what", "unet", "--assert"), "--assert: expected a run of"),
+    ],
+)
+def test_options_that_are_wrong(out: Path, options: tuple[str, ...], message: str) -> None:
+    done = bench(out, *options)
+    assert done.returncode == 1
+    assert message in done.stderr
