@@ -1,0 +1,37 @@
+"""diffusion_fast inside diffusers: its pipelines on our models, our samplers, our attention."""
+
+from __future__ import annotations
+
+try:
+    import diffusers as _diffusers  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "diffusion_fast.integrations.diffusers needs the package diffusers: pip install diffusers"
+    ) from error
+
+from .accelerate import Explanation, accelerate, explain, restore
+from .attention_processor import AttentionProcessor
+from .schedulers import (
+    DiffusionFastDDIM,
+    DiffusionFastDDPM,
+    DiffusionFastDPMSolver,
+    DiffusionFastEuler,
+    DiffusionFastEulerAncestral,
+    DiffusionFastHeun,
+    DiffusionFastUniPC,
+)
+
+__all__ = [
+    "AttentionProcessor",
+    "DiffusionFastDDIM",
+    "DiffusionFastDDPM",
+    "DiffusionFastDPMSolver",
+    "DiffusionFastEuler",
+    "DiffusionFastEulerAncestral",
+    "DiffusionFastHeun",
+    "DiffusionFastUniPC",
+    "Explanation",
+    "accelerate",
+    "explain",
+    "restore",
+]

@@ -1,0 +1,330 @@
+"""A Stable Diffusion or SDXL pipeline of diffusers with our U-Net and VAE decoder inside.
+
+The pipeline keeps its own modules, and only ``forward`` of the U-Net and of the VAE's decoder is
+replaced by ours, which reads the same parameters (see :mod:`.twin`). So everything that is done
+with those modules goes on working: LoRA of every kind, before and after, with scales, fused or not;
+``.to()``; edits of weights in place; offloading of whole models; VAE slicing and tiling.
+
+A call that asks for something our models don't have (ControlNet's residuals, an IP-Adapter, FreeU,
+a patched module, ...) runs diffusers' own forward instead. It warns once for each reason, and
+:func:`explain` counts them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers.models import attention_processor as processors
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
+from torch import Tensor, nn
+
+from ...models.config import UNetConfig
+from ...models.unet import UNet2DCondition
+from ...models.vae import Decoder
+from ...models.vae_config import VAEConfig
+from ...ops import checks
+from .attention_processor import AttentionProcessor
+from .twin import Twin, Unlike
+
+SUPPORTED = (
+    "a Stable Diffusion or SDXL pipeline, with a UNet2DConditionModel as `unet` and an"
+    " AutoencoderKL as `vae`"
+)
+
+# They all compute softmax(Q K^T / sqrt(D)) V, in different amounts of memory.
+_PROCESSORS = {
+    AttentionProcessor,
+    processors.AttnProcessor,
+    processors.AttnProcessor2_0,
+    processors.SlicedAttnProcessor,
+    processors.XFormersAttnProcessor,
+}
+
+_FREEU = ("s1", "s2", "b1", "b2")
+_MODES = {"processor", "_chunk_size", "gradient_checkpointing", *_FREEU}
+
+
+class Part:
+    """A module of a pipeline, and what its ``forward`` is replaced by.
+
+    Attributes:
+        theirs, ours: diffusers' module, and ours over its layers.
+        calls: how many calls ours has run.
+        others: how many diffusers' own forward has run, by reason.
+    """
+
+    theirs: Any
+    ours: Any
+    forward: Callable[..., Any]
+
+    def __init__(self, name: str, theirs: Any, ours: Any) -> None:
+        self.name = name
+        self.theirs, self.ours = theirs, ours
+        self.twin = Twin(theirs, ours)
+        self.calls = 0
+        self.others: Counter[str] = Counter()
+        self._blocks: list[nn.Module] = []
+        self._attributes: list[dict[str, Any]] = []
+
+    def problem(self) -> str | None:
+        """Why the next call could not be ours, whatever its arguments; None if it can."""
+        if problem := self.twin.problem():
+            return problem
+        for attributes in self._modes():
+            if mode := _mode(attributes):
+                return mode
+        return None
+
+    def _modes(self) -> list[dict[str, Any]]:
+        """The attributes of blocks that have one of those that matter; new ones come by linking."""
+        if self._blocks is not self.twin.blocks:
+            self._blocks = self.twin.blocks
+            every = [module.__dict__ for module in (self.theirs, *self._blocks)]
+            self._attributes = [attributes for attributes in every if _MODES & attributes.keys()]
+        return self._attributes
+
+    def run(self, reason: str | None, ours: Callable[[], Any], arguments: dict[str, Any]) -> Any:
+        """Ours if there is no ``reason`` against it, else diffusers' own forward."""
+        reason = reason or self.problem()
+        if reason is None:
+            self.calls += 1
+            return ours()
+        if reason not in self.others:
+            warnings.warn(
+                f"diffusion_fast: the {self.name} runs diffusers' own forward: {reason}",
+                stacklevel=2,
+            )
+        self.others[reason] += 1
+        return type(self.theirs).forward(self.theirs, **arguments)
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.calls} calls by diffusion_fast"]
+        lines += [f"  {count} by diffusers: {why}" for why, count in self.others.items()]
+        if problem := self.problem():
+            lines.append(f"  the next one by diffusers: {problem}")
+        return "\n".join(lines)
+
+
+class UNetPart(Part):
+    def __init__(self, theirs: Any) -> None:
+        with torch.device("meta"):
+            ours = UNet2DCondition(UNetConfig.from_dict(theirs.config))
+        super().__init__("U-Net", theirs, ours)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        encoder_hidden_states: Tensor,
+        class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        down_block_additional_residuals: tuple[Tensor] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
+        down_intrablock_additional_residuals: tuple[Tensor] | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """As ``UNet2DConditionModel.forward``."""
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        scale = (cross_attention_kwargs or {}).get("scale", 1.0)
+        added = added_cond_kwargs if self.ours.config.addition_embed_type else None
+
+        def ours() -> UNet2DConditionOutput | tuple[Tensor]:
+            t = torch.as_tensor(timestep).to(sample.device).reshape(-1).expand(len(sample))
+            conditions = dict(added or {})
+            if conditions:
+                conditions["text_embeds"] = conditions["text_embeds"].to(sample.dtype)
+            with lora_scale(self.theirs, scale):
+                out = self.ours(sample, t, encoder_hidden_states, **conditions)
+            return UNet2DConditionOutput(sample=out) if return_dict else (out,)
+
+        return self.run(self._reason(arguments), ours, arguments)
+
+    def _reason(self, arguments: dict[str, Any]) -> str | None:
+        """What the arguments ask for that our model doesn't have."""
+        for name in (
+            "class_labels",
+            "timestep_cond",
+            "attention_mask",
+            "down_block_additional_residuals",
+            "mid_block_additional_residual",
+            "down_intrablock_additional_residuals",
+            "encoder_attention_mask",
+        ):
+            if arguments[name] is not None:
+                return f"the argument {name}"
+        if others := set(arguments["cross_attention_kwargs"] or ()) - {"scale"}:
+            return f"cross_attention_kwargs[{min(others)!r}]"
+        config = self.ours.config
+        needs = {"text_embeds", "time_ids"} if config.addition_embed_type else set()
+        added = arguments["added_cond_kwargs"] or {}
+        if set(added) != needs:
+            return f"added_cond_kwargs {sorted(added)}, not {sorted(needs)}"
+        dtype = self.ours.conv_in.weight.dtype
+        for name in ("sample", "encoder_hidden_states"):
+            if arguments[name].dtype != dtype:
+                return f"{name} of {arguments[name].dtype} for a model of {dtype}"
+        return None
+
+
+class DecoderPart(Part):
+    def __init__(self, vae: Any) -> None:
+        with torch.device("meta"):
+            ours = Decoder(VAEConfig.from_dict(vae.config))
+        super().__init__("VAE decoder", vae.decoder, ours)
+
+    def forward(self, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
+        """As ``Decoder.forward``."""
+        arguments = {"sample": sample, "latent_embeds": latent_embeds}
+        reason = None if latent_embeds is None else "the argument latent_embeds"
+        return self.run(reason, lambda: self.ours(sample), arguments)
+
+
+def _mode(attributes: dict[str, Any]) -> str | None:
+    """What a block was told to do that our model can't."""
+    processor = attributes.get("processor")
+    if processor is not None and type(processor) not in _PROCESSORS:
+        return f"the attention processor {type(processor).__name__}"
+    if any(attributes.get(name) is not None for name in _FREEU):
+        return "FreeU"
+    if attributes.get("_chunk_size"):
+        return "chunked feed-forward layers"
+    if attributes.get("gradient_checkpointing") and torch.is_grad_enabled():
+        return "gradient checkpointing"
+    return None
+
+
+@contextmanager
+def lora_scale(model: nn.Module, scale: float) -> Iterator[None]:
+    """All LoRA of a model times ``scale``, as ``cross_attention_kwargs`` asks for."""
+    if scale == 1 or not USE_PEFT_BACKEND:
+        yield
+        return
+    scale_lora_layers(model, scale)
+    try:
+        yield
+    finally:
+        unscale_lora_layers(model, scale)
+
+
+def accelerate(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """Let a pipeline compute its U-Net and VAE decoder with ours; nothing is copied.
+
+    Accelerating twice is accelerating once. Pipelines that share modules share the acceleration.
+
+    Args:
+        pipe: a Stable Diffusion or SDXL pipeline (text, image-to-image, inpainting, ...).
+
+    Returns:
+        ``pipe`` itself.
+
+    Raises:
+        ValueError: another kind of pipeline or model, or a config that our models don't cover; the
+            message names it, and the pipeline is as before.
+    """
+    unet, vae = _models(pipe)
+    todo: list[Part] = []
+    kinds: tuple[tuple[str, Any, Callable[[], Part]], ...] = (
+        ("unet", unet, lambda: UNetPart(unet)),
+        ("vae", vae.decoder, lambda: DecoderPart(vae)),
+    )
+    for name, module, make in kinds:
+        if part_of(module) is not None:
+            continue
+        forward = vars(module).get(_slot(module))
+        if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+            checks.fail(f"pipe.{name}", "a forward as diffusers wrote it", "a patched one")
+        try:
+            part = make()
+        except (ValueError, Unlike) as error:
+            raise ValueError(
+                f"pipe.{name}: not a model that diffusion_fast has: {error}"
+            ) from error
+        todo.append(part)
+    for part in todo:
+        setattr(part.theirs, _slot(part.theirs), part.forward)
+    return pipe
+
+
+def restore(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """Undo :func:`accelerate`; a pipeline that isn't accelerated stays as it is.
+
+    Returns:
+        ``pipe`` itself.
+
+    Raises:
+        ValueError: not a pipeline that can be accelerated.
+    """
+    unet, vae = _models(pipe)
+    for module in (unet, vae.decoder):
+        if part_of(module) is None:
+            continue
+        slot = _slot(module)
+        if slot == "forward":
+            del module.forward  # the class's comes to light
+        else:
+            setattr(module, slot, type(module).forward.__get__(module))
+    return pipe
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What runs an accelerated pipeline's modules; ``str()`` of it is readable.
+
+    Attributes:
+        unet, vae_decoder: None if it isn't accelerated. Each has ``calls``, how many ours has run,
+            ``others``, how many diffusers' own forward has run, by reason, and ``problem()``, why
+            the next one would be diffusers', or None.
+    """
+
+    unet: Part | None
+    vae_decoder: Part | None
+
+    def __str__(self) -> str:
+        parts = {"U-Net": self.unet, "VAE decoder": self.vae_decoder}
+        return "\n".join(str(part or f"{name}: not accelerated") for name, part in parts.items())
+
+
+def explain(pipe: DiffusionPipeline) -> Explanation:
+    """Which calls of a pipeline ran on our models since :func:`accelerate`, and why not the others.
+
+    Raises:
+        ValueError: not a pipeline that can be accelerated.
+    """
+    unet, vae = _models(pipe)
+    return Explanation(part_of(unet), part_of(vae.decoder))
+
+
+def part_of(module: nn.Module) -> Part | None:
+    """What :func:`accelerate` put into a module."""
+    owner = getattr(vars(module).get(_slot(module)), "__self__", None)
+    return owner if isinstance(owner, Part) else None
+
+
+def _slot(module: Any) -> str:
+    """The name of the forward in effect: a hook of accelerate keeps it under another one."""
+    return "_old_forward" if "_old_forward" in vars(module) else "forward"
+
+
+def _models(pipe: Any) -> tuple[Any, Any]:
+    if not isinstance(pipe, DiffusionPipeline):
+        checks.fail("pipe", SUPPORTED, type(pipe).__name__)
+    for name, cls in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+        model = getattr(pipe, name, None)
+        if type(model) is not cls:
+            has = "none" if model is None else type(model).__name__
+            got = f"a {type(pipe).__name__} whose {name} is {has}"
+            checks.fail("pipe", SUPPORTED, got)
+    parts: Any = pipe
+    return parts.unet, parts.vae
