@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,6 +50,12 @@ def train(
     compile_model: Annotated[
         bool, typer.Option("--compile", help="Run the network through torch.compile.")
     ] = False,
+    sharding: Annotated[
+        str,
+        typer.Option(
+            help="What processes under torchrun share: ddp the batches, fsdp the model as well."
+        ),
+    ] = "ddp",
     checkpoint_every: Annotated[
         int | None,
         typer.Option(help="Steps between checkpoints, in OUT/checkpoints; none by default.", min=1),
@@ -57,6 +64,15 @@ def train(
         bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")
     ] = False,
     log: Annotated[Path | None, typer.Option(help="CSV file for the loss of every step.")] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Folder of a TensorBoard log (needs that package).")
+    ] = None,
+    samples_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps between grids of samples, in OUT/samples; none by default.", min=1
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, data order and noise.")] = 0,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1 ...")] = "cpu",
 ) -> None:
@@ -78,6 +94,8 @@ def train(
         ImportanceSampler,
         LogitNormalSampler,
         MinSNR,
+        SampleGrids,
+        TensorBoardLog,
         Trainer,
         UniformSampler,
         local_device,
@@ -126,24 +144,42 @@ def train(
         loss_weighting=weightings[loss_weighting],
         precision=precision,
         compile=compile_model,
+        sharding=sharding,
         seed=seed,
     )
     done = trainer.resume() if resume else 0
-    if not trainer.processes.first:
-        trainer.fit(steps)
-        return
-    with show_progress(steps, batch_size, done) as show:
+    first = trainer.processes.first
+    board = TensorBoardLog(tensorboard, after=done) if tensorboard else None
+    callbacks: list[Any] = [CsvLog(log)] if log else []
+    if board:
+        callbacks.append(board)
+    if samples_every:
+        classes = min(config.num_classes or 0, 10)
+        callbacks.append(
+            SampleGrids(
+                *(trainer, out / "samples", (4 * classes, *dataset[0][0].shape)),
+                every=samples_every,
+                context=torch.arange(classes, device=device).repeat(4),
+                columns=classes,
+                on_drawn=board.picture if board else None,
+            )
+        )
+    with show_progress(steps, batch_size, done) if first else contextlib.nullcontext() as show:
         try:
-            trainer.fit(steps, [show, CsvLog(log)] if log else show)
+            trainer.fit(steps, [show, *callbacks] if show else callbacks)
         except KeyboardInterrupt as interruption:
             how = " with --resume" if checkpoint_every else ""
             typer.echo(f"{str(interruption) or 'interrupted'}{how}", err=True)
             raise typer.Exit(130) from interruption
-    assert trainer.ema is not None
-    with trainer.ema.applied(), staged(out) as folder:
-        model.save_pretrained(folder / "unet")
+    weights = trainer.weights()  # by all processes, which may each have a part only
+    if not first:
+        return
+    trained = UNet2DCondition(config)
+    trained.load_state_dict(weights)
+    with staged(out) as folder:
+        trained.save_pretrained(folder / "unet")
         write_json(schedule.to_config(prediction_type), folder / SCHEDULER)
-    typer.echo(f"wrote {out}; next: diffusion-fast sample {out} -o digits.png")
+    typer.echo(f"wrote {out}; next: diffusion-fast sample --model {out} -o digits.png")
 
 
 def _training_data(data: str, size: int, broken: str) -> tuple[Any, UNetConfig]:

@@ -5,9 +5,11 @@ from .checkpoint import Checkpoints
 from .distributed import local_device
 from .ema import EMA
 from .image_folder import ImageFolder
+from .latent_cache import LatentData, cache_latents
 from .log import CsvLog, SampleGrids
 from .loss import diffusion_loss, drop_condition
 from .options import TrainingOptions
+from .tensorboard import TensorBoardLog
 from .timestep_sampling import ImportanceSampler, LogitNormalSampler, UniformSampler
 from .trainer import Progress, Trainer, train_diffusion
 from .validation import validation_loss
@@ -21,14 +23,17 @@ __all__ = [
     "CsvLog",
     "ImageFolder",
     "ImportanceSampler",
+    "LatentData",
     "LogitNormalSampler",
     "LossWeighting",
     "MinSNR",
     "Progress",
     "SampleGrids",
+    "TensorBoardLog",
     "Trainer",
     "TrainingOptions",
     "UniformSampler",
+    "cache_latents",
     "diffusion_loss",
     "drop_condition",
     "local_device",

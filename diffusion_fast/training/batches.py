@@ -34,7 +34,8 @@ class Batches:
         workers: processes that read ahead; 0 reads in this one.
 
     Raises:
-        ValueError: a data set that is empty or smaller than a batch.
+        ValueError: a data set that is empty or smaller than a batch, or one with a false attribute
+            ``flips`` that is to be mirrored.
     """
 
     def __init__(
@@ -53,6 +54,9 @@ class Batches:
             checks.fail("dataset", "at least one item", "none")
         if batch_size > len(dataset):
             checks.fail("batch_size", f"at most the {len(dataset)} items", batch_size)
+        if flip and not getattr(dataset, "flips", True):
+            wanted = "False, because this data set can't be mirrored (see its flips)"
+            checks.fail("flip", wanted, flip)
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.flip, self.workers, self._count = flip, workers, len(dataset)
         self._order = functools.lru_cache(maxsize=2)(self._shuffled)

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import checks
+from .sharding import local
 
 
 class EMA:
     """Keeps ``average <- decay * average + (1 - decay) * weight`` for parameters and buffers.
 
     The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that a short run is not
-    dominated by its random start. Integer buffers are copied as they are.
+    dominated by its random start. Integer buffers are copied as they are. Of a sharded model each
+    process averages its own part.
 
     Args:
         model: whose parameters to follow.
@@ -61,11 +63,12 @@ class EMA:
             theirs.copy_(kept)
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self._average.values(), self._live.values(), strict=True)
+        pairs = zip(self._average.values(), self._live.values(), strict=True)
+        return ((local(mine), local(theirs)) for mine, theirs in pairs)
 
     @staticmethod
     def _floating(values: dict[str, Tensor]) -> list[Tensor]:
-        return [value for value in values.values() if value.is_floating_point()]
+        return [local(value) for value in values.values() if value.is_floating_point()]
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

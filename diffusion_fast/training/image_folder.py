@@ -47,6 +47,7 @@ class ImageFolder(Dataset[Any]):
     Attributes:
         files: paths of the images, sorted.
         classes: names of the classes, sorted; None without classes.
+        labels: numbers of the classes, by image; None without classes.
         captions: by image; None without captions.
 
     Raises:
@@ -81,7 +82,7 @@ class ImageFolder(Dataset[Any]):
             checks.fail("root", f"images ({' '.join(SUFFIXES)}) in {self.root}", "none")
         self.classes: list[str] | None = None
         self.captions: list[str] | None = None
-        self._labels: list[int] = []
+        self.labels: list[int] | None = None
         if (self.root / METADATA).is_file():
             self._read_captions(self.root / METADATA, caption)
         elif any(path.is_dir() for path in self.root.iterdir()):
@@ -95,16 +96,26 @@ class ImageFolder(Dataset[Any]):
         """The item of image ``index``, or with ``broken="skip"`` of the next that can be read."""
         for offset in range(len(self)):
             i = (index + offset) % len(self)
-            try:
-                image = self._read(self.files[i])
-            except _UNREADABLE as error:
-                self._report(self.files[i], error)
+            image = self.pixels(i)
+            if image is None:
                 continue
             if self.captions is not None:
                 assert self.encode is not None
                 return image, self.encode(self.captions[i])
-            return (image, self._labels[i]) if self.classes is not None else image
+            return (image, self.labels[i]) if self.labels is not None else image
         checks.fail("root", "an image that can be read", f"none in {self.root}")
+
+    def pixels(self, index: int) -> Tensor | None:
+        """Image ``index`` [C, H, W] in [-1, 1]; None for one that can't be read, to be skipped.
+
+        Raises:
+            ValueError: it can't be read, and is not to be skipped.
+        """
+        try:
+            return self._read(self.files[index])
+        except _UNREADABLE as error:
+            self._report(self.files[index], error)
+            return None
 
     def _read(self, path: Path) -> Tensor:
         from PIL import Image, ImageOps  # needed here only: importing the package stays light
@@ -138,7 +149,7 @@ class ImageFolder(Dataset[Any]):
         if empty:
             checks.fail("root", "images in each class folder", _some(empty, "empty ones"))
         numbers = {name: number for number, name in enumerate(self.classes)}
-        self._labels = [numbers[name] for name in names]
+        self.labels = [numbers[name] for name in names]
 
     def _read_captions(self, path: Path, key: str) -> None:
         if self.encode is None:

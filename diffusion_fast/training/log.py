@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,7 +15,11 @@ from ..conditioning import Context
 from ..engine import Engine
 from ..models.checkpoints import AnyPath
 from ..ops import checks
+from .sharding import is_sharded
 from .trainer import Progress, Trainer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _COLUMNS = ("step", "loss", "validation_loss")
 
@@ -72,7 +76,8 @@ class CsvLog:
 class SampleGrids:
     """Draws images of the averaged weights every so often: FOLDER/step_00001000.png.
 
-    The noise is the same every time, so that the pictures show what training changes.
+    The noise is the same every time, so that the pictures show what training changes. All
+    processes have to call this, since they may share the model; the first one writes.
 
     Args:
         trainer: whose model to sample.
@@ -82,9 +87,13 @@ class SampleGrids:
         context: what to draw, [B, ...].
         columns: images in a row.
         seed: of the noise.
+        on_drawn: called with the step and the picture, such as
+            :meth:`TensorBoardLog.picture <diffusion_fast.training.TensorBoardLog.picture>`.
         options: of :class:`~diffusion_fast.Engine`, such as ``sampler``, ``steps``,
             ``guidance_scale``.
     """
+
+    collective = True
 
     def __init__(
         self,
@@ -96,11 +105,13 @@ class SampleGrids:
         context: Context = None,
         columns: int = 8,
         seed: int = 0,
+        on_drawn: Callable[[int, Image], object] | None = None,
         **options: Any,
     ) -> None:
         checks.positive_int("every", every)
         self.trainer, self.folder, self.shape = trainer, Path(folder), tuple(shape)
         self.every, self.context, self.columns, self.seed = every, context, columns, seed
+        self.on_drawn = on_drawn
         self.options: dict[str, Any] = {"sampler": "dpmpp_2m", "steps": 20} | options
         self._drawn = 0  # multiples of ``every``
 
@@ -109,12 +120,15 @@ class SampleGrids:
             return
         self._drawn = progress.step // self.every
         trainer = self.trainer
+        options = dict(self.options)
+        if any(map(is_sharded, trainer.model.parameters())):
+            options["rewrites"] = "none"  # weights come together in the model's own forward pass
         engine = Engine(
             trainer.model,
             trainer.schedule,
             device=trainer.device,
             prediction_type=trainer.options.prediction_type,
-            **self.options,
+            **options,
         )
         with trainer.ema.applied() if trainer.ema else contextlib.nullcontext():
             images = engine.sample(
@@ -123,7 +137,12 @@ class SampleGrids:
                 null_context=trainer.null_context,
                 generator=torch.Generator().manual_seed(self.seed),
             )
+        if not trainer.processes.first:
+            return
         from ..images import grid, save_png  # imports Pillow, which is needed here only
 
         path = self.folder / f"step_{progress.step:08d}.png"
-        save_png(grid(images, self.columns), path, {"step": progress.step, "seed": self.seed})
+        picture = grid(images, self.columns)
+        save_png(picture, path, {"step": progress.step, "seed": self.seed})
+        if self.on_drawn is not None:
+            self.on_drawn(progress.step, picture)

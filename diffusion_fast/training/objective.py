@@ -16,6 +16,7 @@ from ..schedule import DiffusionSchedule
 from .distributed import Processes
 from .loss import image_mse, predict, replace_condition
 from .options import TrainingOptions, autocast
+from .sharding import shard
 from .timestep_sampling import UniformSampler
 from .unpack import moved, split, unpacked
 
@@ -61,7 +62,11 @@ class Objective:
         if options.loss_weighting is not None:
             table = options.loss_weighting.table(schedule, options.prediction_type)
             self._loss_weights = table.to(device)
-        self._parallel = DistributedDataParallel(model) if processes.count > 1 else None
+        self._parallel: DistributedDataParallel | None = None
+        if processes.count > 1 and options.sharding == "fsdp":
+            shard(model, processes, device)
+        elif processes.count > 1:
+            self._parallel = DistributedDataParallel(model)
         network = self._parallel or model
         self._network = torch.compile(network) if options.compile else network
 
@@ -86,7 +91,8 @@ class Objective:
         losses, squares = [], []
         for number, (rows, x, c) in enumerate(parts):
             own_weight = None if weight is None else weight[rows]
-            # Gradients are exchanged once, with the last part.
+            # Gradients are exchanged once, with the last part; but with FSDP at once, since whole
+            # ones would take the memory that it saves.
             with self._alone() if number < len(parts) - 1 else contextlib.nullcontext():
                 with autocast(self.device, self.options.precision):
                     prediction, target = predict(

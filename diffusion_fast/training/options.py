@@ -15,6 +15,7 @@ from .weighting import LossWeighting
 
 OPTIMIZERS = ("adamw", "adam")
 PRECISIONS = ("float32", "bfloat16")
+SHARDINGS = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class TrainingOptions:
             the optimizer and the loss stay float32, the model runs under autocast.
         channels_last: keep images and convolutions with the channels innermost.
         compile: run the model through ``torch.compile``.
+        sharding: what several processes share: ``"ddp"`` the batches, each with the whole model;
+            ``"fsdp"`` the model as well, for those whose gradients, moments and averages don't fit
+            beside them into one process's memory. The model itself has to, to begin with.
         read_every: steps between two reads of the loss on the host.
         validate_every: steps between two validation losses; None for those at checkpoints only.
     """
@@ -56,6 +60,7 @@ class TrainingOptions:
     precision: str = "float32"
     channels_last: bool = False
     compile: bool = False
+    sharding: str = "ddp"
     read_every: int = 10
     validate_every: int | None = None
 
@@ -78,14 +83,19 @@ class TrainingOptions:
         if self.loss_weighting is not None and not hasattr(self.loss_weighting, "table"):
             checks.fail("loss_weighting", "one such as MinSNR() or None", repr(self.loss_weighting))
         checks.one_of("precision", self.precision, PRECISIONS)
+        checks.one_of("sharding", self.sharding, SHARDINGS)
+        if self.sharding == "fsdp" and self.channels_last:
+            # FSDP2 cuts parameters that are contiguous only.
+            checks.fail("channels_last", 'False, because of sharding="fsdp"', True)
         checks.positive_int("read_every", self.read_every)
         if self.validate_every is not None:
             checks.positive_int("validate_every", self.validate_every)
 
     def settings(self) -> dict[str, Any]:
-        """What the weights depend on, as JSON can hold it: all but how often something is read."""
+        """What the weights depend on, as JSON can hold it; not when and by whom it is computed."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del values["read_every"], values["validate_every"]
+        for name in ("read_every", "validate_every", "sharding"):
+            del values[name]
         if self.loss_weighting is not None:
             values["loss_weighting"] = repr(self.loss_weighting)
         return values

@@ -1,4 +1,4 @@
-"""A training progress bar: step, loss, images per second, time left."""
+"""A training progress bar: step, loss, images per second, wait for data, time left."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ def show_progress(
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.4f}"),
-        TextColumn("{task.fields[rate]:.0f} images/s"),
+        TextColumn("{task.fields[rate]:.0f} images/s, waiting for data {task.fields[waiting]:.0%}"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
     with bar:
-        task = bar.add_task("training", total=steps, completed=done, loss=float("nan"), rate=0.0)
+        task = bar.add_task(
+            "training", total=steps, completed=done, loss=float("nan"), rate=0.0, waiting=0.0
+        )
 
         def on_read(progress: Progress) -> None:
             recent = progress.losses[-50:]
@@ -43,6 +45,7 @@ def show_progress(
                 completed=progress.step,
                 loss=sum(recent) / len(recent),
                 rate=(progress.step - done) * batch_size / elapsed,
+                waiting=progress.waiting,
             )
 
         yield on_read

@@ -13,6 +13,7 @@ from ..models.checkpoints import CheckpointError
 from ..ops import checks
 from .batches import Batches
 from .ema import named_tensors
+from .sharding import fill, whole
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -21,7 +22,10 @@ Groups = dict[str, dict[str, Tensor]]
 
 
 def collect(trainer: Trainer) -> tuple[Groups, dict[str, Any]]:
-    """Tensors by group and name, and the rest; every process has to call this."""
+    """Tensors by group and name, and the rest; every process has to call this.
+
+    Those of a sharded model are whole in the first process, and empty in the others.
+    """
     groups: Groups = {
         "model": named_tensors(trainer.model),
         "optimizer": _optimizer_tensors(trainer),
@@ -38,7 +42,7 @@ def collect(trainer: Trainer) -> tuple[Groups, dict[str, Any]]:
     if trainer.ema is not None:
         groups["ema"] = trainer.ema.state_dict()
         state["ema_updates"] = trainer.ema.updates
-    return {name: tensors for name, tensors in groups.items() if tensors}, state
+    return {name: whole(group, trainer.processes) for name, group in groups.items() if group}, state
 
 
 @torch.no_grad()
@@ -55,7 +59,7 @@ def restore(trainer: Trainer, groups: Groups, state: Mapping[str, Any], origin: 
         _compare(group, target, groups.get(group, {}), origin)
     for group, target in targets.items():
         for name, value in groups[group].items():
-            target[name].copy_(value)
+            fill(target[name], value)
     if trainer.ema is not None:
         trainer.ema.updates = int(state["ema_updates"])
     _restore_optimizer(trainer, groups.get("optimizer", {}))
@@ -71,11 +75,10 @@ def settings(trainer: Trainer) -> dict[str, Any]:
     schedule, data = trainer.schedule, trainer.dataloader
     parameters = list(trainer.model.parameters())
     values = trainer.options.settings() | {
-        "model": f"{type(trainer.model).__name__}, {sum(p.numel() for p in parameters)} parameters",
+        "model": f"{trainer.model_name}, {sum(p.numel() for p in parameters)} parameters",
         "schedule": f"{schedule!r}, checksum {zlib.crc32(schedule.betas.numpy().tobytes()):08x}",
         "seed": trainer.seed,
         "timestep_sampler": trainer.objective.timestep_sampler.settings(),
-        "processes": trainer.processes.count,
     }
     if isinstance(data, Batches):
         values["data"] = data.settings()
@@ -145,7 +148,8 @@ def _restore_optimizer(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
         parameter = parameters[name]
         # In the layout of the parameter, which the fused kernels take for granted.
         if value.shape == parameter.shape:
-            own = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            own = torch.empty_like(parameter, dtype=value.dtype)
+            fill(own, value)
         else:
             own = value.to(parameter.device)
         trainer.optimizer.state[parameter][key] = own

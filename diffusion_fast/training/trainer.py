@@ -20,10 +20,12 @@ from . import state
 from .batches import Batches
 from .checkpoint import Checkpoints, check_finite, read_checkpoint
 from .distributed import Processes
-from .ema import EMA
+from .ema import EMA, named_tensors
 from .interruption import Interruption
 from .objective import Objective
 from .options import TrainingOptions
+from .sharding import local, whole
+from .stopwatch import Stopwatch
 from .timestep_sampling import UniformSampler
 from .unpack import forever
 from .validation import validation_loss
@@ -38,6 +40,7 @@ class Progress:
         loss: of this step.
         losses: of every step so far.
         validation_loss: where it was measured at this step, else None.
+        waiting: share of the time since the last such report that went into waiting for data.
     """
 
     step: int
@@ -45,6 +48,7 @@ class Progress:
     loss: float
     losses: list[float] = field(repr=False)
     validation_loss: float | None = None
+    waiting: float = 0.0
 
 
 OnRead = Callable[[Progress], object]
@@ -54,8 +58,10 @@ class Trainer:
     """Trains a model on batches of data.
 
     Under ``torchrun`` the same script trains in all its processes: each works on its part of every
-    batch, and gradients are averaged (DDP). Random numbers are those of one process with the whole
-    batch. The first process alone writes checkpoints and calls ``on_read``.
+    batch, and gradients are averaged (DDP); with ``sharding="fsdp"`` the weights are spread over
+    the processes too (FSDP2), in place, see :mod:`.sharding`. Random numbers are those of one
+    process with the whole batch. The first process alone writes checkpoints, which any number of
+    processes can resume, and calls ``on_read``.
 
     Args:
         model: an ``nn.Module`` called as ``model(x_t, t)`` or ``model(x_t, t, context)``; batches
@@ -96,7 +102,7 @@ class Trainer:
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not parameters:
             checks.fail("model", "at least one parameter that requires a gradient", "none")
-        self.device = parameters[0].device
+        self.device, self.model_name = parameters[0].device, type(model).__name__
         self.processes = Processes.join(self.device)
         if self.options.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -118,7 +124,7 @@ class Trainer:
             checks.fail("dataloader", wanted, type(dataloader).__name__)
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[self.options.optimizer]
         self.optimizer = kind(
-            parameters,
+            [p for p in model.parameters() if p.requires_grad],  # sharded by now, if they are
             lr=self.options.learning_rate,
             weight_decay=self.options.weight_decay,
             fused=True,
@@ -149,7 +155,8 @@ class Trainer:
             steps: batches to train on.
             on_read: called with the progress whenever the losses are read: every ``read_every``
                 steps, at validations and checkpoints, and after the last step. Or several such
-                functions.
+                functions. One with a true attribute ``collective`` is called in all processes, as
+                it has to be to run a sharded model.
 
         Returns:
             The loss of every step.
@@ -167,11 +174,14 @@ class Trainer:
         was_training = self.model.training
         self.model.train()
         pending: list[Tensor] = []
+        self._watch = Stopwatch()
         try:
             with Interruption(self.checkpoints is not None) as interruption:
                 batches = self._batches()
                 while self.step < steps:
-                    pending.append(self._step(next(batches)))
+                    with self._watch.waiting():
+                        batch = next(batches)
+                    pending.append(self._step(batch))
                     # Several processes must agree to stop, which they do where all pause.
                     alone = interruption.asked and self.processes.count == 1
                     if alone or self._pauses():
@@ -289,9 +299,12 @@ class Trainer:
         saves, validated = stops or self._saves(), None
         if self.validation is not None and (saves or self._validates()):
             validated = self.validation_loss()
-        if self.processes.first:
-            progress = Progress(self.step, self.steps, self.losses[-1], self.losses, validated)
-            for callback in callbacks:
+        progress = Progress(
+            *(self.step, self.steps, self.losses[-1], self.losses, validated),
+            self._watch.share(),
+        )
+        for callback in callbacks:
+            if self.processes.first or getattr(callback, "collective", False):
                 callback(progress)
         if saves:
             path = self._save(validated)
@@ -316,12 +329,34 @@ class Trainer:
 
     def _save(self, validated: float | None) -> Path:
         assert self.checkpoints is not None
+        self._check_finite()
         groups, saved = state.collect(self)
-        check_finite({name: groups[name] for name in ("model", "ema") if name in groups})
         if self.processes.first:
             self.checkpoints.save(self.step, groups, saved, validated)
         self.processes.wait()
         return self.checkpoints.path(self.step)
+
+    def _check_finite(self) -> None:
+        """Each process looks at the weights that it has, and all stop together."""
+        groups = {"model": named_tensors(self.model)}
+        if self.ema is not None:
+            groups["ema"] = self.ema.state_dict()
+        error: FloatingPointError | None = None
+        try:
+            check_finite({g: {n: local(v) for n, v in t.items()} for g, t in groups.items()})
+        except FloatingPointError as found:
+            error = found
+        if self.processes.any(error is not None, self.device):
+            raise error or FloatingPointError("model: expected finite numbers in all processes")
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters and buffers to sample with, whole: averaged where there are averages.
+
+        Every process has to call this. Of a sharded model only the first gets them, in the memory
+        of its host; the others get empty tensors.
+        """
+        tensors = self.ema.state_dict() if self.ema else named_tensors(self.model)
+        return whole(tensors, self.processes)
 
 
 def train_diffusion(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -57,19 +57,29 @@ def validation_loss(
     was_training = model.training
     model.eval()
     try:
-        for number, batch in enumerate(batches):
-            if number % processes.count != processes.rank:
-                continue
-            x_0, context = unpacked(batch, device)
+        for first, turn in _turns(batches, processes.count):
+            # In the last turn some have nothing left. They go along, because processes that share
+            # a model compute together, and count nothing.
+            own = min(processes.rank, len(turn) - 1)
+            x_0, context = unpacked(turn[own], device)
+            images = len(x_0) if own == processes.rank else 0
             with autocast(device, precision):
-                loss = _loss(model, schedule, x_0, context, prediction_type, (seed, number))
-            total += torch.stack((loss.double() * len(x_0), torch.ones_like(loss) * len(x_0)))
+                loss = _loss(model, schedule, x_0, context, prediction_type, (seed, first + own))
+            total += torch.stack((loss.double() * images, torch.ones_like(loss) * images))
     finally:
         model.train(was_training)
     total = processes.mean(total)
     if not total[1]:
         ops.checks.fail("validation", "at least one batch", "none")
     return (total[0] / total[1]).item()
+
+
+def _turns(batches: Iterable[Any], size: int) -> Iterator[tuple[int, list[Any]]]:
+    """``size`` batches at a time, with the number of the first; the last turn may be shorter."""
+    rest, first = iter(batches), 0
+    while turn := list(itertools.islice(rest, size)):
+        yield first, turn
+        first += size
 
 
 def _loss(

@@ -1,7 +1,8 @@
 """What each process does under torchrun in the tests: ranks.py FOLDER.
 
 Writes what it found to FOLDER/rank<n>.pt. After that the second process kills itself in the middle
-of a step; torchrun starts both anew, and they resume.
+of a step; torchrun starts both anew, and they resume. Then the same with a sharded model.
+FOLDER/alone holds a checkpoint of one process.
 """
 
 from __future__ import annotations
@@ -10,30 +11,59 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from crash import at_call, nothing
 from tiny import SCHEDULE, STEPS, Points, batches, full_trainer
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.data import TensorDataset
 
-from diffusion_fast.training import Trainer, state
+import diffusion_fast as df
+from diffusion_fast.training import Batches, SampleGrids, Trainer, state
+from diffusion_fast.training.sharding import is_sharded, local, whole
 
 FOLDER = Path(sys.argv[1])
 ALONE = {"dropout": 0.0}  # masks of dropout are drawn by each process, not for the joint batch
 
 
-def one_step(accumulate: int) -> dict[str, Tensor]:
-    trainer = full_trainer(None, accumulate=accumulate, gradient_clip=None, **ALONE)
+def one_step(accumulate: int, sharding: str = "ddp") -> dict[str, Tensor]:
+    options = {"accumulate": accumulate, "sharding": sharding}
+    trainer = full_trainer(None, gradient_clip=None, **options, **ALONE)
     (loss,) = trainer.fit(1)
-    return gradients(trainer.model) | {"loss": torch.tensor(loss)}
+    return gradients(trainer) | {"loss": torch.tensor(loss)}
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+def gradients(trainer: Trainer) -> dict[str, Tensor]:
+    found = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+    return {name: value.clone() for name, value in whole(found, trainer.processes).items()}
 
 
-def whole_run(folder: Path) -> tuple[Trainer, dict[str, Tensor]]:
-    trainer = full_trainer(folder, **ALONE)
+def unet_run(folder: Path, sharding: str = "ddp") -> dict[str, dict[str, Tensor]]:
+    """Gradients of the first step, weights after three, with pictures in between."""
+    torch.manual_seed(4)
+    config = df.UNetConfig.preset("digits", block_out_channels=(8, 16), cross_attention_dim=8)
+    images = TensorDataset(torch.randn(24, 1, 8, 8).double(), torch.arange(24) % 10)
+    trainer = Trainer(
+        df.UNet2DCondition(config).double(),
+        Batches(images, 8, seed=3),
+        *(SCHEDULE,),
+        **{"null_context": torch.tensor([10]), "condition_dropout": 0.2, "ema_decay": 0.9},
+        **{"sharding": sharding, "read_every": 1, "seed": 2},
+    )
+    grids = SampleGrids(trainer, folder, (2, 1, 8, 8), every=1, context=torch.arange(2), steps=2)
+    trainer.fit(1, grids)
+    found = {"gradients": gradients(trainer)}
+    trainer.fit(3, grids)
+    return found | {"weights": {name: v.clone() for name, v in trainer.weights().items()}}
+
+
+def whole_run(
+    folder: Path, sharding: str = "ddp", origin: Path | None = None
+) -> tuple[Trainer, dict[str, Tensor]]:
+    trainer = full_trainer(folder, sharding=sharding, **ALONE)
+    if origin is not None:
+        trainer.resume(origin)
     trainer.fit(STEPS)
     return trainer, everything(trainer)
 
@@ -59,25 +89,66 @@ def errors() -> dict[str, str]:
     return found
 
 
-def main() -> None:
-    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    if first:
-        trainer, whole = whole_run(FOLDER / "whole")
-        found = {
-            "gradients": {n: one_step(n) for n in (1, 3)},
-            "run": whole,
-            "errors": errors(),
-            "validation": trainer.validation_loss(),
+def not_finite() -> str:
+    """The parts of one process alone are broken."""
+    trainer = full_trainer(FOLDER / "broken", sharding="fsdp", **ALONE)
+    if trainer.processes.rank == 1:
+        with torch.no_grad():
+            local(next(trainer.model.parameters()))[-1] = float("nan")
+    try:
+        trainer._save(None)
+    except FloatingPointError as error:
+        return str(error)
+    return ""
+
+
+def first_weights(sharding: str) -> dict[str, Tensor]:
+    """Of processes that each start with a model of their own."""
+    torch.manual_seed(int(os.environ["RANK"]))
+    trainer = Trainer(Points(), batches(8), SCHEDULE, sharding=sharding, seed=0)
+    return {name: value.clone() for name, value in trainer.weights().items()}
+
+
+def before_the_kill() -> None:
+    trainer, run = whole_run(FOLDER / "whole")
+    found: dict[str, Any] = {
+        "run": run,
+        "errors": errors(),
+        "validation": trainer.validation_loss(),
+        "not_finite": not_finite(),
+        "sharded": {n: is_sharded(p) for n, p in trainer.model.named_parameters()},
+    }
+    for sharding in ("ddp", "fsdp"):
+        found[sharding] = {
+            "gradients": {n: one_step(n, sharding) for n in (1, 3)},
+            "unet": unet_run(FOLDER / f"grids_{sharding}", sharding),
+            "first_weights": first_weights(sharding),
+            "from_one": whole_run(FOLDER / f"one_{sharding}", sharding, FOLDER / "alone")[1],
         }
-        torch.save(found, FOLDER / f"rank{trainer.processes.rank}.pt")
-    trainer = full_trainer(FOLDER / "killed", **ALONE)
+    trainer, found["fsdp"]["run"] = whole_run(FOLDER / "fsdp", "fsdp")
+    found["fsdp"]["validation"] = trainer.validation_loss()
+    found["fsdp"]["parts"] = {n: local(p).shape for n, p in trainer.model.named_parameters()}
+    torch.save(found, FOLDER / f"rank{trainer.processes.rank}.pt")
+
+
+def killed(sharding: str, dies: bool) -> None:
+    trainer = full_trainer(FOLDER / f"killed_{sharding}", sharding=sharding, **ALONE)
     resumed = trainer.resume()
-    if first and trainer.processes.rank == 1:
+    if dies and trainer.processes.rank == 1:
         hook = at_call(9, nothing, nothing)  # after the checkpoint of step 5
         trainer.optimizer.register_step_pre_hook(hook)
     trainer.fit(STEPS)
     found = {"resumed": resumed, "run": everything(trainer)}
-    torch.save(found, FOLDER / f"resumed{trainer.processes.rank}.pt")
+    torch.save(found, FOLDER / f"resumed_{sharding}{trainer.processes.rank}.pt")
+
+
+def main() -> None:
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if attempt == 0:
+        before_the_kill()
+    if attempt <= 1:
+        killed("ddp", attempt == 0)
+    killed("fsdp", attempt == 1)
 
 
 if __name__ == "__main__":

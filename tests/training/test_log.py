@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import csv
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from tiny import SCHEDULE, STEPS, full_trainer
+from tiny import SCHEDULE, STEPS, Points, full_trainer
 
 import diffusion_fast as df
-from diffusion_fast.training import CsvLog, SampleGrids, Trainer
+from diffusion_fast.training import CsvLog, SampleGrids, TensorBoardLog, Trainer
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -56,12 +60,75 @@ def test_pictures_of_the_same_noise_leave_training_alone(tmp_path: Path) -> None
         draw = SampleGrids(
             *(trainer, tmp_path, [4, 1, 8, 8]),
             **{"every": 3, "context": torch.arange(4), "columns": 2, "steps": 2},
+            on_drawn=lambda step, picture: drawn.append((step, picture.size)),
         )
         return trainer.fit(6, draw if pictures else ())
 
+    drawn: list[tuple[int, tuple[int, int]]] = []
     assert run(True) == run(False)
+    assert drawn == [(4, (22, 22)), (6, (22, 22))]
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["step_00000004.png", "step_00000006.png"]
     first, second = (Image.open(tmp_path / name) for name in names)
     assert first.size == (2 * 10 + 2, 2 * 10 + 2)
     assert first.tobytes() != second.tobytes()
+
+
+def events(folder: Path) -> Any:
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard"
+    )
+    found = event_accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    return found.Reload()
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    """Scalars of every step, once each, though the run was stopped and steps were lost."""
+    pytest.importorskip("tensorboard")
+
+    def stop(progress: df.training.Progress) -> None:
+        if progress.step == 12:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        full_trainer(tmp_path / "run").fit(STEPS, [TensorBoardLog(tmp_path / "log"), stop])
+    again = full_trainer(tmp_path / "run")
+    log = TensorBoardLog(tmp_path / "log", after=again.resume())
+    losses = again.fit(STEPS, log)
+    log.picture(7, Image.new("RGB", (5, 4)))
+    log.picture(8, Image.new("L", (5, 4)))
+    found = events(tmp_path / "log")
+    scalars = {step.step: step.value for step in found.Scalars("loss")}
+    assert scalars == pytest.approx(dict(enumerate(losses, 1)))
+    assert len(found.Scalars("loss")) == STEPS
+    assert [step.step for step in found.Scalars("validation loss")] == [5, 10, 15, 20]
+    shares = [step.value for step in found.Scalars("share of time waiting for data")]
+    assert all(0 < share < 1 for share in shares)
+    pictures = found.Images("samples")
+    assert [(p.step, p.width, p.height) for p in pictures] == [(7, 5, 4), (8, 5, 4)]
+
+
+def test_tensorboard_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install tensorboard"):
+        TensorBoardLog("log")
+
+
+def test_the_wait_for_data_is_measured() -> None:
+    def slow() -> Iterator[torch.Tensor]:
+        while True:
+            time.sleep(0.02)
+            yield torch.randn(4, 2)
+
+    class Slow:
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            return slow()
+
+    shares: list[float] = []
+    trainer = Trainer(Points(), Slow(), SCHEDULE, read_every=5)
+    trainer.fit(10, lambda progress: shares.append(progress.waiting))
+    assert len(shares) == 2
+    assert all(0.5 < share < 1 for share in shares[1:])
+    trainer = Trainer(Points(), [torch.randn(4, 2)], SCHEDULE, read_every=5)
+    trainer.fit(10, lambda progress: shares.append(progress.waiting))
+    assert shares[3] < 0.5

@@ -1,0 +1,87 @@
+"""A model whose weights are spread over the processes: FSDP2.
+
+Each process keeps one part of every parameter (and of its gradient, moments and average), cut along
+the first dimension. A unit, such as a residual block, has its weights gathered when it computes and
+dropped again after it. Sharded parameters are DTensors; what is elementwise works on the local part
+alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..models.blocks import ResBlock, Transformer2D
+from .distributed import Processes
+
+UNITS = (ResBlock, Transformer2D)  # of this library's U-Net
+
+
+def shard(model: nn.Module, processes: Processes, device: torch.device) -> None:
+    """Spread the parameters of a model in place; all processes get those of the first.
+
+    Units are the residual and transformer blocks of the U-Net, and those modules of other models
+    that were given to ``fully_shard`` before; what is left over is one more unit.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    with torch.no_grad():
+        for value in (*model.parameters(), *model.buffers()):
+            if not is_sharded(value):
+                dist.broadcast(value, 0)
+    mesh = init_device_mesh(device.type, (processes.count,))
+    for unit in [module for module in model.modules() if isinstance(module, UNITS)]:
+        fully_shard(unit, mesh=mesh)
+        for name in ("project_time", "project_context"):  # called from outside, beside forward
+            if hasattr(unit, name):
+                register_fsdp_forward_method(unit, name)
+    # The last unit drops its weights too: they may be swapped for their average before the next
+    # forward pass.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def is_sharded(value: Tensor) -> bool:
+    """Whether a tensor is a DTensor (asked so that its module is imported by who makes one)."""
+    return hasattr(value, "to_local")
+
+
+def local(value: Any) -> Tensor:
+    """This process's part of a tensor, sharing its memory; the tensor itself if it is whole."""
+    if not is_sharded(value):
+        return value
+    with torch.no_grad():
+        return value.to_local()
+
+
+def whole(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+    """Tensors with all their parts. Every process has to call this.
+
+    Those that were spread come one after the other to the memory of the first process's host. The
+    other processes get empty ones in their place.
+    """
+    found = {}
+    for name, value in tensors.items():
+        if is_sharded(value):
+            gathered = value.full_tensor().detach()  # type: ignore[attr-defined]
+            found[name] = gathered.cpu() if processes.first else gathered.new_empty(0)
+        else:
+            found[name] = value
+    return found
+
+
+@torch.no_grad()
+def fill(target: Any, value: Tensor) -> None:
+    """Copy a whole tensor into one that may be spread, without communication."""
+    if is_sharded(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        spread: Any = distribute_tensor(
+            value.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+        )
+        target, value = target.to_local(), spread.to_local()
+    target.copy_(value)
