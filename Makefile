@@ -11,7 +11,7 @@ help:
 	@echo "make test      the test suite (no GPU needed)"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make lint      ruff and mypy"
-	@echo "make bench     the benchmarks, measured"
+	@echo "make bench     the benchmarks: each op, then whole models"
 	@echo "make docs      the API reference, into build/docs"
 	@echo "make dist      sdist and wheel, into dist/"
 
@@ -46,6 +46,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
+	$(BIN)/diffusion-fast bench
 
 docs: setup
 	$(BIN)/pdoc diffusion_fast -o build/docs --docformat google --math

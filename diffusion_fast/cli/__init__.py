@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from .bench import bench
 from .doctor import doctor
 from .sample import sample
 from .train import train
@@ -32,7 +33,7 @@ def options(
     """What every command shares; ``--debug`` itself is read in :func:`main`."""
 
 
-for command in (train, sample, vae_check, doctor):
+for command in (train, sample, bench, vae_check, doctor):
     app.command()(command)
 
 

@@ -1,0 +1,236 @@
+"""Variants of one computation, measured together: time in turns, memory, error, energy.
+
+Every sample is wall time from an idle device to an idle device, over as many calls as make it long
+enough to measure. So host time counts where it is not hidden, as it does for a user. Ratios are
+medians over rounds of two times taken in the same round: drift of the machine cancels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_fast import ops
+from diffusion_fast.ops.backend import known_ops
+
+from .environment import GPU, energy_joules, state_of_gpu, synchronize
+
+Call = Callable[[], Tensor]
+LEAST_ROUNDS, MOST_ROUNDS = 5, 100
+SAMPLE_SECONDS = 0.01
+ENERGY_SECONDS = 1.0
+
+
+class NotRun(Exception):
+    """A variant can't run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute something.
+
+    Attributes:
+        name: of the row.
+        build: makes the call, weights and all; what it raises is why the row has no numbers.
+        backend: what computes, or None for the ops of this library, which are asked.
+        compiles: its first call takes much memory that later ones don't.
+    """
+
+    name: str
+    build: Callable[[], Call]
+    backend: str | None = None
+    compiles: bool = False
+
+
+@dataclass
+class _Ready:
+    call: Call
+    row: dict[str, Any]
+    number: int
+    seconds: list[float]
+
+
+def measure(
+    variants: Sequence[Variant],
+    truth: Callable[[], Tensor],
+    *,
+    images: int | None,
+    steps: int,
+    budget: float,
+    timer: Callable[[], float] = time.perf_counter,
+) -> list[dict[str, Any]]:
+    """A row for each variant, also for one that can't run: that has a ``reason``.
+
+    Args:
+        variants: the first of them are the baselines of the ratios, see :data:`BASELINES`.
+        truth: what the result should be, in high precision.
+        images, steps: that one call computes; None where it doesn't make whole images.
+        budget: seconds to measure for, all variants together; at least five rounds are made.
+        timer: a clock in seconds.
+    """
+    expected = truth().double().cpu()
+    release()
+    rows, ready = [], {}
+    for variant in variants:
+        row: dict[str, Any] = {"variant": variant.name}
+        rows.append(row)
+        try:
+            ready[variant.name] = _prepared(variant, row, expected, timer)
+        except Exception as error:  # whatever it is, the row says it
+            row["reason"] = reason(error)
+        if GPU:
+            release()
+    _take_turns(ready, budget, timer)
+    for name, one in ready.items():
+        one.row |= _speed(one, images, steps) | state_of_gpu(after=one.call)
+        joules = energy_joules(one.call, ENERGY_SECONDS)
+        if joules is not None:
+            one.row["joules_per_step"] = joules / steps
+            if images is not None:
+                one.row["joules_per_image"] = joules / images
+        for baseline in BASELINES:
+            if baseline in ready and baseline != name:
+                one.row[f"over_{baseline}"] = paired_ratio(ready[baseline].seconds, one.seconds)
+    return rows
+
+
+BASELINES = ("eager", "diffusers")
+
+
+def _prepared(
+    variant: Variant, row: dict[str, Any], expected: Tensor, timer: Callable[[], float]
+) -> _Ready:
+    for op in known_ops.values():
+        op.last_ran = None
+    call, result, row["peak_bytes"] = peak_memory(variant)
+    row["backend"] = variant.backend or backends_that_ran()
+    row["error"] = max_error(result, expected)
+    synchronize()
+    start = timer()
+    call()
+    synchronize()
+    once = max(timer() - start, 1e-9)
+    return _Ready(call, row, max(1, round(SAMPLE_SECONDS / once)), [])
+
+
+def _take_turns(ready: dict[str, _Ready], budget: float, timer: Callable[[], float]) -> None:
+    start, order = timer(), list(ready)
+    for done in range(MOST_ROUNDS):
+        if not ready or (done >= LEAST_ROUNDS and timer() - start > budget):
+            return
+        for name in order[done % len(order) :] + order[: done % len(order)]:
+            one = ready[name]
+            synchronize()
+            begin = timer()
+            for _ in range(one.number):
+                one.call()
+            synchronize()
+            one.seconds.append((timer() - begin) / one.number)
+
+
+def _speed(one: _Ready, images: int | None, steps: int) -> dict[str, Any]:
+    cuts = statistics.quantiles(one.seconds, n=10, method="inclusive")
+    speed = {
+        **dict(zip(("p20_s", "p50_s", "p80_s"), (cuts[1], cuts[4], cuts[7]), strict=True)),
+        "samples": len(one.seconds),
+        "steps_per_s": steps / cuts[4],
+    }
+    return speed if images is None else speed | {"images_per_s": images / cuts[4]}
+
+
+def paired_ratio(baseline: Sequence[float], other: Sequence[float]) -> float:
+    """How many times faster the other is, round by round."""
+    return statistics.median(a / b for a, b in zip(baseline, other, strict=True))
+
+
+def reason(error: Exception) -> str:
+    """Why a variant did not run, in a line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed"
+    text = " ".join(str(error).split())
+    return (text if isinstance(error, NotRun) else f"{type(error).__name__}: {text}")[:200]
+
+
+def max_error(result: Tensor, expected: Tensor) -> float:
+    """max|result - expected| / max|expected|."""
+    if result.shape != expected.shape:
+        raise ValueError(f"expected shape {list(expected.shape)}, got {list(result.shape)}")
+    difference = (result.double().cpu() - expected).abs().max()
+    return (difference / expected.abs().max()).item()
+
+
+def backends_that_ran() -> str:
+    """``"triton: geglu, layer_norm; sdpa: attention"``, of the ops called since the last reset."""
+    by_backend: dict[str, list[str]] = {}
+    for name in known_ops:
+        ran = ops.explain(name).last_ran
+        if ran is not None:
+            by_backend.setdefault(ran, []).append(name)
+    return "; ".join(f"{ran}: {', '.join(names)}" for ran, names in sorted(by_backend.items()))
+
+
+# Memory ----------------------------------------------------------------------------------------
+
+
+def peak_memory(variant: Variant) -> tuple[Call, Tensor, int | None]:
+    """The variant's call and result, and the most bytes that it held beside the shared weights.
+
+    Counted from before it is built to after its first call: what is derived from the weights,
+    buffers, graphs and activations. Without a GPU it is what PyTorch's allocator is asked for;
+    None for a variant that compiles then, as the compiler's own work can't be told apart.
+    """
+    synchronize()
+    if GPU:
+        before = torch.cuda.memory_allocated()
+        call = variant.build()
+        if variant.compiles:
+            call()
+            synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        result = call().clone()
+        synchronize()
+        return call, result, torch.cuda.max_memory_allocated() - before
+    if variant.compiles:
+        call = variant.build()
+        return call, call().clone(), None
+    with _host_memory() as held:
+        call = variant.build()
+        result = call().clone()
+    return call, result, held[0]
+
+
+@contextlib.contextmanager
+def _host_memory() -> Iterator[list[int]]:
+    """Fills the list with the peak of what was allocated inside the block."""
+    from torch.profiler import ProfilerActivity, profile
+
+    held: list[int] = []
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its profiler logs its start to the terminal
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        yield held
+    assert trace.profiler is not None
+    results = trace.profiler.kineto_results
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    held.append(peak)
+
+
+def release() -> None:
+    """Give back what nobody uses any more."""
+    gc.collect()
+    if GPU:
+        torch.cuda.empty_cache()

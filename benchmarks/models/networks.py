@@ -1,0 +1,198 @@
+"""The models that are measured, with random weights; diffusers' share them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_fast.models import AutoencoderKL, UNet2DCondition, UNetConfig, VAEConfig
+from diffusion_fast.models.text import TextEncoders, load_tokenizers
+from diffusion_fast.pipelines.scheduler_config import read_scheduler
+from diffusion_fast.pipelines.tiny_tokenizer import vocabulary, write_tokenizer
+
+TOKENS = 77
+GUIDANCE = 7.5
+SCHEDULER: dict[str, Any] = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+}
+SETTINGS = read_scheduler(SCHEDULER)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A model's shape.
+
+    Attributes:
+        title: for people.
+        unet, vae: their configs.
+        text: what :class:`transformers.CLIPTextConfig` takes, for each text encoder.
+    """
+
+    title: str
+    unet: UNetConfig
+    vae: VAEConfig
+    text: tuple[Mapping[str, Any], ...]
+
+    @property
+    def side(self) -> int:
+        """Height and width of the latents."""
+        side = self.unet.sample_size
+        assert isinstance(side, int)
+        return side
+
+    @property
+    def pixels(self) -> int:
+        return self.side * 8
+
+
+def _text(width: int, layers: int, heads: int, **changes: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return {**sizes, "intermediate_size": 4 * width, "projection_dim": width, **changes}
+
+
+_CLIP_L = _text(768, 12, 12)
+KINDS = {
+    "small": Kind(
+        "the digits' U-Net on 8x8 latents with a prompt, tiny VAE and text encoder",
+        UNetConfig.preset("digits", in_channels=4, out_channels=4, num_classes=None),
+        VAEConfig.preset("tiny"),
+        (_text(64, 3, 2),),
+    ),
+    "sd15": Kind(
+        "Stable Diffusion 1.5 at 512x512",
+        UNetConfig.preset("sd15"),
+        VAEConfig.preset("sd"),
+        (_CLIP_L,),
+    ),
+    "sdxl": Kind(
+        "Stable Diffusion XL at 1024x1024",
+        UNetConfig.preset("sdxl"),
+        VAEConfig.preset("sdxl"),
+        (_CLIP_L, _text(1280, 32, 20, hidden_act="gelu")),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the loop of B images takes.
+
+    Attributes:
+        x_T: noise, [B, C, h, w] float32.
+        positive, negative: keywords of the U-Net, for either half of guidance.
+    """
+
+    x_T: Tensor
+    positive: dict[str, Tensor]
+    negative: dict[str, Tensor]
+
+    @property
+    def joined(self) -> dict[str, Tensor]:
+        """Both halves, the unconditional one first."""
+        return {k: torch.cat((self.negative[k], self.positive[k])) for k in self.positive}
+
+
+class Networks:
+    """One model's networks, each made when it is first asked for.
+
+    Args:
+        kind: its shape.
+        dtype, device: of all networks.
+    """
+
+    def __init__(self, kind: Kind, dtype: torch.dtype, device: torch.device) -> None:
+        self.kind, self.dtype, self.device = kind, dtype, device
+
+    @functools.cached_property
+    def unet(self) -> UNet2DCondition:
+        with torch.device("meta"):
+            model = UNet2DCondition(self.kind.unet)
+        return self._filled(model)
+
+    @functools.cached_property
+    def vae(self) -> AutoencoderKL:
+        with torch.device("meta"):
+            model = AutoencoderKL(self.kind.vae)
+        return self._filled(model)
+
+    @functools.cached_property
+    def text(self) -> TextEncoders:
+        """Raises ImportError without ``transformers``."""
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+        count, encoders = len(vocabulary()[0]), []
+        for sizes, build in zip(
+            self.kind.text, (CLIPTextModel, CLIPTextModelWithProjection), strict=False
+        ):
+            ends = {"bos_token_id": count - 2, "eos_token_id": count - 1}
+            torch.manual_seed(0)
+            encoder = build(CLIPTextConfig(vocab_size=49408, **ends, **sizes))
+            encoders.append(encoder.to(self.device, self.dtype))
+        with tempfile.TemporaryDirectory() as folder:
+            for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+                write_tokenizer(Path(folder) / name, pad)
+            return TextEncoders(load_tokenizers(folder, len(encoders)), encoders)
+
+    def exact(self, *names: str) -> Networks:
+        """The networks of these names, copied into the dtype that errors are measured against."""
+        wide = Networks(self.kind, truth_dtype(self.dtype), self.device)
+        for name in names:
+            setattr(wide, name, copy.deepcopy(getattr(self, name)).to(dtype=wide.dtype))
+        return wide
+
+    def inputs(self, batch: int) -> Inputs:
+        """Random prompts and noise for ``batch`` images."""
+        config, generator = self.kind.unet, torch.Generator().manual_seed(0)
+
+        def random(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.randn(shape, generator=generator).to(self.device, dtype)
+
+        def half() -> dict[str, Tensor]:
+            given = {"context": random(batch, TOKENS, config.cross_attention_dim)}
+            if config.addition_embed_type is not None:
+                sides = torch.tensor([[self.kind.pixels] * 2 + [0, 0] + [self.kind.pixels] * 2])
+                given["text_embeds"] = random(batch, self.kind.text[-1]["projection_dim"])
+                given["time_ids"] = sides.expand(batch, -1).to(self.device)
+            return given
+
+        x_T = random(batch, config.out_channels, *[self.kind.side] * 2, dtype=torch.float32)
+        return Inputs(x_T, half(), half())
+
+    def _filled(self, model: Any) -> Any:
+        model = model.to(self.dtype).to_empty(device=self.device).eval().requires_grad_(False)
+        randomize(model, torch.Generator(self.device).manual_seed(0))
+        return model
+
+
+def truth_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float32, float32 for half precision."""
+    return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+@torch.no_grad()
+def randomize(module: nn.Module, generator: torch.Generator) -> None:
+    """Random data everywhere, at scales that keep activations near 1."""
+    for name, value in module.named_parameters():
+        if value.dim() > 1:
+            value.normal_(std=value[0].numel() ** -0.5, generator=generator)
+        else:
+            value.normal_(std=0.1, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                value.add_(1)

@@ -1,0 +1,253 @@
+"""The ways to compute a U-Net step, a whole loop and a whole pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import diffusion_fast as df
+from diffusion_fast.engine.clock import Clock
+from diffusion_fast.engine.plan import make_plan
+from diffusion_fast.pipelines.loading import Parts
+from diffusion_fast.pipelines.stable_diffusion import StableDiffusion
+
+from . import in_diffusers
+from .environment import GPU
+from .measure import Call, NotRun, Variant
+from .networks import GUIDANCE, SETTINGS, Inputs, Networks
+
+T = 500  # the timestep of a single step
+PROMPT = "a photo of a cat"
+NOT_COMPILED = "not asked for: --compile (compiling takes minutes)"
+TITLES = {
+    "eager": "plain eager PyTorch: our model on the reference ops",
+    "model": "our model on our ops, without the engine",
+    "diffusers": "diffusers, eager",
+    "diffusers lean": "diffusers without divisions by 1.0 and dropout",
+    "diffusers compiled": "that, channels_last, torch.compile(mode='max-autotune')",
+    "engine": "our engine",
+}
+MakeUNet = Callable[[Networks], Any]
+UNETS: dict[str, MakeUNet] = {
+    "diffusers": in_diffusers.unet,
+    "diffusers lean": in_diffusers.lean_unet,
+    "diffusers compiled": in_diffusers.compiled_unet,
+}
+
+
+def on_reference(call: Call) -> Call:
+    """Every op by its definition in plain PyTorch."""
+
+    def run() -> Tensor:
+        with df.use_backend("reference"):
+            return call()
+
+    return run
+
+
+def variants(
+    ours: dict[str, Callable[[], Call]],
+    theirs: Callable[[MakeUNet], Call],
+    compiles: bool,
+) -> list[Variant]:
+    """All of them in the order of :data:`TITLES`.
+
+    Args:
+        ours: how to build ``eager``, ``model`` and ``engine``.
+        theirs: the call with one of diffusers' U-Nets.
+        compiles: whether to compile one.
+    """
+    found = {name: Variant(name, build) for name, build in ours.items()}
+    for name, unet in UNETS.items():
+
+        def build(unet: MakeUNet = unet) -> Call:
+            if unet is in_diffusers.compiled_unet and not compiles:
+                raise NotRun(NOT_COMPILED)
+            return theirs(unet)
+
+        compiled = unet is in_diffusers.compiled_unet
+        found[name] = Variant(name, build, "inductor" if compiled else "torch", compiled)
+    return [found[name] for name in TITLES]
+
+
+# U-Net step ------------------------------------------------------------------------------------
+
+
+def step_variants(networks: Networks, images: int, steps: int, compiles: bool) -> list[Variant]:
+    """One call of the U-Net; ``steps`` is 1."""
+    x, t, given = step_input(networks, images)
+
+    def plain() -> Call:
+        model = networks.unet
+        return lambda: model(x, t, **given)
+
+    def theirs(make: MakeUNet) -> Call:
+        model, rest = make(networks), dict(given)
+        context = rest.pop("context")
+        options = {"timestep_cond": None, "cross_attention_kwargs": None, "return_dict": False}
+        options |= {"encoder_hidden_states": context, "added_cond_kwargs": rest or None}
+        return lambda: model(x, t, **options)[0]
+
+    def engine() -> Call:
+        network = make_plan(networks.unet, batch=images, halves=2, max_rows=1)
+        network.prepare(given, t.reshape(1))
+        clock = Clock(networks.device)
+        return captured(lambda: network(x, clock)) if GPU else lambda: network(x, clock)
+
+    ours = {"eager": lambda: on_reference(plain()), "model": plain, "engine": engine}
+    return variants(ours, theirs, compiles)
+
+
+def step_input(networks: Networks, images: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The U-Net's input with both halves of guidance, the timestep, and the other keywords."""
+    inputs = networks.inputs(images)
+    x = torch.cat([inputs.x_T.to(networks.dtype)] * 2)
+    return x, torch.tensor(T, device=networks.device), inputs.joined
+
+
+def captured(call: Call) -> Call:
+    """The call as a CUDA graph, which is how the engine's loop runs it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return output
+
+    return replay
+
+
+def step_truth(networks: Networks, images: int, steps: int) -> Tensor:
+    x, t, given = step_input(networks, images)
+    exact = networks.exact("unet")
+    x, given = wide(x, exact.dtype), widened(given, exact.dtype)
+    return on_reference(lambda: exact.unet(x, t, **given))()
+
+
+def wide(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def widened(given: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: wide(value, dtype) for name, value in given.items()}
+
+
+# Loop ------------------------------------------------------------------------------------------
+
+
+def engine_loop(
+    networks: Networks, inputs: Inputs, steps: int, rewrites: Any = "all", graph: str = "auto"
+) -> tuple[df.Engine, Call]:
+    """An engine, and a run of it."""
+    table = {**SETTINGS.table(), "steps": steps, "guidance_scale": GUIDANCE}
+    engine = df.Engine(networks.unet, SETTINGS.schedule, graph, rewrites=rewrites, **table)
+    shape = tuple(inputs.x_T.shape)
+
+    def run() -> Tensor:
+        return engine.sample(shape, inputs.positive, inputs.negative, x_T=inputs.x_T)
+
+    return engine, run
+
+
+def plain_loop(networks: Networks, inputs: Inputs, steps: int) -> Call:
+    return engine_loop(networks, inputs, steps, "none", "off")[1]
+
+
+def loop_variants(networks: Networks, images: int, steps: int, compiles: bool) -> list[Variant]:
+    """Noise to latents, by DDIM."""
+    inputs = networks.inputs(images)
+
+    def theirs(make: MakeUNet) -> Call:
+        pipe = in_diffusers.pipeline(networks, make(networks), whole=False)
+        side = networks.kind.pixels
+        given = {"prompt_embeds": inputs.positive["context"], "height": side, "width": side}
+        given["negative_prompt_embeds"] = inputs.negative["context"]
+        if "text_embeds" in inputs.positive:
+            given["pooled_prompt_embeds"] = inputs.positive["text_embeds"]
+            given["negative_pooled_prompt_embeds"] = inputs.negative["text_embeds"]
+        given |= {"num_inference_steps": steps, "guidance_scale": GUIDANCE}
+        latents = inputs.x_T.to(networks.dtype)
+        options = {"output_type": "latent", "return_dict": False}
+        return lambda: pipe(latents=latents, **given, **options)[0]
+
+    ours = {
+        "eager": lambda: on_reference(plain_loop(networks, inputs, steps)),
+        "model": lambda: plain_loop(networks, inputs, steps),
+        "engine": lambda: engine_loop(networks, inputs, steps)[1],
+    }
+    return variants(ours, theirs, compiles)
+
+
+def loop_truth(networks: Networks, images: int, steps: int) -> Tensor:
+    inputs, exact = networks.inputs(images), networks.exact("unet")
+    given = (widened(half, exact.dtype) for half in (inputs.positive, inputs.negative))
+    return on_reference(plain_loop(exact, Inputs(inputs.x_T, *given), steps))()
+
+
+# Pipeline --------------------------------------------------------------------------------------
+
+
+def our_pipeline(
+    networks: Networks, images: int, steps: int, rewrites: str = "all", graph: str = "auto"
+) -> Call:
+    """A prompt in, images [B, 3, H, W] in [-1, 1] out."""
+    two = len(networks.kind.text) == 2
+    parts = Parts(
+        networks.unet,
+        networks.vae,
+        networks.text,
+        SETTINGS,
+        zero_empty=two,
+        random_weights=True,
+    )
+    pipe = StableDiffusion(parts, graph, rewrites)
+    given = {"steps": steps, "guidance_scale": GUIDANCE, "batch": images, "output": "tensor"}
+    return lambda: pipe(PROMPT, **given).images
+
+
+def pipeline_variants(networks: Networks, images: int, steps: int, compiles: bool) -> list[Variant]:
+    def theirs(make: MakeUNet) -> Call:
+        pipe = in_diffusers.pipeline(networks, make(networks), whole=True)
+        shape = (networks.kind.unet.out_channels, *[networks.kind.side] * 2)
+        given = {"num_inference_steps": steps, "guidance_scale": GUIDANCE, "output_type": "pt"}
+        given |= {"num_images_per_prompt": images, "return_dict": False}
+
+        def run() -> Tensor:
+            seeds = [torch.Generator().manual_seed(seed) for seed in range(images)]
+            noise = torch.stack([torch.randn(shape, generator=seed) for seed in seeds])
+            latents = noise.to(networks.device, networks.dtype)
+            return pipe(PROMPT, latents=latents, **given)[0] * 2 - 1
+
+        return run
+
+    def plain() -> Call:
+        return our_pipeline(networks, images, steps, "none", "off")
+
+    def engine() -> Call:
+        return our_pipeline(networks, images, steps)
+
+    ours = {"eager": lambda: on_reference(plain()), "model": plain, "engine": engine}
+    return variants(ours, theirs, compiles)
+
+
+def pipeline_truth(networks: Networks, images: int, steps: int) -> Tensor:
+    exact = networks.exact("unet", "vae", "text")
+    return on_reference(our_pipeline(exact, images, steps, "none", "off"))()
+
+
+Work = tuple[Callable[[Networks, int, int, bool], list[Variant]], Callable[..., Tensor]]
+WORK: dict[str, Work] = {  # variants, and the truth for networks, images and steps
+    "unet": (step_variants, step_truth),
+    "loop": (loop_variants, loop_truth),
+    "pipeline": (pipeline_variants, pipeline_truth),
+}
