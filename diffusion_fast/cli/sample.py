@@ -151,7 +151,9 @@ def _again(path: Path, given: dict[str, Any]) -> Drawing:
     settings = read_settings(path)
     kind = KINDS.get(str(settings.get("kind")))
     if kind is None or "model" not in settings:
-        checks.fail("--again", "a PNG that `sample` wrote", path)
+        checks.fail("--again", "a PNG of `sample --out`, or of prompts and --out-dir", path)
+    if isinstance(settings.get("prompt"), str):  # --out-dir: one prompt a file
+        settings["prompt"] = [settings["prompt"]]
     hints = get_type_hints(kind)
     own = {f.name: settings[f.name] for f in dataclasses.fields(kind) if f.name in settings}
     for name, value in own.items():  # somebody may have edited them

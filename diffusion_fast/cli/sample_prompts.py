@@ -92,7 +92,7 @@ class PromptDrawing:
         steps, guidance, size, pictures = self._checked()
         if len(steps) + len(guidance) > 2:
             checks.fail("--steps, --guidance", "one number each with --out-dir", "a list")
-        settings = dataclasses.asdict(self) | {"digests": self._digests()}
+        settings = dataclasses.asdict(self) | {"kind": self.KIND, "digests": self._digests()}
         settings = {n: v for n, v in settings.items() if n not in ("prompt", "seed", "batch")}
         pipe = self._pipeline()
 

@@ -95,11 +95,12 @@ def weight_files(
             raise CheckpointError(f"{path}: variant: expected None for a file, got {variant!r}")
         return [path]
     suffix = f".{variant}" if variant else ""
-    for kind in ("safetensors", "bin"):
-        index = folder / f"{stem}.{kind}.index{suffix}.json"
+    pickled = f"pytorch_{stem}" if stem == "model" else stem  # as transformers called it
+    for name, kind in ((stem, "safetensors"), (pickled, "bin")):
+        index = folder / f"{name}.{kind}.index{suffix}.json"
         if index.is_file():
             return _shards(index)
-        whole = folder / f"{stem}{suffix}.{kind}"
+        whole = folder / f"{name}{suffix}.{kind}"
         if whole.is_file():
             return [whole]
     expected = f"{stem}{suffix}.safetensors or {stem}.safetensors.index{suffix}.json"

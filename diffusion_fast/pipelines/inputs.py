@@ -72,6 +72,8 @@ def image_tensor(image: Any, size: Size | None, grain: int) -> Tensor:
         if x.dim() != 4 or x.shape[1] != 3 or not len(x):
             checks.fail("image", "shape [3, H, W] or [B, 3, H, W]", list(image.shape))
         x = x.detach().float()
+        if not x.isfinite().all():
+            checks.fail("image", "finite numbers", "NaN or infinity")
     else:
         several = image if isinstance(image, (list, tuple)) else [image]
         x = _joined("image", [_pixels(_pil("image", one, "RGB", size)) for one in several]) * 2 - 1

@@ -153,11 +153,11 @@ def test_a_photo_is_turned_upright(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "a PNG that `sample` wrote"),
-        ({"kind": "prompts"}, "a PNG that `sample` wrote"),
-        ({"kind": ["prompts"], "model": "tiny"}, "a PNG that `sample` wrote"),
+        ({}, "a PNG of `sample --out`"),
+        ({"kind": "prompts"}, "a PNG of `sample --out`"),
+        ({"kind": ["prompts"], "model": "tiny"}, "a PNG of `sample --out`"),
         ({"kind": "prompts", "model": "tiny", "prompt": ["a"], "steps": 3}, "got steps=3"),
-        ({"kind": "prompts", "model": "tiny", "prompt": "a"}, "got prompt='a'"),
+        ({"kind": "prompts", "model": "tiny", "prompt": 3}, "got prompt=3"),
     ],
 )
 def test_again_with_edited_settings(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
@@ -189,6 +189,8 @@ def test_many_files_of_a_list_of_prompts(tiny: Path, tmp_path: Path) -> None:
     assert found == [("a cat", 3), ("a cat", 4), ("a dog", 5), ("a dog", 6)]
     single = alone(tiny, tmp_path / "one.png", "a dog", "--steps", 1, "--seed", 5)
     assert np.asarray(Image.open(files[2])).tobytes() == single
+    settings_after(run("sample", "--again", files[2], "-o", tmp_path / "2.png"), tmp_path / "2.png")
+    assert np.asarray(Image.open(tmp_path / "2.png")).tobytes() == single
 
 
 @pytest.mark.parametrize(

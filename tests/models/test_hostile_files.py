@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import struct
 import zipfile
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from unet_parity import small_config, twins
+from unet_parity import small_config
 
 from diffusion_fast.models import CheckpointError, UNet2DCondition
 from diffusion_fast.models.checkpoints import CONFIG, INDEX, WEIGHTS
@@ -23,11 +24,16 @@ from diffusion_fast.models.tensors import fill, read, stored
 Header = dict[str, Any]
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    UNet2DCondition(small_config()).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    model, _ = twins(small_config())
-    model.save_pretrained(tmp_path / "unet")
-    return tmp_path / "unet"
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path / "unet")
 
 
 def rewrite(file: Path, change: Callable[[Header], Header], length: int | None = None) -> None:

@@ -165,6 +165,18 @@ def test_variants(tiny_folder: Folder, tmp_path: Path) -> None:
     assert {p.dtype for p in kept.text.encoders[1].parameters()} == {torch.float16}
 
 
+def test_a_folder_of_pickles(tiny_folder: Folder, tmp_path: Path) -> None:
+    """As they were before safetensors."""
+    folder = shutil.copytree(tiny_folder("sd15"), tmp_path / "copy")
+    for file in folder.rglob("*.safetensors"):
+        stem = "pytorch_model" if file.stem == "model" else file.stem
+        torch.save(load_file(file), file.with_name(f"{stem}.bin"))
+        file.unlink()
+    pipes = [StableDiffusion.from_pretrained(one) for one in (tiny_folder("sd15"), folder)]
+    first, second = (one("a cat", steps=2, output="latent").latents for one in pipes)
+    assert torch.equal(first, second)
+
+
 def test_a_folder_that_is_no_model(tmp_path: Path, tiny_folder: Folder) -> None:
     with pytest.raises(CheckpointError, match="not a Stable Diffusion model, it has no model_ind"):
         StableDiffusion.from_pretrained(tmp_path)

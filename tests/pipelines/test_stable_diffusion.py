@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from numerics import error
 from PIL import Image
 
 from diffusion_fast.engine import Engine
+from diffusion_fast.engine.decoder import FreshDecoder, PreparedDecoder
 from diffusion_fast.pipelines import Result, StableDiffusion
 
 Folder = Callable[[str], Path]
@@ -109,17 +111,45 @@ def test_memory_that_runs_out_is_reported(
     pipe: StableDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = pipe("a cat", steps=1, batch=2, output="tensor")
-    decode = pipe.vae.decode
+    decode = FreshDecoder.__call__
 
-    def small(latents: torch.Tensor) -> torch.Tensor:
+    def small(self: FreshDecoder, latents: torch.Tensor) -> torch.Tensor:
         if len(latents) > 1:
             raise torch.OutOfMemoryError("out of memory")
-        return decode(latents)
+        return decode(self, latents)
 
-    monkeypatch.setattr(pipe.vae, "decode", small)
+    monkeypatch.setattr(FreshDecoder, "__call__", small)
     result = pipe("a cat", steps=1, batch=2, output="tensor")
     assert result.vae == "sliced"
     assert error(result.images, whole.images) < ROUNDING
+
+
+def test_the_vae_decodes_with_its_rewrites(
+    tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = StableDiffusion.from_pretrained(tiny_folder("sd15"))
+
+    def unscaled(result: Result) -> torch.Tensor:
+        return pipe.vae.decode(pipe.vae.unscale(result.latents)).clamp(-1, 1)
+
+    calls: list[torch.Size] = []
+    decode = PreparedDecoder.__call__
+
+    def counted(self: PreparedDecoder, latents: torch.Tensor) -> torch.Tensor:
+        calls.append(latents.shape)
+        return decode(self, latents)
+
+    monkeypatch.setattr(PreparedDecoder, "__call__", counted)
+    with torch.no_grad():
+        for _ in range(2):
+            result = draw(pipe, output="tensor")
+            assert error(result.images, unscaled(result)) < ROUNDING
+            pipe.vae.decoder.conv_out.weight.mul_(0.5)
+        pipe.vae = copy.deepcopy(pipe.vae)
+        pipe.vae.decoder.conv_out.weight.mul_(4)
+        result = draw(pipe, output="tensor")
+        assert error(result.images, unscaled(result)) < ROUNDING
+        assert len(calls) == 3
 
 
 def test_callback_and_progress(pipe: StableDiffusion, capfd: pytest.CaptureFixture[str]) -> None:
@@ -183,6 +213,7 @@ def test_an_empty_prompt_is_fine(pipe: StableDiffusion) -> None:
         ({"image": "x.png"}, "image: expected PIL images or a tensor, got str"),
         ({"image": picture(60, 64)}, "image: expected width and height to be multiples of 8"),
         ({"image": torch.zeros(3, 64, 64), "size": 72}, "image: expected the size asked for"),
+        ({"image": torch.full((3, 64, 64), float("nan"))}, "image: expected finite numbers"),
         ({"image": torch.zeros(1, 64, 64)}, r"image: expected shape \[3, H, W\]"),
         ({"image": [picture()] * 2}, "image: expected one, or one for each of 1 images, got 2"),
         ({"image": picture(), "strength": 0.0}, "strength: expected a number in"),
