@@ -1,22 +1,36 @@
 """diffusion_fast: sample and train diffusion models fast, exact to a plain PyTorch reference."""
 
-from . import ops
+from typing import Any
+
+from . import integrations, ops
 from ._version import __version__
 from .engine import Engine, sample
-from .models import UNet2DCondition, UNetConfig
+from .models import AutoencoderKL, UNet2DCondition, UNetConfig, VAEConfig
 from .ops import use_backend
+from .pipelines import StableDiffusion
 from .schedule import DiffusionSchedule
 from .training import Trainer, train_diffusion
 
 __all__ = [
+    "AutoencoderKL",
     "DiffusionSchedule",
     "Engine",
+    "StableDiffusion",
     "Trainer",
     "UNet2DCondition",
     "UNetConfig",
+    "VAEConfig",
     "__version__",
+    "integrations",
     "ops",
     "sample",
     "train_diffusion",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Schedulers for diffusers, which looks them up here and is imported only then."""
+    if name in integrations.TOP_LEVEL:
+        return getattr(integrations, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

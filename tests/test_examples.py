@@ -35,6 +35,11 @@ def test_op_in_your_model() -> None:
     assert load("op_in_your_model").main().shape == (2, 64, 16, 16)
 
 
+def test_in_diffusers() -> None:
+    plain, fast = load("in_diffusers").main()
+    assert (fast - plain).abs().max() < 1e-5
+
+
 def test_digits(tmp_path: Path) -> None:
     """The demo, shorter: every picture is drawn, the table stands at the end.
 
@@ -66,10 +71,10 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     names: dict[str, torch.Tensor] = {}
     shapes = []
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
         shapes.append(names["x"].shape if "x" in names else None)
-    assert shapes == [None, None, (10, 1, 8, 8), (2, 64, 16, 16)]
+    assert shapes == [None, None, None, None, (10, 1, 8, 8), (2, 64, 16, 16)]

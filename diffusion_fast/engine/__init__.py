@@ -1,5 +1,6 @@
 """The sampling loop."""
 
-from .engine import Engine, sample
+from .engine import Engine
+from .sampling import sample
 
 __all__ = ["Engine", "sample"]

@@ -9,81 +9,150 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops import checks
-from ..samplers.table import StepTable
+from ..ops import Philox, checks
+from ..ops.sampler_step import COLUMNS
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
+Generators = torch.Generator | Sequence[torch.Generator] | Philox | None
 
 
-@dataclass
+@dataclass(frozen=True)
+class Layout:
+    """Everything that the size and kind of a loop's tensors depends on.
+
+    Attributes:
+        shape: of the samples, [B, C, ...].
+        extra: channels that the model's input has besides.
+        halves: of guidance, 1 or 2.
+        rows: how many rows the tables may have.
+        dtype, model_dtype: of the state and of the model's input.
+    """
+
+    shape: tuple[int, ...]
+    extra: int
+    halves: int
+    rows: int
+    dtype: torch.dtype
+    model_dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        batch = self.halves * self.shape[0]
+        if not self.extra:
+            return (batch, *self.shape[1:])
+        return (batch, self.shape[1] + self.extra, *self.shape[2:])
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return (self.halves * self.shape[0], *self.shape[1:])
+
+
 class Buffers:
     """The state of a sampler (see :mod:`diffusion_fast.ops.sampler_step`) and the model's input.
 
-    ``model_input`` is ``x`` itself where the model takes one half of guidance in the state's dtype.
+    Attributes:
+        x, y, h1, h2, noise: the state, [B, ...]; ``scratch`` three tensors more of that shape.
+        model_input: [halves * B, C + extra, ...] in the model's dtype. It is ``x`` itself where
+            the model takes one half of guidance in the state's dtype.
+        next_input: where a step writes x for the model; None if ``model_input`` is ``x``.
+        peak: [rows].
+        table: float64 [rows, columns] and ``count``, int64 [1], its rows in use: what a captured
+            step reads on the device.
+        philox: the noise's stream, on the device.
     """
 
-    x: Tensor  # [B, ...]
-    model_input: Tensor  # [B or 2B, ...], in the model's dtype
-    timesteps: list[Tensor]  # one [B or 2B] per row
-    noise: Tensor | None
-    y: Tensor | None
-    h1: Tensor | None
-    h2: Tensor | None
-    scratch: tuple[Tensor, Tensor, Tensor]
-    peak: Tensor  # [N]
+    def __init__(self, layout: Layout) -> None:
+        def empty(*shape: int, dtype: torch.dtype = layout.dtype) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device=layout.device)
 
-    @classmethod
-    def allocate(
-        cls,
-        table: StepTable,
-        shape: Sequence[int],
-        halves: int,
-        dtype: torch.dtype,
-        model_dtype: torch.dtype,
-        device: torch.device,
-    ) -> Buffers:
-        def empty() -> Tensor:
-            return torch.empty(*shape, dtype=dtype, device=device)
+        shape = layout.shape
+        self.layout = layout
+        self.x, self.y, self.h1, self.h2, self.noise = (empty(*shape) for _ in range(5))
+        self.scratch = empty(*shape), empty(*shape), empty(*shape)
+        self.model_input, self.next_input = self.x, None
+        if layout.halves > 1 or layout.extra or layout.dtype != layout.model_dtype:
+            self.model_input = empty(*layout.input_shape, dtype=layout.model_dtype)
+            self.next_input = self.model_input
+            if layout.extra:
+                self.next_input = self.model_input[:, : shape[1]]
+        self.peak = empty(layout.rows)
+        self.table = empty(layout.rows, len(COLUMNS), dtype=torch.float64)
+        self.count = empty(1, dtype=torch.int64)
+        self.philox = Philox(0, device=layout.device)
 
-        x = empty()
-        own_input = halves > 1 or dtype != model_dtype
-        # Integer grids stay integers, so that a model may index tables with t.
-        t_dtype = torch.int64 if table.integer_timesteps else torch.float32
-        t = table.timesteps.to(device, t_dtype)
-        batch = halves * shape[0]
-        return cls(
-            x=x,
-            model_input=torch.empty(batch, *shape[1:], dtype=model_dtype, device=device)
-            if own_input
-            else x,
-            timesteps=list(t[:, None].repeat(1, batch).unbind()),
-            noise=empty() if table.draws.any() else None,
-            y=empty() if table.needs_y else None,
-            h1=empty() if table.needs_h1 else None,
-            h2=empty() if table.needs_h2 else None,
-            scratch=(empty(), empty(), empty()),
-            peak=torch.empty(len(table), dtype=dtype, device=device),
-        )
+    @functools.cached_property
+    def noise_table(self) -> Tensor:
+        """Noise of every row, [rows, B, ...], for steps that the host does not see."""
+        return self.x.new_empty(self.layout.rows, *self.x.shape)
 
-    def start(self, x: Tensor) -> None:
+    @functools.cached_property
+    def known(self) -> Known:
+        """What inpainting keeps."""
+        image, start, weight = (torch.empty_like(self.x) for _ in range(3))
+        return Known(image, start, weight, self.x.new_empty(self.layout.rows, 3))
+
+    def source(self, noise: str) -> Tensor | Philox:
+        """Where a captured step finds its noise."""
+        if noise == "philox":
+            return self.philox
+        return self.noise_table if noise == "table" else self.noise
+
+    def keep(self, image: Tensor, mask: Tensor, levels: Tensor) -> None:
+        """Before ``start``, with the starting noise in ``x``: what inpainting keeps."""
+        known = self.known
+        known.image.copy_(image)
+        known.start.copy_(self.x)
+        known.weight.copy_(mask)
+        torch.sub(1, known.weight, out=known.weight)
+        known.levels[: len(levels)] = levels.to(known.levels)
+
+    def start(self) -> None:
         """Begin a run from ``x``: the kept tensors start at zero."""
-        self.x.copy_(x)
         for kept in (self.y, self.h1, self.h2, self.peak):
-            if kept is not None:
-                kept.zero_()
-        if self.model_input is not self.x:
-            for half in self.model_input.split(len(self.x)):
-                half.copy_(x)
+            kept.zero_()
+        self.write_input()
+
+    def write_input(self) -> None:
+        """x becomes the model's next input, in both halves."""
+        if self.next_input is not None:
+            for half in self.next_input.split(len(self.x)):
+                half.copy_(self.x)
+
+    def write_extra(self, channels: Tensor | None) -> None:
+        """Fill the channels beside x, [B or 1, extra, ...], in both halves."""
+        if channels is not None:
+            for half in self.model_input[:, self.x.shape[1] :].split(len(self.x)):
+                half.copy_(channels)
+
+
+@dataclass
+class Known:
+    """An image that inpainting keeps where it doesn't draw.
+
+    Attributes:
+        image: x_0, [B, ...].
+        start: z, the noise it is given, [B, ...].
+        weight: 1 - mask, [B, ...]: how much of the image is kept.
+        levels: [rows, 3]: A and S after each row; and 1 for rows that end a step, 0 for others.
+    """
+
+    image: Tensor
+    start: Tensor
+    weight: Tensor
+    levels: Tensor
 
 
 def noise_source(out: Tensor, generator: Generators) -> Callable[[], object]:
     """A function that fills ``out`` with standard normal noise, in the order of torch.randn.
 
     With one generator per image, image i has the noise that it would have if made alone. A
-    generator on another device draws there, so that a seed means the same image everywhere.
+    generator on another device draws there, so that a seed means the same image everywhere. A
+    Philox stream gives its own numbers, the same at every call.
     """
     if generator is None:
         return out.normal_
+    if isinstance(generator, Philox):
+        return lambda: out.copy_(generator.normal(out.shape, out.dtype, out.device))
     if not isinstance(generator, torch.Generator):
         if not isinstance(generator, (list, tuple)) or not all(
             isinstance(one, torch.Generator) for one in generator

@@ -1,29 +1,35 @@
-"""The sampling loop: noise in, samples out, everything that can be done once done once."""
+"""The engine: noise in, samples out, everything that can be done once done once."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import operator
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
-from ..conditioning import Context, Model, bind, join_halves
+from ..conditioning import Context, Model, join_halves
 from ..ops import checks
 from ..samplers import make_table
-from ..samplers.table import StepTable
 from ..schedule import DiffusionSchedule
-from .buffers import Buffers, Generators, noise_source
-from .progress import track
+from .buffers import Generators, Layout
+from .graph import Graphs
+from .inputs import check_extra, check_starts, checked_shape
+from .loop import Loop
+from .placement import device_of, dtype_of, evaluating
+from .predictor import Predictor, predictor_for
+from .progress import Steps, check_finite, track
+from .staleness import Fingerprint, fingerprint
 
 Callback = Callable[[int, float, Tensor], None]
-GRAPHS = ("auto", "loop", "step", "off")
 TABLE_KEYWORDS = inspect.signature(make_table).parameters.keys() - {"schedule"}
+MAX_STEPS = 100  # of tables that need no new buffers, by default
+LOOPS = 4  # shapes whose buffers are kept
 
 
 class Engine:
@@ -40,16 +46,29 @@ class Engine:
             half comes first. It must not change x or t in place. An ``nn.Module`` is put in eval
             mode while it samples, and may be moved or cast between two runs.
         schedule: what the model was trained with.
-        graph: ``"auto"``, ``"loop"``, ``"step"`` or ``"off"``: whether to capture the loop as a
-            CUDA graph. Asking for one where none can be captured raises.
+        graph: whether to run as a CUDA graph. ``"loop"``: all of the loop is one, which hides the
+            steps; ``"step"``: the host replays one for each step; ``"auto"``: the first of them
+            that works and shows what is asked for (a callback or progress bar sees each step), or
+            none; ``"off"``: none. A capture serves every prompt, seed, guidance scale, sampler and
+            number of steps. A callable that is no ``nn.Module`` is captured only when asked for by
+            name, because nobody sees its weights change.
+        rewrites: the exact rewrites of a U-Net to use: ``"all"``, ``"none"`` or their names.
+        max_steps: how many model calls :meth:`configure` may ask for without new buffers; by
+            default 100, and always those of the table.
+        verify: read all weights before each run, to see edits that PyTorch doesn't count; see
+            :meth:`refresh`.
         device: where to sample; by default where the model's parameters are.
         progress: show a progress bar.
         table: everything else, as in :func:`diffusion_fast.samplers.make_table`: sampler, steps,
             timestep_spacing, steps_offset, final_alpha, prediction_type, variance, eta,
             clip_sample, strength, guidance_scale, guidance_interval, guidance_rescale.
 
+    Several threads may share an engine; their runs take turns.
+
     Raises:
         ValueError: an argument that can't be; the message names it.
+        RuntimeError: ``graph`` is ``"loop"`` or ``"step"`` and nothing can be captured, here or in
+            :meth:`sample`.
     """
 
     def __init__(
@@ -58,6 +77,9 @@ class Engine:
         schedule: DiffusionSchedule,
         graph: str = "auto",
         *,
+        rewrites: str | Sequence[str] = "all",
+        max_steps: int | None = None,
+        verify: bool = False,
         device: torch.device | str | None = None,
         progress: bool = False,
         **table: Any,
@@ -67,21 +89,39 @@ class Engine:
         if not isinstance(schedule, DiffusionSchedule):
             kind = type(schedule).__name__
             raise TypeError(f"schedule: expected a DiffusionSchedule, got {kind}")
-        checks.one_of("graph", graph, GRAPHS)
+        if max_steps is not None:
+            checks.positive_int("max_steps", max_steps)
+        self.model, self.schedule, self.progress = model, schedule, progress
+        self.rewrites = rewrites if isinstance(rewrites, str) else tuple(rewrites)
+        self._asked_device = device
+        self._graphs = Graphs(graph, model, device_of(model, device))
+        self._by_step(None)
+        self._lock = threading.Lock()
+        self._loops: OrderedDict[Layout, Loop] = OrderedDict()
+        self._predictors: dict[tuple[Any, ...], Predictor] = {}
+        self._verify = verify
+        self._seen: Fingerprint | None = None
+        self._max_rows = max_steps or MAX_STEPS
+        self._options: dict[str, Any] = {"sampler": "ddpm"}
+        self.configure(**table)
+
+    def configure(self, **table: Any) -> None:
+        """Another sampler, number of steps, guidance and so on; what is not named stays.
+
+        Args:
+            table: keywords of :func:`diffusion_fast.samplers.make_table`, as in the constructor.
+
+        Up to ``max_steps`` model calls, this takes no new buffers.
+        """
         unknown = sorted(table.keys() - TABLE_KEYWORDS)
         if unknown:
             known = ", ".join(sorted(TABLE_KEYWORDS))
             raise TypeError(f"{unknown[0]}: expected one of the keywords {known}")
-        self.table = make_table(schedule=schedule, **{"sampler": "ddpm", **table})
-        self._starts_from_image = table.get("strength") is not None
-        self._rows: list[list[float]] = self.table.folded().tolist()
-        self.model, self.schedule, self.progress = model, schedule, progress
-        self._asked_device = device
-        _device_of(model, device)
-        self.graph, self.graph_reason = _graph_mode(graph)
-        self._buffers: Buffers | None = None
-        self._buffers_key: tuple[Any, ...] = ()
-        self._lock = threading.Lock()
+        with self._lock:
+            options = self._options | table
+            self.table = make_table(schedule=self.schedule, **options)
+            self._options, self._steps = options, Steps(self.table)
+            self._max_rows = max(self._max_rows, len(self.table))
 
     def sample(
         self,
@@ -92,6 +132,8 @@ class Engine:
         generator: Generators = None,
         callback: Callback | None = None,
         x_0: Tensor | None = None,
+        mask: Tensor | None = None,
+        extra_channels: Tensor | None = None,
     ) -> Tensor:
         """Run the loop.
 
@@ -101,12 +143,19 @@ class Engine:
                 whose tensors are passed to the model by keyword. A batch of 1 serves all images.
             null_context: the same for the unconditional half of guidance.
             x_T: standard normal noise to start from, in place of drawn noise.
-            generator: for all noise; or one per image, so that image i doesn't depend on the batch.
+            generator: for all noise; or one per image, so that image i doesn't depend on the batch;
+                or a :class:`~diffusion_fast.ops.Philox`: its own stream is the starting noise, and
+                row i of the table reads the one that is 1 + i offsets on.
             callback: called as ``callback(step, t, x)`` after each step (of which some samplers'
                 have two model calls) with a copy of the state; steps count from 0, t is the
                 step's first timestep.
-            x_0: an image to start from, noised to where ``strength`` begins (image-to-image);
-                needed with ``strength``, and only then.
+            x_0: an image to start from, noised to where ``strength`` begins (image-to-image), or
+                the image to keep outside of ``mask``.
+            mask: inpainting, [B or 1, 1 or C, ...] in [0, 1] or bool: 1 draws, 0 keeps x_0. After
+                each step x becomes mask x + (1 - mask) (A x_0 + S z), with z the starting noise and
+                A, S the level that the step has reached; after the last step, x_0 itself. Without
+                ``strength`` the loop starts from pure noise.
+            extra_channels: [B or 1, C', ...], joined to the channels of every input of the model.
 
         Returns:
             [B, ...] on the engine's device, float32 (float64 for float64 models).
@@ -114,250 +163,134 @@ class Engine:
         Raises:
             ValueError: an argument that doesn't fit; TypeError: a model that returns no tensor.
             FloatingPointError: the model's output was not finite; names the first such step.
+            RuntimeError: the graph that was asked for by name can't be captured.
         """
-        shape = _checked_shape(shape)
-        table = self.table
-        if self._starts_from_image and x_0 is None:
-            checks.fail("x_0", "an image to start from, because strength is given", None)
-        if x_0 is not None and not self._starts_from_image:
-            checks.fail("strength", "how far to noise x_0, in (0, 1]", None)
-        halves = 2 if table.halves == "both" else 1
-        context = join_halves(context, null_context, table.halves, shape[0])
-        with self._lock, torch.no_grad(), _evaluating(self.model):
-            buffers = self._buffers_for(shape, halves)
-            buffers.start(self._first_state(buffers, x_T, x_0, generator))
-            predict = bind(self.model, context)
-            draw = noise_source(buffers.noise, generator) if buffers.noise is not None else None
-            draws, steps = table.draws.tolist(), _Steps(table)
-            for row in track(range(len(table)), table.sampler, enabled=self.progress):
-                output = self._call(predict, buffers, row)
-                if draw is not None and draws[row]:
-                    draw()
-                self._advance(buffers, row, output)
-                if callback is not None and steps.ends(row):
-                    callback(*steps.of(row), buffers.x.clone())
-            _check_finite(buffers.peak, steps)
-            return buffers.x.clone()
+        shape = checked_shape(shape)
+        check_extra(shape, extra_channels)
+        with self._lock, _plain_tensors(), evaluating(self.model):
+            from_image = self._options.get("strength") is not None
+            check_starts(shape, x_T, x_0, mask, has_strength=from_image)
+            self._notice_edits()
+            joined = join_halves(context, null_context, self.table.halves, shape[0])
+            loop = self._loop_for(shape, 0 if extra_channels is None else extra_channels.shape[1])
+            loop.prepare(self.table, joined, extra_channels)
+            run = self._graphs.choose(
+                loop, generator, masked=mask is not None, by_step=self._by_step(callback)
+            )
+            loop.start(x_T, x_0, mask, generator, from_image=from_image)
 
-    def explain(self) -> dict[str, str]:
-        """What a run of this engine does: table, halves of guidance, dtypes, graph, backends."""
+            rows = track(range(len(self.table)), self.table.sampler, enabled=self.progress)
+            run.go(loop, rows, self._after(loop, callback))
+            result = loop.buffers.x.clone()
+            # Reads the device: when the lock opens, nothing uses the buffers any more.
+            check_finite(loop.buffers.peak[: len(self.table)], self._steps)
+            return result
+
+    def refresh(self) -> None:
+        """Take the weights as they are now.
+
+        Edits that PyTorch counts (in place, by an optimizer, ``load_state_dict``, new tensors or
+        modules, ``.to()``, a merged or switched LoRA) are noticed without it. Writes through
+        ``.data`` are not counted: after those, call this, or make the engine with ``verify=True``.
+        """
+        with self._lock, _plain_tensors():
+            self._refresh()
+
+    def explain(self) -> dict[str, Any]:
+        """What a run of this engine does: table, halves of guidance, dtypes, graph, backends.
+
+        ``"rewrites"`` has a row for each rewrite of the last run's predictor.
+        """
         step = ops.explain("sampler_step")
         device, model_dtype, dtype = self._placement()
+        last = next(reversed(self._loops.values())) if self._loops else None
         return {
             "sampler": f"{self.table.sampler}, {len(self.table)} model calls",
             "guidance halves": self.table.halves,
             "state": f"{dtype} on {device}, model in {model_dtype}",
-            "graph": f"{self.graph} ({self.graph_reason})",
+            "graph": f"{self._graphs.last.mode} ({self._graphs.last.why})",
             "sampler_step": step.backend,
+            "rewrites": list(last.predictor.explain()) if last is not None else [],
         }
+
+    def _by_step(self, callback: Callback | None) -> str | None:
+        """Why the host must see each step."""
+        if callback is None and not self.progress:
+            return None
+        if self._graphs.mode == "loop":
+            name, value = ("callback", None) if callback is not None else ("progress", False)
+            checks.fail(name, f"{value}, because graph='loop' hides the steps", callback or True)
+        return "a callback or progress bar sees each step"
+
+    def _after(self, loop: Loop, callback: Callback | None) -> Callable[[int], None] | None:
+        """What is to be done after each row: the callback, where a step ends."""
+        if callback is None:
+            return None
+
+        def after(row: int) -> None:
+            if self._steps.ends(row):
+                callback(*self._steps.of(row), loop.buffers.x.clone())
+
+        return after
+
+    def _notice_edits(self) -> None:
+        """Nothing that was captured or derived from other weights is used again."""
+        now, before = fingerprint(self.model, self._verify), self._seen
+        if before is not None and now.identity != before.identity:
+            self._loops.clear()
+            self._predictors.clear()
+            self._graphs.clear()
+        elif before is not None and now != before:
+            self._refresh()
+        self._seen = now
+
+    def _refresh(self) -> None:
+        self._graphs.clear()
+        for predictor in self._predictors.values():
+            predictor.refresh()
 
     def _placement(self) -> tuple[torch.device, torch.dtype, torch.dtype]:
         """Device, dtype of the model and dtype of the state, as the model is now."""
-        model_dtype = _dtype_of(self.model)
+        model_dtype = dtype_of(self.model)
         dtype = torch.float64 if model_dtype == torch.float64 else torch.float32
-        return _device_of(self.model, self._asked_device), model_dtype, dtype
+        return device_of(self.model, self._asked_device), model_dtype, dtype
 
-    def _buffers_for(self, shape: tuple[int, ...], halves: int) -> Buffers:
+    def _loop_for(self, shape: tuple[int, ...], extra: int) -> Loop:
+        """The loop of this shape, made at its first run."""
         device, model_dtype, dtype = self._placement()
-        key = (shape, device, model_dtype, dtype)
-        if self._buffers is None or self._buffers_key != key:
-            self._buffers = Buffers.allocate(self.table, shape, halves, dtype, model_dtype, device)
-            self._buffers_key = key
-        return self._buffers
+        halves = 2 if self.table.halves == "both" else 1
+        layout = Layout(shape, extra, halves, self._max_rows, dtype, model_dtype, device)
+        loop = self._loops.get(layout)
+        if loop is None:
+            loop = Loop(layout, self._predictor_for(layout))
+            self._loops[layout] = loop
+            if len(self._loops) > LOOPS:
+                self._give_up(next(iter(self._loops)))
+        self._loops.move_to_end(layout)
+        return loop
 
-    def _first_state(
-        self, buffers: Buffers, x_T: Tensor | None, x_0: Tensor | None, generator: Generators
-    ) -> Tensor:
-        x = buffers.x
-        for name, given in (("x_T", x_T), ("x_0", x_0)):
-            if given is not None:
-                checks.floating(name, given)
-                checks.shape(name, given, x.shape, "of the samples")
-        if x_T is not None:
-            x.copy_(x_T)
-        else:
-            noise_source(x, generator)()
-        if x_0 is None:
-            return x.mul_(self.table.initial_scale)
-        return x.mul_(self.table.noise).add_(x_0.to(x), alpha=self.table.signal)
+    def _give_up(self, layout: Layout) -> None:
+        """Free a loop, its graphs, and its predictor if no other loop has it."""
+        self._graphs.drop(self._loops.pop(layout))
+        kept = {id(loop.predictor) for loop in self._loops.values()}
+        self._predictors = {k: one for k, one in self._predictors.items() if id(one) in kept}
 
-    def _call(
-        self, predict: Callable[[Tensor, Tensor], Tensor], buffers: Buffers, row: int
-    ) -> Tensor:
-        """One call of the model, which is handed the buffers themselves: it may only read them."""
-        x, t = buffers.model_input, buffers.timesteps[row]
-        versions = x._version, t._version
-        output = predict(x, t)
-        if (x._version, t._version) != versions:
-            changed = "x" if x._version != versions[0] else "t"
-            checks.fail(
-                "model",
-                f"one that leaves {changed} as it is",
-                f"one that changes it in place (give it {changed}.clone())",
+    def _predictor_for(self, layout: Layout) -> Predictor:
+        """Images of the same batch share a predictor, whatever their sizes."""
+        key = (layout.shape[0], layout.halves, layout.rows, layout.model_dtype, layout.device)
+        if key not in self._predictors:
+            self._predictors[key] = predictor_for(
+                self.model,
+                self.rewrites,
+                batch=layout.shape[0],
+                halves=layout.halves,
+                max_rows=layout.rows,
             )
-        return output
-
-    def _advance(self, buffers: Buffers, row: int, output: Tensor) -> None:
-        if not isinstance(output, Tensor):
-            raise TypeError(f"model: expected it to return a tensor, got {type(output).__name__}")
-        if output.shape != buffers.model_input.shape:
-            checks.fail(
-                "model",
-                f"an output of the shape of its input {list(buffers.model_input.shape)}",
-                list(output.shape),
-            )
-        if output.data_ptr() == buffers.x.data_ptr():
-            output = output.clone()  # a model that returns its input: x changes in place
-        ops.sampler_step(
-            buffers.x,
-            output,
-            self._rows,
-            row,
-            noise=buffers.noise,
-            y=buffers.y,
-            h1=buffers.h1,
-            h2=buffers.h2,
-            model_input=None if buffers.model_input is buffers.x else buffers.model_input,
-            peak=buffers.peak,
-            scratch=buffers.scratch,
-        )
-
-
-def sample(
-    model: Model,
-    schedule: DiffusionSchedule,
-    shape: Sequence[int],
-    device: torch.device | str = "cpu",
-    sampler: str = "ddpm",
-    steps: int | None = None,
-    timestep_spacing: str = "leading",
-    steps_offset: int = 0,
-    final_alpha: str = "one",
-    prediction_type: str = "epsilon",
-    variance: str = "large",
-    eta: float = 0.0,
-    clip_sample: bool | float = False,
-    context: Context = None,
-    null_context: Context = None,
-    guidance_scale: float | Sequence[float] = 1.0,
-    guidance_interval: tuple[float, float] | None = None,
-    guidance_rescale: float = 0.0,
-    x_T: Tensor | None = None,
-    generator: Generators = None,
-    callback: Callback | None = None,
-    progress: bool = False,
-    x_0: Tensor | None = None,
-    strength: float | None = None,
-) -> Tensor:
-    """Sample once: the short form of :class:`Engine`, where all arguments are described.
-
-    ``guidance_scale`` 1.0 runs the conditional half only, 0.0 the unconditional half only, anything
-    else both. ``steps=None`` takes all T steps of the schedule. With ``x_0`` and ``strength`` the
-    loop starts from a noised image instead of pure noise.
-    """
-    engine = Engine(
-        model,
-        schedule,
-        device=device,
-        progress=progress,
-        sampler=sampler,
-        steps=steps,
-        timestep_spacing=timestep_spacing,
-        steps_offset=steps_offset,
-        final_alpha=final_alpha,
-        prediction_type=prediction_type,
-        variance=variance,
-        eta=eta,
-        clip_sample=clip_sample,
-        guidance_scale=guidance_scale,
-        guidance_interval=guidance_interval,
-        guidance_rescale=guidance_rescale,
-        strength=strength,
-    )
-    return engine.sample(shape, context, null_context, x_T, generator, callback, x_0)
-
-
-def _graph_mode(graph: str) -> tuple[str, str]:
-    """The mode that runs and why. Capture is not built yet, so asking for it is an error."""
-    if graph in ("loop", "step"):
-        why = "this version does not capture CUDA graphs"
-        if not torch.cuda.is_available():
-            why = "there is no CUDA device"
-        raise RuntimeError(f"graph: {graph!r} was asked for and can't run: {why}")
-    return "off", "as asked" if graph == "off" else "this version does not capture CUDA graphs"
-
-
-def _device_of(model: Model, device: torch.device | str | None) -> torch.device:
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    if device is None:
-        return parameter.device if parameter is not None else torch.device("cpu")
-    try:
-        device = torch.empty(0, device=device).device  # "cuda" is the current one, such as cuda:0
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device: expected one that works, got {device!r}: {reason}") from error
-    if parameter is not None and parameter.device != device:
-        checks.fail("device", f"the device of the model's parameters ({parameter.device})", device)
-    return device
-
-
-def _dtype_of(model: Model) -> torch.dtype:
-    if isinstance(model, nn.Module):
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                return parameter.dtype
-    return torch.float32
-
-
-def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    try:
-        sizes = tuple(operator.index(n) for n in shape)
-    except TypeError:
-        checks.fail("shape", "positive sizes [B, ...]", repr(shape))
-    if not sizes or min(sizes) < 1:
-        checks.fail("shape", "positive sizes [B, ...]", list(sizes))
-    return sizes
+        return self._predictors[key]
 
 
 @contextlib.contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
-    """Eval mode for the time of a run; every module gets back the mode that it had."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) and model.training else []
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
-    try:
+def _plain_tensors() -> Iterator[None]:
+    """No gradients, and no inference mode: its tensors could not be written to after it."""
+    with torch.inference_mode(False), torch.no_grad():
         yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-class _Steps:
-    """Which step each row belongs to: some samplers call the model twice in a step."""
-
-    def __init__(self, table: StepTable) -> None:
-        self._step: list[int] = table.step_of_row.tolist()
-        self._t: list[float] = table.timesteps.tolist()
-
-    def __len__(self) -> int:
-        return self._step[-1] + 1
-
-    def ends(self, row: int) -> bool:
-        return row + 1 == len(self._step) or self._step[row + 1] != self._step[row]
-
-    def of(self, row: int) -> tuple[int, float]:
-        """The step, counted from 0, and its first timestep."""
-        step = self._step[row]
-        return step, self._t[self._step.index(step)]
-
-
-def _check_finite(peak: Tensor, steps: _Steps) -> None:
-    """The one host read of a run, after its last step."""
-    finite = peak.isfinite()
-    if not finite.all():
-        step, t = steps.of(int((~finite).nonzero()[0]))
-        raise FloatingPointError(
-            f"model: expected finite outputs, got NaN or infinity first at step {step} (t = {t:g};"
-            f" steps count from 0 to {len(steps) - 1})"
-        )

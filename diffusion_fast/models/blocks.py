@@ -81,12 +81,13 @@ class Conv2d(nn.Conv2d):
     @property
     def pads(self) -> int | tuple[int, int, int, int]:
         """The padding as :func:`diffusion_fast.ops.conv2d` takes it."""
-        left, right, top, bottom = self.padding if len(self.padding) == 4 else self._even_pads()
-        return left if left == right == top == bottom else (left, right, top, bottom)
-
-    def _even_pads(self) -> tuple[int, int, int, int]:
-        rows, columns = cast("tuple[int, int]", self.padding)
-        return columns, columns, rows, rows
+        padding = cast("tuple[int, ...]", self.padding)
+        if len(set(padding)) == 1:
+            return padding[0]
+        if len(padding) == 2:
+            rows, columns = padding
+            return columns, columns, rows, rows
+        return cast("tuple[int, int, int, int]", padding)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         stride = self.stride[0]

@@ -255,7 +255,7 @@ class UNet2DCondition(nn.Module):
         Raises:
             ValueError: an argument that is missing, not expected, or of the wrong shape or dtype.
         """
-        self._check(x, t, context, text_embeds, time_ids, context_lengths)
+        self.check_inputs(x, t, context, text_embeds, time_ids, context_lengths)
         emb = self.embed_time(t.expand(x.shape[0]), text_embeds, time_ids)
         return self.denoise(
             x,
@@ -315,7 +315,7 @@ class UNet2DCondition(nn.Module):
             x = up_block(x, skips, time[i], kv[i], context_lengths)
         return self.conv_out(self.conv_norm_out(x))
 
-    def _check(
+    def check_inputs(
         self,
         x: Any,
         t: Any,
@@ -324,6 +324,7 @@ class UNet2DCondition(nn.Module):
         time_ids: Any,
         context_lengths: Any,
     ) -> None:
+        """Raises ValueError unless these can be the arguments of a call."""
         config = self.config
         checks.floating("x", x)
         if x.dim() != 4 or x.shape[1] != config.in_channels:

@@ -199,11 +199,11 @@ class AutoencoderKL(nn.Module):
 
     A model in float16 whose config says ``force_upcast`` overflows (SDXL's does, and decodes to
     black images): :meth:`encode` and :meth:`decode` then compute in float32, with a temporary
-    float32 copy of the half that runs, and return float16. That costs time and memory; a config
-    that doesn't say, as those of SD 1.x and 2.x, counts as one that does, as in diffusers. Where a
-    model is known not to overflow, ``vae.config = dataclasses.replace(vae.config,
-    force_upcast=False)`` makes it compute in float16. bfloat16 has the range of float32 and is
-    used as it is.
+    float32 copy of the half that runs, and return float16. That costs time and memory. A config
+    that doesn't say, as those of SD 1.x and 2.x, counts as one that does: the field's default in
+    diffusers, which only looks at it for SDXL, though. Where a model is known not to overflow,
+    ``vae.config = dataclasses.replace(vae.config, force_upcast=False)`` makes it compute in
+    float16. bfloat16 has the range of float32 and is used as it is.
 
     Args:
         config: the shape, see :class:`VAEConfig`.

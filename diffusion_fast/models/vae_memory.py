@@ -39,7 +39,9 @@ class Encoded:
     how: str
 
 
-def decode(vae: AutoencoderKL, latents: Tensor, how: str = "auto") -> Decoded:
+def decode(
+    vae: AutoencoderKL, latents: Tensor, how: str = "auto", run: Run | None = None
+) -> Decoded:
     """Images of latents, in parts where memory is short. Keeps nothing for gradients.
 
     ``"whole"`` decodes the batch at once and ``"sliced"`` one image at a time: the same images to
@@ -52,13 +54,14 @@ def decode(vae: AutoencoderKL, latents: Tensor, how: str = "auto") -> Decoded:
         vae: the model.
         latents: [B, C', h, w] of the model's dtype, not scaled.
         how: ``"auto"``, ``"whole"``, ``"sliced"`` or ``"tiled"``.
+        run: what decodes the whole or a part; ``vae.decode`` by default.
 
     Raises:
         ValueError: another ``how``, or what :meth:`AutoencoderKL.decode` refuses.
         RuntimeError: out of memory, even so.
     """
     vae.check_latents(latents)
-    images, ran = _run(vae.decode, latents, how, 1, vae.downsampling)
+    images, ran = _run(run or vae.decode, latents, how, 1, vae.downsampling)
     return Decoded(images, ran)
 
 

@@ -9,8 +9,10 @@ from torch import Tensor
 
 
 def enabled(x: Tensor) -> bool:
-    """Whether products of ``x`` run in autocast's dtype here; float64 never does."""
-    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    """Whether products of ``x`` run in autocast's dtype here; float64 and meta never do."""
+    if x.dtype == torch.float64 or x.is_meta:
+        return False
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def cast(device: torch.device, *values: Tensor | None) -> tuple[Any, ...]:

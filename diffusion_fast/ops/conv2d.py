@@ -51,9 +51,11 @@ def conv2d(
     """
     checks.floating("x", x)
     if autocast.enabled(x):
+        own = weight.dtype
         x, weight, bias, x2, add, residual = autocast.cast(
             x.device, x, weight, bias, x2, add, residual
         )
+        packed = packed if weight.dtype == own else None  # it holds the weight as it was
     pads = pads_of(padding)
     _check(x, weight, bias, stride, pads, x2, add, residual)
     return _OP(x, weight, bias, stride, pads, x2, add, residual, packed)
@@ -295,7 +297,7 @@ def _onednn_unsupported(
     packed: Sequence[Tensor] | None = None,
 ) -> str | None:
     batch, _, height, width = _output_size(x, weight, stride, padding)
-    if batch * height * width * weight.numel() < onednn.SMALL:
+    if packed is None and batch * height * width * weight.numel() < onednn.SMALL:
         return onednn.TOO_SMALL
     if packed is None and residual is None:
         last = layout(x, weight) == torch.channels_last

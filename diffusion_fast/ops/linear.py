@@ -54,7 +54,9 @@ def linear(
     """
     checks.floating("x", x)
     if autocast.enabled(x):
+        own = weight.dtype
         x, weight, bias, residual = autocast.cast(x.device, x, weight, bias, residual)
+        packed = packed if weight.dtype == own else None  # it holds the weight as it was
     mean, rstd, sums = norm or (None, None, None)
     _check(x, weight, bias, residual, geglu, mean, rstd, sums)
     if packed is not None and len(packed) != 1 + geglu:

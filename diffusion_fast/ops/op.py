@@ -17,8 +17,9 @@ class Op:
     """A named function ``torch.ops.diffusion_fast.<name>`` with a reference and faster backends.
 
     Eager calls run a native implementation directly, so that on a CPU an op costs what its PyTorch
-    code costs. Under ``torch.compile`` and ``torch.export``, and for kernels, the call goes through
-    the registered operator, which has a fake (shape-only) version and a gradient.
+    code costs. Under ``torch.compile`` and ``torch.export``, for kernels, and on the meta device
+    the call goes through the registered operator, which has a fake (shape-only) version and a
+    gradient.
 
     Args:
         name: of the op.
@@ -67,7 +68,7 @@ class Op:
         if torch.compiler.is_compiling():
             return self.torch_op(*args)
         chosen = self.choose(*args)
-        if chosen.native:
+        if chosen.native and not args[0].is_meta:
             self.last_ran = chosen.backend
             return chosen.run(*args)
         return self.torch_op(*args)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..engine import Engine
+from ..engine.decoder import FreshDecoder
 from ..engine.engine import Callback
 from ..models import vae_memory
 from ..models.checkpoints import AnyPath
@@ -54,6 +55,7 @@ class StableDiffusion:
         self.scheduler = parts.scheduler
         self._graph, self._rewrites = graph, rewrites
         self._engine: Engine | None = None
+        self._decode = FreshDecoder(self.vae, rewrites)
         self._lock = threading.Lock()  # the engine's settings belong to one call
 
     @classmethod
@@ -90,7 +92,8 @@ class StableDiffusion:
             prediction_type: ``"epsilon"`` or ``"v_prediction"``, where a single file doesn't say:
                 one of SD 2.x is either, and None warns and takes epsilon.
             graph: how to capture CUDA graphs, see :class:`~diffusion_fast.Engine`.
-            rewrites: which exact rewrites of the U-Net to use, see there.
+            rewrites: which exact rewrites of the U-Net to use, see there; the VAE's decoder uses
+                those of them that apply to it.
 
         Raises:
             CheckpointError: no model there, or an unsupported or damaged one.
@@ -367,7 +370,10 @@ class StableDiffusion:
         if output == "latent":
             return Result(latents, *made, _worst(ways), None, self.random_weights)
         weight = self.vae.decoder.conv_in.weight
-        decoded = vae_memory.decode(self.vae, self.vae.unscale(latents).to(weight))
+        if self._decode.vae is not self.vae:
+            self._decode = FreshDecoder(self.vae, self._rewrites)
+        latents_of_vae = self.vae.unscale(latents).to(weight)
+        decoded = vae_memory.decode(self.vae, latents_of_vae, run=self._decode)
         images, flagged, how = (
             decoded.images.float().clamp(-1, 1),
             None,

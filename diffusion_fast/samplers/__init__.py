@@ -171,6 +171,9 @@ def table_from_grid(
         signal=float(grid.signal[0]),
         noise=float(grid.noise[0]),
         halves=guidance.halves,
+        next_levels=torch.from_numpy(
+            np.stack((grid.next_signal[step], grid.next_noise[step]), axis=1)
+        ),
     )
 
 

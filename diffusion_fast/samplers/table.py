@@ -41,6 +41,8 @@ class StepTable:
         signal, noise: A and S of x = A x_0 + S epsilon at the first row; an image-to-image run
             starts there with x = signal * image + noise * z.
         halves: which halves of guidance run: "conditional", "unconditional" or "both".
+        next_levels: float64 [N, 2], A and S of the state after each row: where an image must be
+            noised to, to take the place of the state there.
 
     The state is in the variance-preserving form (A^2 + S^2 = 1) for every sampler, so that the
     model sees the state itself as its input.
@@ -57,21 +59,24 @@ class StepTable:
     signal: float
     noise: float
     halves: str
+    next_levels: Tensor
 
     def __post_init__(self) -> None:
         n = len(self.rows)
+        if n == 0:
+            checks.fail("rows", "at least one row", "none")
         checks.shape("rows", self.rows, (n, len(COLUMNS)), "[N, len(COLUMNS)]")
         checks.shape("timesteps", self.timesteps, (n,), "[N]")
         checks.shape("step_of_row", self.step_of_row, (n,), "[N]")
+        checks.shape("next_levels", self.next_levels, (n, 2), "[N, 2]")
         for name, value, dtype in (
             ("rows", self.rows, torch.float64),
             ("timesteps", self.timesteps, torch.float64),
+            ("next_levels", self.next_levels, torch.float64),
             ("step_of_row", self.step_of_row, torch.int64),
         ):
             if value.dtype != dtype or value.device.type != "cpu":
                 checks.fail(name, f"{dtype} on the CPU", f"{value.dtype} on {value.device}")
-        if n == 0:
-            checks.fail("rows", "at least one row", "none")
         clip = self.rows[:, INDEX["clip"]]
         if not bool((clip > 0).all()):
             checks.fail("rows", "a positive clip (infinity: off)", clip.min().item())
@@ -113,6 +118,17 @@ class StepTable:
     def draws(self) -> Tensor:
         """bool [N]: the rows that read noise. The others draw none from the generator."""
         return self.rows[:, INDEX["s"]] != 0
+
+    @property
+    def ends_step(self) -> Tensor:
+        """bool [N]: the rows that are the last of their step."""
+        last = torch.tensor([-1])
+        return self.step_of_row.diff(append=last) != 0
+
+    @property
+    def rescales(self) -> bool:
+        """Whether any row rescales guidance."""
+        return self._any("rescale")
 
     @property
     def integer_timesteps(self) -> bool:

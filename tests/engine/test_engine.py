@@ -222,13 +222,13 @@ def test_two_threads_share_an_engine() -> None:
 def test_buffers_are_allocated_once_per_shape() -> None:
     engine = df.Engine(Linear(), SCHEDULE, sampler="dpmpp_3m", steps=6)
     engine.sample(SHAPE)
-    buffers = engine._buffers
-    assert buffers is not None
+    (loop,) = engine._loops.values()
     engine.sample(SHAPE)
-    assert engine._buffers is buffers
-    assert buffers.y is None
-    assert buffers.noise is None
-    assert buffers.h2 is not None
+    engine.configure(sampler="heun", steps=9)
+    engine.sample(SHAPE)
+    assert list(engine._loops.values()) == [loop]
+    engine.sample((2, 1, 4, 4))
+    assert len(engine._loops) == 2
 
 
 def test_no_step_reads_the_device_on_the_host() -> None:

@@ -184,6 +184,16 @@ def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
         onednn._missing.cache_clear()
 
 
+@pytest.mark.parametrize("geglu", [False, True])
+@torch.no_grad()
+def test_a_weight_packed_before_autocast(geglu: bool) -> None:
+    x, weight = torch.randn(512, 256), torch.randn(256, 256)
+    packed = ops.pack_linear(weight, 512, geglu=geglu)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = ops.linear(x, weight, geglu=geglu)
+        assert torch.equal(ops.linear(x, weight, geglu=geglu, packed=packed), expected)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_follows_autocast_as_the_plain_function_does(training: bool) -> None:
     x, weight = torch.randn(64, 256), torch.randn(256, 256, requires_grad=training)

@@ -1,0 +1,155 @@
+"""CUDA graphs: capture, replay, and the loop on the device. Nothing else here knows CUDA."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .while_loop import WhileLoop, no_while_loop
+
+
+class Graph(Protocol):
+    """Work that was captured: ``replay`` does it again, on the same tensors.
+
+    Attributes:
+        bytes: what its capture added to the memory of the pool.
+    """
+
+    bytes: int
+
+    def replay(self) -> None: ...
+
+
+class Capturer(Protocol):
+    """Captures graphs. The tests have one for the CPU, which records operators."""
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why nothing on this device can be captured; None if it can."""
+        ...
+
+    def capture(
+        self, device: torch.device, warm_up: Callable[[], None], work: Callable[[], None]
+    ) -> Graph:
+        """A graph of ``work``, after some calls of ``warm_up``; both change their tensors."""
+        ...
+
+    def no_while_loop(self) -> str | None:
+        """Why the device can't repeat a step by itself; None if it can."""
+        ...
+
+    def repeat(self, step: Graph, counter: Tensor, count: Tensor) -> Graph:
+        """A graph that does a step while counter < count, which the step must bring about."""
+        ...
+
+
+class CudaGraph:
+    """A graph on a GPU, which keeps the captured nodes, so that they can be a loop's body."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, bytes: int) -> None:
+        self.graph, self.bytes = graph, bytes
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class CudaCapturer:
+    """Graphs of one engine. They share a pool of memory, because only one runs at a time."""
+
+    def __init__(self) -> None:
+        self._pools: dict[torch.device, Any] = {}
+        self._alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if not torch.cuda.is_available():
+            return "there is no CUDA device"
+        return None if device.type == "cuda" else f"the model is on {device}"
+
+    def capture(
+        self, device: torch.device, warm_up: Callable[[], None], work: Callable[[], None]
+    ) -> CudaGraph:
+        """Captures on a stream of its own.
+
+        Raises:
+            RuntimeError: the work draws random numbers, which a loop on the device would repeat, or
+                does what no graph can hold, such as reading a tensor on the host.
+        """
+        with torch.cuda.device(device):
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)
+            stream = self._streams[device]
+            stream.wait_stream(torch.cuda.current_stream(device))
+            try:
+                with torch.cuda.stream(stream):
+                    settle(warm_up)
+                    torch.cuda.synchronize(device)
+                    gc.collect()
+                    torch.cuda.empty_cache()
+                    return self._captured(device, work)
+            finally:  # the loop on the host, after a failure, writes to what a warm-up may yet read
+                torch.cuda.current_stream(device).wait_stream(stream)
+
+    def _captured(self, device: torch.device, work: Callable[[], None]) -> CudaGraph:
+        before = torch.cuda.memory_reserved(device)
+        if not self._alive:  # a pool that lost its last graph takes no other
+            self._pools.clear()
+        pool = self._pools.setdefault(device, torch.cuda.graph_pool_handle())
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        # Other threads may use the GPU as they like meanwhile.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            work()
+        except BaseException:
+            _break_off(graph, pool)
+            del self._pools[device]
+            raise
+        graph.capture_end()
+        graph.instantiate()
+        self._alive.add(graph)
+        return CudaGraph(graph, torch.cuda.memory_reserved(device) - before)
+
+    def no_while_loop(self) -> str | None:
+        return no_while_loop()
+
+    def repeat(self, step: Graph, counter: Tensor, count: Tensor) -> Graph:
+        assert isinstance(step, CudaGraph)
+        with torch.cuda.device(counter.device):
+            return WhileLoop(step.graph, counter, count)
+
+
+def _break_off(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """End a capture that failed."""
+    try:
+        graph.capture_end()
+    except RuntimeError:  # the driver had ended it; PyTorch then leaves its allocator capturing
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+
+
+def settle(warm_up: Callable[[], None]) -> None:
+    """Work that was done twice does no more for the first time; it must draw no random numbers."""
+    warm_up()  # kernels are compiled and chosen, which may draw some; workspaces are made
+    with NoRandomNumbers():
+        warm_up()
+
+
+class NoRandomNumbers(TorchDispatchMode):
+    """Raises where PyTorch's random numbers are drawn."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        # Attention has the tag for its dropout, which eval mode turns off.
+        if torch.Tag.nondeterministic_seeded in func.tags and "attention" not in func.name():
+            raise RuntimeError(
+                f"the model draws random numbers ({func}), which a graph can't do anew at each step"
+            )
+        return func(*args, **(kwargs or {}))

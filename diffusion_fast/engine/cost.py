@@ -1,0 +1,148 @@
+"""Launches, bytes and FLOPs of a network's step, counted from the ops that it really calls.
+
+The network runs once on the meta device, where tensors have shapes and no data, and every op of
+:mod:`diffusion_fast.ops` is one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..models import UNet2DCondition, UNetConfig
+from .clock import Clock
+
+if TYPE_CHECKING:
+    from .predictor import Predictor
+
+
+DEVICE = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a computation takes.
+
+    Attributes:
+        launches: ops that compute or move data; views cost nothing.
+        bytes: read and written by them, each tensor once per op.
+        flops: of products, convolutions and attention, a multiply-add as two.
+    """
+
+    launches: int = 0
+    bytes: int = 0
+    flops: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.launches + other.launches, self.bytes + other.bytes, self.flops + other.flops
+        )
+
+    def __sub__(self, other: Cost) -> Cost:
+        return self + Cost(-other.launches, -other.bytes, -other.flops)
+
+
+class Counter(TorchDispatchMode):
+    """Adds up the cost of everything called inside the ``with`` block, by op."""
+
+    def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # imports triton
+
+        super().__init__()
+        self._formulas = flop_registry
+        self.by_op: dict[str, Cost] = {}
+
+    @property
+    def total(self) -> Cost:
+        return sum(self.by_op.values(), Cost())
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if _tensors(out) and not _is_free(func):
+            arrays = _tensors((args, kwargs, out))
+            size = sum(value.numel() * value.element_size() for value in arrays)
+            name = func._schema.name.split("::")[-1]
+            cost = Cost(1, size, self._flops(func, args, kwargs, out))
+            self.by_op[name] = self.by_op.get(name, Cost()) + cost
+        return out
+
+    def _flops(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
+        name = func._schema.name
+        if name == "diffusion_fast::linear":
+            x, weight = args[:2]
+            return 2 * x.numel() * weight.shape[0]
+        if name == "diffusion_fast::conv2d":
+            return 2 * out.numel() * args[1][0].numel()
+        if name == "diffusion_fast::attention":
+            q, k = args[:2]
+            return 4 * q.numel() * k.shape[1]
+        packet = func._overloadpacket
+        if packet in self._formulas:
+            return int(self._formulas[packet](*args, **kwargs, out_val=out))
+        return 0
+
+
+def _is_free(func: Any) -> bool:
+    """Views, and allocations that write nothing."""
+    name = func._schema.name.split("::")[-1]
+    if name.startswith(("empty", "new_empty", "_unsafe_view")):
+        return True
+    returned = [value.alias_info for value in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in returned)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list)) else []
+
+
+class Bench:
+    """Counts steps of predictors for a model of the same config, without its weights.
+
+    Args:
+        config, dtype: of the model.
+        batch: of its input, all halves counted.
+        size: height and width of its input.
+        tokens: of the context; 1 for labels.
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        dtype: torch.dtype,
+        batch: int,
+        size: tuple[int, int],
+        tokens: int,
+    ) -> None:
+        with DEVICE:
+            self.twin = UNet2DCondition(config).to(dtype).eval()
+            self._x = torch.empty(batch, config.in_channels, *size, dtype=dtype)
+            self._context = {"context": torch.empty(batch, dtype=torch.int64)}
+            if config.num_classes is None:
+                text = self._x.new_empty(batch, tokens, config.cross_attention_dim)
+                self._context = {"context": text}
+            if config.addition_embed_type is not None:
+                sizes, width = 6, config.addition_time_embed_dim or 0
+                pooled = (config.projection_class_embeddings_input_dim or 0) - sizes * width
+                self._context["text_embeds"] = self._x.new_empty(batch, pooled)
+                self._context["time_ids"] = torch.empty(batch, sizes)
+
+    def step(self, prepare: Callable[[UNet2DCondition], Predictor]) -> Counter:
+        """The cost of one call of the predictor that ``prepare`` makes for a model."""
+        with DEVICE, torch.no_grad():
+            predictor, clock = prepare(self.twin), Clock(DEVICE)
+            predictor.prepare(self._context, torch.empty(1))
+            with Counter() as counter:
+                predictor(self._x, clock)
+        return counter

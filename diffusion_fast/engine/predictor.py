@@ -1,0 +1,149 @@
+"""The model as the loop calls it: prepared once per run, then asked row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..conditioning import Context, Model, bind
+from ..models import UNet2DCondition
+from ..ops import checks
+from .clock import Clock
+from .plan import REWRITES, Row, bypassed, make_plan
+
+
+class Predictor(Protocol):
+    """What the loop needs of a model.
+
+    A captured graph bakes in addresses. So whatever ``__call__`` reads lies in tensors that keep
+    theirs, and ``prepare`` writes in place. Contexts of another shape or dtype may have tensors of
+    their own, but those of the shapes before must stay as they are.
+    """
+
+    def prepare(self, context: Context, timesteps: Tensor) -> None:
+        """Before each run: everything that depends on the prompt or on the time grid only.
+
+        Args:
+            context: of the halves that run, as :func:`~diffusion_fast.conditioning.join_halves`
+                gives it: batch [halves * B].
+            timesteps: [R] on the device, int64 if all are whole, else float32.
+        """
+        ...
+
+    def __call__(self, x: Tensor, clock: Clock) -> Tensor:
+        """The model's output [halves * B, C, ...] for its input at the clock's row."""
+        ...
+
+    def refresh(self) -> None:
+        """After the weights' values changed: derived tensors are computed again, in place."""
+        ...
+
+    def explain(self) -> Sequence[Row]:
+        """A row for each rewrite: what it did and what it saves."""
+        ...
+
+
+class PlainPredictor:
+    """Any ``model(x, t)``, ``model(x, t, context)`` or ``model(x, t, **context)``, as it is.
+
+    For each shape of the context, and for whole and fractional timesteps, it has own tensors.
+
+    Args:
+        model: the callable. It may only read x and t, which are the loop's own tensors.
+        batch: halves * B.
+        max_rows: of the tables to come.
+        why: no rewrite is used, for :meth:`explain`; None where there is nothing to rewrite.
+    """
+
+    def __init__(self, model: Model, *, batch: int, max_rows: int, why: str | None = None) -> None:
+        self.model, self.batch, self.max_rows, self.why = model, batch, max_rows, why
+        self._contexts: dict[Any, tuple[Context, Callable[[Tensor, Tensor], Tensor]]] = {}
+        self._times: dict[torch.dtype, tuple[Tensor, Sequence[Tensor]]] = {}
+
+    def prepare(self, context: Context, timesteps: Tensor) -> None:
+        key = signature(context)
+        if key not in self._contexts:
+            kept = _empty_like(context)
+            self._contexts[key] = kept, bind(self.model, kept)
+        kept, self._predict = self._contexts[key]
+        _copy(kept, context)
+        if timesteps.dtype not in self._times:
+            times = timesteps.new_zeros(self.max_rows, self.batch)
+            self._times[timesteps.dtype] = times, times.unbind()
+        self._t, self._t_of_row = self._times[timesteps.dtype]
+        self._t[: len(timesteps)] = timesteps[:, None]
+
+    def __call__(self, x: Tensor, clock: Clock) -> Tensor:
+        t = clock.pick(self._t) if clock.counts_on_device else self._t_of_row[clock.row]
+        x_version, t_version = x._version, t._version
+        output = self._predict(x, t)
+        if x._version != x_version or t._version != t_version:
+            changed = "x" if x._version != x_version else "t"
+            checks.fail(
+                "model",
+                f"one that leaves {changed} as it is",
+                f"one that changes it in place (give it {changed}.clone())",
+            )
+        return output
+
+    def refresh(self) -> None:
+        """Nothing is derived from the weights."""
+
+    def explain(self) -> Sequence[Row]:
+        return [Row(name, False, self.why) for name in REWRITES] if self.why else []
+
+
+def predictor_for(
+    model: Model, rewrites: str | Sequence[str], *, batch: int, halves: int, max_rows: int
+) -> Predictor:
+    """The fastest predictor for a model.
+
+    Args:
+        model: as :class:`~diffusion_fast.Engine` takes it.
+        rewrites: the exact rewrites of a U-Net to use: ``"all"``, ``"none"`` or names. A U-Net with
+            hooks on anything but its layers has none for ``"all"``, and they say why.
+        batch: of the images, without the halves of guidance.
+        halves: of guidance that run in one call, 1 or 2.
+        max_rows: of the tables to come.
+
+    Raises:
+        ValueError: rewrites asked for by name that don't exist, or that the model can't have.
+    """
+    why: str | None = None
+    if isinstance(model, UNet2DCondition) and rewrites != "none":
+        hooked = bypassed(model)
+        if hooked is None or rewrites != "all":
+            return make_plan(
+                model, batch=batch, halves=halves, max_rows=max_rows, rewrites=rewrites
+            )
+        why = f"a hook on {hooked!r}, or a forward of its own, would not run"
+    if rewrites not in ("all", "none"):
+        kind = f"{type(model).__name__}, which is no UNet2DCondition"
+        checks.fail("rewrites", f"'all' or 'none' for a model of type {kind}", repr(rewrites))
+    return PlainPredictor(model, batch=halves * batch, max_rows=max_rows, why=why)
+
+
+def signature(context: Context) -> Any:
+    """The shapes, dtypes and devices of a context: hashable."""
+    if isinstance(context, Mapping):
+        return tuple((name, signature(value)) for name, value in sorted(context.items()))
+    return None if context is None else (tuple(context.shape), context.dtype, context.device)
+
+
+def _empty_like(context: Context) -> Context:
+    if isinstance(context, Mapping):
+        return {name: torch.empty_like(value.contiguous()) for name, value in context.items()}
+    return None if context is None else torch.empty_like(context.contiguous())
+
+
+def _copy(kept: Context, context: Context) -> None:
+    if isinstance(context, Mapping):
+        assert isinstance(kept, dict)
+        for name, value in context.items():
+            kept[name].copy_(value)
+    elif context is not None:
+        assert isinstance(kept, Tensor)
+        kept.copy_(context)

@@ -1,0 +1,270 @@
+"""The blocks of :mod:`diffusion_fast.models.blocks` as the loop runs them.
+
+Each holds the model's block, whose parameters it shares, and the names of the rewrites that are on.
+A block's input may hold one half of guidance only, as long as both are equal: the first
+cross-attention widens it to both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import ops
+from ..models import blocks as plain
+from ..models.blocks import KeyValue
+from . import folding
+from .folding import Rows, Weights
+from .layers import Conv2d, Linear, is_plain
+
+On = Collection[str]
+
+
+def widened(x: Tensor, batch: int) -> Tensor:
+    """[B, ...] as [batch, ...]: one half of guidance as both."""
+    return x if len(x) == batch else torch.cat([x] * (batch // len(x)))
+
+
+def time_width(block: plain.ResBlock) -> int:
+    """Numbers that a block takes from the time embedding of an image."""
+    return block.norm2.num_channels * (2 if block.scale_shift else 1)
+
+
+class GroupNorm:
+    """Group norm, SiLU and what joins them, see :func:`diffusion_fast.ops.group_norm_silu`."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        self.norm = norm
+
+    def __call__(
+        self,
+        x: Tensor,
+        silu: bool = True,
+        add: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        x2: Tensor | None = None,
+    ) -> Tensor:
+        norm = self.norm
+        # Under autocast x is narrower than the rest; elsewhere .to() does nothing.
+        weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+        add, scale, shift = (v if v is None else v.to(x.dtype) for v in (add, scale, shift))
+        return ops.group_norm_silu(
+            x, norm.num_groups, weight, bias, norm.eps, silu, add, scale, shift, x2
+        )
+
+
+class LayerNorm:
+    """A layer norm, applied or (``folded_layer_norm``) left to the products behind it."""
+
+    def __init__(self, norm: plain.LayerNorm, on: On, *behind: nn.Module) -> None:
+        self.norm = norm
+        self.folded = "folded_layer_norm" in on and all(map(is_plain, behind))
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Rows | None]:
+        """The product's input, and the statistics of its rows where it must apply them."""
+        if self.folded:
+            return x, folding.row_statistics(x, self.norm.eps)
+        return self.norm(x), None
+
+    def before(self, *layers: nn.Linear, on: On, geglu: bool = False) -> Linear:
+        """The product, of one or several layers, that reads this norm's result."""
+
+        def source() -> Weights:
+            weights = folding.of(layers[0]) if len(layers) == 1 else folding.fused(*layers)
+            return folding.with_layer_norm(weights, self.norm) if self.folded else weights
+
+        derived = self.folded or len(layers) > 1
+        return Linear(source, on, derived, opaque=layers[0], geglu=geglu)
+
+
+class ResBlock:
+    """x + conv(silu(norm(conv(silu(norm(x))) + time))), where x may come in two parts."""
+
+    def __init__(self, block: plain.ResBlock, on: On) -> None:
+        self.block = block
+        self.norm1, self.norm2 = GroupNorm(block.norm1), GroupNorm(block.norm2)
+        self.conv1 = same_conv(block.conv1, on)
+        self.conv2 = same_conv(block.conv2, on)
+        self.shortcut = None if block.conv_shortcut is None else same_conv(block.conv_shortcut, on)
+        self.split = "split_skips" in on
+        self.drops = "removed_no_ops" not in on
+        # The time is then part of the first convolution's bias, else it joins the second norm.
+        self.shifts = self.conv1.epilogues and not block.scale_shift
+        self.layers = [self.conv1, self.conv2] + ([self.shortcut] if self.shortcut else [])
+
+    def project_time(self, emb: Tensor) -> Tensor:
+        """What the block takes from the time embedding: [N, C], or [N, 2C]."""
+        time = self.block.project_time(emb)
+        return time + cast("Tensor", self.conv1.bias) if self.shifts else time
+
+    def __call__(self, x: Tensor, skip: Tensor | None, time: Tensor | None) -> Tensor:
+        """[B, C, H, W] to [B, C', H, W].
+
+        Args:
+            x: the block's input, or the first channels of it.
+            skip: the rest, [B, C2, H, W].
+            time: of :meth:`project_time`, for [B] images or for all, [1]; None for a block without.
+        """
+        if skip is not None and not self.split:
+            x, skip = torch.cat((x, skip), dim=1), None
+        h = self.norm1(x, x2=skip)
+        if time is None:
+            h = self.norm2(self.conv1(h))
+        elif self.shifts:
+            h = self.norm2(self.conv1(h, shift=time))
+        elif self.block.scale_shift:
+            scale, shift = time.expand(len(x), -1).chunk(2, dim=1)
+            h = self.norm2(self.conv1(h), scale=scale, shift=shift)
+        else:
+            h = self.norm2(self.conv1(h), add=time.expand(len(x), -1))
+        if self.drops:
+            h = self.block.dropout(h)
+        return self.conv2(h, residual=x if self.shortcut is None else self.shortcut(x, x2=skip))
+
+
+class SelfAttention:
+    """Attention of the pixels to each other; with ``fused_qkv`` q, k and v are one product."""
+
+    def __init__(self, attention: plain.Attention, norm: LayerNorm, on: On) -> None:
+        self.attention = attention
+        layers = [attention.to_q, attention.to_k, attention.to_v]
+        if "fused_qkv" in on and all(map(is_plain, layers)):
+            self.to_qkv = [norm.before(*layers, on=on)]
+        else:
+            self.to_qkv = [norm.before(layer, on=on) for layer in layers]
+        self.to_out = _linear(attention.to_out[0], on)
+        self.layers = [*self.to_qkv, self.to_out]
+
+    def __call__(self, x: Tensor, rows: Rows | None, residual: Tensor) -> Tensor:
+        made = [layer(x, rows) for layer in self.to_qkv]
+        q, k, v = made if len(made) == 3 else made[0].chunk(3, dim=-1)  # [B, S, C]
+        heads = self.attention.heads
+        q, k, v = (part.unflatten(-1, (heads, -1)) for part in (q, k, v))  # [B, S, H, D]
+        return self.to_out(ops.attention(q, k, v).flatten(2), residual=residual)
+
+
+class CrossAttention:
+    """Attention of the pixels to the context: here both halves of guidance part."""
+
+    def __init__(self, attention: plain.Attention, norm: LayerNorm, on: On) -> None:
+        self.attention = attention
+        self.to_q = norm.before(attention.to_q, on=on)
+        self.to_out = _linear(attention.to_out[0], on)
+        self.layers = [self.to_q, self.to_out]
+
+    def __call__(
+        self,
+        x: Tensor,
+        rows: Rows | None,
+        kv: KeyValue,
+        key_lengths: Tensor | None,
+        residual: Tensor,
+    ) -> Tensor:
+        batch = len(kv[0])
+        q = widened(self.attention.split_heads(self.to_q(x, rows)), batch)  # [B, S, H, D]
+        out = ops.attention(q, *kv, key_lengths=key_lengths)
+        return self.to_out(out.flatten(2), residual=widened(residual, batch))
+
+
+class TransformerBlock:
+    """Self-attention, cross-attention and feed-forward, each after a layer norm and residual."""
+
+    def __init__(self, block: plain.TransformerBlock, on: On) -> None:
+        gate = cast("plain.GEGLU", block.ff.net[0]).proj
+        attn1 = block.attn1
+        self.norm1 = LayerNorm(block.norm1, on, attn1.to_q, attn1.to_k, attn1.to_v)
+        self.norm2 = LayerNorm(block.norm2, on, block.attn2.to_q)
+        self.norm3 = LayerNorm(block.norm3, on, gate)
+        self.attn1 = SelfAttention(attn1, self.norm1, on)
+        self.attn2 = CrossAttention(block.attn2, self.norm2, on)
+        self.ff_in = self.norm3.before(gate, on=on, geglu=True)
+        self.ff_out = _linear(block.ff.net[2], on)
+        self.layers = [*self.attn1.layers, *self.attn2.layers, self.ff_in, self.ff_out]
+
+    def __call__(self, x: Tensor, kv: KeyValue, key_lengths: Tensor | None) -> Tensor:
+        h, rows = self.norm1(x)  # [B, S, C]
+        x = self.attn1(h, rows, residual=x)
+        h, rows = self.norm2(x)
+        x = self.attn2(h, rows, kv, key_lengths, residual=x)
+        h, rows = self.norm3(x)
+        return self.ff_out(self.ff_in(h, rows), residual=x)
+
+
+class Transformer2D:
+    """Transformer blocks over the pixels of an image."""
+
+    def __init__(self, block: plain.Transformer2D, on: On) -> None:
+        self.norm = GroupNorm(block.norm)
+        self.proj_in, self.proj_out = _linear(block.proj_in, on), _linear(block.proj_out, on)
+        self.blocks = [
+            TransformerBlock(one, on)
+            for one in cast("list[plain.TransformerBlock]", block.transformer_blocks)
+        ]
+        inner = [layer for one in self.blocks for layer in one.layers]
+        self.layers = [self.proj_in, *inner, self.proj_out]
+
+    def __call__(self, x: Tensor, kv: list[KeyValue], key_lengths: Tensor | None) -> Tensor:
+        height, width = x.shape[2:]
+        h = self.proj_in(pixels(self.norm(x, silu=False)))  # [B, HW, C]
+        for block, block_kv in zip(self.blocks, kv, strict=True):
+            h = block(h, block_kv, key_lengths)
+        h = self.proj_out(h, residual=pixels(widened(x, len(h))))
+        return h.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+class Downsample:
+    """A strided convolution; ``removed_no_ops`` leaves uneven padding to the convolution."""
+
+    def __init__(self, block: plain.Downsample, on: On) -> None:
+        conv, pads = block.conv, block.pads
+        itself = "removed_no_ops" not in on and is_plain(conv)
+        self.pads = pads if isinstance(pads, tuple) and itself else None
+        padding = 0 if self.pads else pads
+        self.conv = Conv2d(lambda: folding.of(conv), on, opaque=conv, stride=2, padding=padding)
+        self.layers = [self.conv]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.conv(x if self.pads is None else F.pad(x, self.pads))
+
+
+class Upsample:
+    """Nearest neighbours, then a convolution: with ``folded_upsample`` four small convolutions.
+
+    The folded form doubles. Where an odd size must be met the last row or column has a neighbour
+    less than in the doubled image, and the convolution runs on the enlarged image as it is.
+    """
+
+    def __init__(self, block: plain.Upsample, on: On) -> None:
+        self.direct = same_conv(block.conv, on)
+        self.folded: Conv2d | None = None
+        if "folded_upsample" in on and is_plain(block.conv):
+            self.folded = Conv2d(
+                lambda: folding.with_upsample(block.conv), on, derived=True, padding=1
+            )
+        self.layers = [self.direct] + ([self.folded] if self.folded else [])
+
+    def __call__(self, x: Tensor, size: torch.Size) -> Tensor:
+        if self.folded is not None and size == (2 * x.shape[2], 2 * x.shape[3]):
+            return folding.interleaved(self.folded(x))
+        return self.direct(F.interpolate(x, size=size, mode="nearest"))
+
+
+def pixels(x: Tensor) -> Tensor:
+    """[B, C, H, W] as [B, HW, C]: a view if x is channels_last."""
+    return x.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
+
+
+def same_conv(conv: nn.Conv2d, on: On) -> Conv2d:
+    """A convolution with stride 1 that keeps the size."""
+    padding = conv.weight.shape[2] // 2
+    return Conv2d(lambda: folding.of(conv), on, opaque=conv, padding=padding)
+
+
+def _linear(layer: nn.Module, on: On) -> Linear:
+    """A linear layer, or a 1x1 convolution as one."""
+    return Linear(lambda: folding.as_linear(cast("nn.Linear", layer)), on, opaque=layer)

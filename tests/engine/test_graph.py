@@ -1,0 +1,506 @@
+"""Capture, without a GPU: what is captured, when, and that nothing stale is ever replayed."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from numerics import error
+from tape import Loop, TapeCapturer, TapeGraph, tape
+from torch import Tensor, nn
+
+import diffusion_fast as df
+from diffusion_fast import ops
+from diffusion_fast.engine import graph as graph_module
+from diffusion_fast.engine.graph_cache import GraphCache
+from diffusion_fast.samplers import SAMPLERS
+
+__all__ = ["tape"]  # a fixture
+
+SHAPE = (3, 1, 4, 4)
+SCHEDULE = df.DiffusionSchedule(timesteps=100)
+CONTEXTS = {"context": torch.randn(3, 2, 5), "null_context": torch.randn(3, 2, 5)}
+
+
+class Model(nn.Module):
+    """Weights, a buffer, a flag, and a taste for its context."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(1, 1, 3, padding=1, dtype=dtype)
+        self.register_buffer("offset", torch.full((1,), 0.25, dtype=dtype))
+        self.adapter, self.scale, self.calls = "none", 1.0, 0
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        out = self.mix(x) * (1 + t.to(x.dtype).view(-1, 1, 1, 1) / 100) + self.offset
+        if context is None:
+            return out * self.scale
+        amount = context.to(x.dtype).mean((1, 2)).view(-1, 1, 1, 1)
+        return out * (1 + amount) * (self.scale if self.adapter == "none" else 2.0)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def plain(model: nn.Module, shape: tuple[int, ...] = SHAPE, **options: Any) -> Tensor:
+    """The loop on the host."""
+    return df.sample(model, SCHEDULE, shape, **({"generator": seeded()} | options))
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return error(a, b) < 1e-9
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        {},
+        {"guidance_scale": 0.0},
+        {"guidance_scale": [3.0, 0.0, 1.0, 7.5, 2.0]},
+        {"guidance_scale": 4.0, "guidance_rescale": 0.7},
+    ],
+    ids=["conditional", "unconditional", "per step", "rescale"],
+)
+def test_a_graph_is_the_loop(
+    tape: TapeCapturer, prediction_type: str, guidance: dict[str, Any]
+) -> None:
+    """Every sampler, from one capture; in float32 as well, each held to its own tolerance."""
+    model, options = Model(), {"prediction_type": prediction_type, "steps": 5, **guidance}
+    whole = df.Engine(model, SCHEDULE, graph="loop", **options)
+    step = df.Engine(model, SCHEDULE, graph="step", **options)
+    for sampler in SAMPLERS:
+        clip_sample = 0.9 if sampler == "ddim" else False
+        truth = plain(model, sampler=sampler, clip_sample=clip_sample, **CONTEXTS, **options)
+        for engine in (whole, step):
+            engine.configure(sampler=sampler, clip_sample=clip_sample)
+            assert same(engine.sample(SHAPE, **CONTEXTS, generator=seeded()), truth), sampler
+    assert tape.captures == 2
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m", "heun"])
+def test_half_and_single_precision(tape: TapeCapturer, sampler: str) -> None:
+    for dtype, allowed in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        model = Model(dtype)
+        engine = df.Engine(model, SCHEDULE, sampler=sampler, steps=5)
+        x = engine.sample(SHAPE, generator=seeded())
+        assert engine.explain()["graph"] == "loop (repeated on the device)"
+        assert x.dtype == torch.float32
+        assert error(x, plain(model, sampler=sampler, steps=5)) < allowed
+
+
+def test_autocast_ends_between_two_runs(tape: TapeCapturer) -> None:
+    """What it keeps of the weights ends with it, so the graph may not read that."""
+    cached: list[bool] = []
+    model = Model(torch.float32)
+    model.register_forward_pre_hook(lambda *_: cached.append(torch.is_autocast_cache_enabled()))
+    engine = df.Engine(model, SCHEDULE, sampler="ddim", steps=4)
+    for seed in (1, 2):
+        with torch.autocast("cpu", torch.bfloat16):
+            x = engine.sample(SHAPE, generator=seeded(seed))
+            assert torch.is_autocast_cache_enabled()
+        assert x.isfinite().all()
+    assert tape.captures == 1
+    assert cached
+    assert not any(cached)
+
+
+def test_what_does_not_capture_again(tape: TapeCapturer) -> None:
+    model = Model()
+    engine = df.Engine(model, SCHEDULE, sampler="ddim", steps=10, guidance_scale=2.0, max_steps=40)
+    engine.sample(SHAPE, **CONTEXTS, generator=seeded())
+    for change in (
+        {},
+        {"guidance_scale": 7.5},
+        {"steps": 3},
+        {"steps": 40, "sampler": "ddpm"},
+        {"sampler": "dpmpp_3m"},
+        {"guidance_scale": [0.0, 1.0, 2.0, 3.0], "steps": 4},
+        {"guidance_interval": (0.5, 2.0), "guidance_scale": 3.0},
+        {"clip_sample": True, "prediction_type": "v_prediction"},
+    ):
+        engine.configure(**change)
+        options = engine._options | {"generator": seeded(5)}
+        contexts = {name: torch.randn(3, 2, 5) for name in CONTEXTS}
+        x = engine.sample(SHAPE, **contexts, generator=seeded(5))
+        assert same(x, plain(model, **contexts, **options))
+    assert tape.captures == 1
+    engine.configure(steps=41, guidance_interval=None)
+    assert same(
+        engine.sample(SHAPE, **CONTEXTS, generator=seeded()),
+        plain(model, **CONTEXTS, **engine._options),
+    )
+    assert tape.captures == 2
+
+
+def test_what_captures_again(tape: TapeCapturer) -> None:
+    """Each with its right result; and nothing is captured twice."""
+    model = Model()
+    engine = df.Engine(model, SCHEDULE, sampler="euler", steps=5, guidance_scale=2.0)
+    long = {name: torch.randn(3, 7, 5) for name in CONTEXTS}
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({}, {**CONTEXTS}),
+        ({}, long),
+        ({"guidance_scale": 1.0}, {**CONTEXTS}),
+        ({"timestep_spacing": "linspace"}, {**CONTEXTS}),  # fractional timesteps
+        ({"guidance_rescale": 0.5}, {**CONTEXTS}),
+        ({}, {**CONTEXTS, "shape": (3, 1, 6, 5)}),
+        ({}, {**CONTEXTS, "mask": torch.ones(1, 1, 4, 4), "x_0": torch.zeros(SHAPE)}),
+        ({}, {**CONTEXTS, "generator": ops.Philox(3)}),
+    ]
+    start = dict(engine._options)
+    for turn in range(2):
+        for i, (change, call) in enumerate(cases):
+            engine.configure(**{"timestep_spacing": "leading", "guidance_rescale": 0.0, **start})
+            engine.configure(**change)
+            x = engine.sample(**{"shape": SHAPE, "generator": seeded(), **call})
+            assert same(x, plain(model, **call, **engine._options)), change
+            assert tape.captures == (i + 1 if turn == 0 else len(cases)), change
+
+
+def in_place(model: Model) -> None:
+    with torch.no_grad():
+        model.mix.weight.mul_(0.5)
+
+
+def set_bias(model: Model) -> None:
+    model.mix.bias.data = torch.ones_like(model.mix.bias)
+
+
+def train(model: Model) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(1, 1, 4, 4, dtype=torch.float64), torch.zeros(1)).sum().backward()
+    optimizer.step()
+
+
+EDITS = {
+    "in place": in_place,
+    "optimizer": train,
+    "a new parameter": lambda m: setattr(
+        m.mix, "weight", nn.Parameter(torch.randn_like(m.mix.weight))
+    ),
+    "new data": set_bias,
+    "a new module": lambda m: setattr(
+        m, "mix", nn.Conv2d(1, 1, 3, padding=1, dtype=m.mix.weight.dtype)
+    ),
+    "load_state_dict": lambda m: m.load_state_dict(Model().state_dict()),
+    "a buffer": lambda m: m.offset.add_(1),
+    "another adapter": lambda m: setattr(m, "adapter", "lora"),
+    "another scale": lambda m: setattr(m, "scale", 3.0),
+    "a dtype": lambda m: m.float(),
+    "a hook": lambda m: m.register_forward_hook(lambda module, args, out: 2 * out),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_is_never_missed(tape: TapeCapturer, edit: str) -> None:
+    model = Model()
+    engine = df.Engine(model, SCHEDULE, sampler="ddim", steps=4)
+    call = {"context": CONTEXTS["context"], "generator": seeded()}
+    before = engine.sample(SHAPE, **call)
+    EDITS[edit](model)
+    after = engine.sample(SHAPE, **call | {"generator": seeded()})
+    assert error(after, plain(model, sampler="ddim", steps=4, context=call["context"])) < 1e-5
+    assert error(after, before) > 1e-3
+    assert tape.captures == 2
+    assert len(engine._graphs.cache) == 2  # a step and its loop: the old ones are freed
+    engine.sample(SHAPE, **call)
+    assert tape.captures == 2
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_an_edit_that_nobody_counts(tape: TapeCapturer, verify: bool) -> None:
+    """A tape reads weights where they lie; so what is seen here is whether it was made anew."""
+    model = Model()
+    engine = df.Engine(model, SCHEDULE, sampler="ddim", steps=4, verify=verify)
+    engine.sample(SHAPE)
+    model.mix.weight.data[0, 0, 1, 1] += 1e-9
+    engine.sample(SHAPE)
+    assert tape.captures == (2 if verify else 1)
+    engine.refresh()
+    engine.sample(SHAPE)
+    assert tape.captures == (3 if verify else 2)
+
+
+def test_lora_by_peft(tape: TapeCapturer) -> None:
+    """Injected, switched off, scaled, merged: each gives what the plain loop gives."""
+    peft = pytest.importorskip("peft")
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line = nn.Linear(4, 4, dtype=torch.float64)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.line(x)
+
+    model = Net()
+    engine = df.Engine(model, SCHEDULE, sampler="ddim", steps=4)
+    seen = [engine.sample(SHAPE, generator=seeded())]
+
+    def check() -> None:
+        x = engine.sample(SHAPE, generator=seeded())
+        assert same(x, plain(model, sampler="ddim", steps=4))
+        assert error(x, seen[-1]) > 1e-4
+        seen.append(x)
+
+    config = peft.LoraConfig(target_modules=["line"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, model)
+    check()
+    model.line.enable_adapters(False)
+    check()
+    model.line.enable_adapters(True)
+    check()
+    model.line.scale_layer(3.0)
+    check()
+    model.line.unscale_layer()
+    check()
+    model.line.merge()
+    merged = engine.sample(SHAPE, generator=seeded())
+    assert same(merged, plain(model, sampler="ddim", steps=4))
+    assert error(merged, seen[-1]) < 1e-9
+
+
+def test_a_callback_gets_a_replay_per_step(tape: TapeCapturer) -> None:
+    engine = df.Engine(Model(), SCHEDULE, sampler="heun", steps=4)
+    seen: list[tuple[int, float, Tensor]] = []
+    x = engine.sample(SHAPE, generator=seeded(), callback=lambda *a: seen.append(a))
+    assert engine.explain()["graph"].startswith("step (a callback")
+    assert [step for step, _, _ in seen] == [0, 1, 2, 3]
+    assert torch.equal(seen[-1][2], x)
+    assert not torch.equal(seen[0][2], x)
+    assert torch.equal(engine.sample(SHAPE, generator=seeded()), x)
+    assert engine.explain()["graph"].startswith("loop")
+    assert tape.captures == 1
+    with pytest.raises(ValueError, match="callback: expected None, because graph='loop'"):
+        df.Engine(Model(), SCHEDULE, graph="loop").sample(SHAPE, callback=print)
+    with pytest.raises(ValueError, match="progress: expected False, because graph='loop'"):
+        df.Engine(Model(), SCHEDULE, graph="loop", progress=True)
+    engine = df.Engine(Model(), SCHEDULE, graph="loop")
+    engine.progress = True
+    with pytest.raises(ValueError, match="progress: expected False, because graph='loop'"):
+        engine.sample(SHAPE)
+
+
+@pytest.mark.parametrize(
+    "attribute", ["why_no_loop", "loop_error"], ids=["not there", "the driver refuses"]
+)
+def test_without_while_nodes_the_loop_is_unrolled(
+    tape: TapeCapturer, monkeypatch: pytest.MonkeyPatch, attribute: str
+) -> None:
+    setattr(tape, attribute, "an old driver")
+    model = Model()
+    engine = df.Engine(model, SCHEDULE, sampler="ddpm", steps=6, max_steps=6)
+    for steps in (6, 4, 6):
+        engine.configure(steps=steps)
+        x = engine.sample(SHAPE, generator=seeded())
+        assert engine.explain()["graph"] == f"loop ({steps} rows unrolled: an old driver)"
+        assert same(x, plain(model, sampler="ddpm", steps=steps))
+    assert not any(isinstance(graph, Loop) for graph in tape.graphs)
+    captures = tape.captures
+    monkeypatch.setattr(graph_module, "UNROLLED_ROWS", 5)
+    engine.refresh()
+    assert same(engine.sample(SHAPE, generator=seeded()), plain(model, sampler="ddpm", steps=6))
+    assert engine.explain()["graph"].startswith("step (6 rows are too many to unroll: an old")
+    assert tape.captures == captures + 1
+
+
+def test_auto_falls_back_and_says_so(tape: TapeCapturer) -> None:
+    tape.failures = [RuntimeError("operation not permitted")]
+    model = Model()
+    engine = df.Engine(model, SCHEDULE, sampler="ddim", steps=4)
+    with pytest.warns(RuntimeWarning, match="graph: capture failed.*operation not permitted"):
+        x = engine.sample(SHAPE, generator=seeded())
+    assert same(x, plain(model, sampler="ddim", steps=4))
+    assert engine.explain()["graph"].startswith("off (capture failed: RuntimeError: operation")
+    assert same(
+        engine.sample(SHAPE, generator=seeded(1)),
+        plain(model, sampler="ddim", steps=4, generator=seeded(1)),
+    )
+    assert tape.captures == 0  # not tried again
+    engine.refresh()
+    engine.sample(SHAPE)
+    assert tape.captures == 1
+
+
+@pytest.mark.parametrize("graph", ["loop", "step"])
+def test_a_graph_asked_for_by_name_raises(tape: TapeCapturer, graph: str) -> None:
+    tape.failures = [RuntimeError("operation not permitted")]
+    engine = df.Engine(Model(), SCHEDULE, graph=graph, sampler="ddim", steps=4)
+    with pytest.raises(RuntimeError, match=f"graph: '{graph}' was asked for and can't be captured"):
+        engine.sample(SHAPE)
+    engine.sample(SHAPE)
+    assert tape.captures == 1
+
+
+class Reads(Model):
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        return super().forward(x, t) * float(t[0])
+
+
+class Draws(Model):
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        return super().forward(x, t) + torch.randn_like(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"), [(Reads, "not permitted"), (Draws, r"draws random numbers \(aten.randn")]
+)
+def test_models_that_no_graph_can_hold(tape: TapeCapturer, model: type[Model], why: str) -> None:
+    engine = df.Engine(model(), SCHEDULE, sampler="ddim", steps=4)
+    with pytest.warns(RuntimeWarning, match=why):
+        engine.sample(SHAPE)
+    engine.sample(SHAPE)
+
+
+def test_random_numbers_of_the_first_call_do_no_harm(tape: TapeCapturer) -> None:
+    """Kernels are measured on random data before they are chosen."""
+
+    class DrawsOnce(Model):
+        def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+            if self.calls == 0:
+                torch.randn_like(x)
+            return super().forward(x, t)
+
+    engine = df.Engine(DrawsOnce(), SCHEDULE, graph="loop", sampler="ddim", steps=4)
+    engine.sample(SHAPE)
+    assert tape.captures == 1
+
+
+def test_a_plain_callable_is_captured_only_when_asked(tape: TapeCapturer) -> None:
+    model = Model(torch.float32)
+    engine = df.Engine(lambda x, t: model(x, t), SCHEDULE, sampler="ddim", steps=4)
+    engine.sample(SHAPE)
+    assert "no nn.Module" in engine.explain()["graph"]
+    assert tape.captures == 0
+    df.Engine(lambda x, t: x * 0.5, SCHEDULE, graph="loop", sampler="ddim", steps=4).sample(SHAPE)
+    assert tape.captures == 1
+
+
+def test_out_of_memory_frees_the_old_graphs_and_tries_once_more(tape: TapeCapturer) -> None:
+    model = Model()
+    engine = df.Engine(model, SCHEDULE, sampler="ddim", steps=4)
+    engine.sample(SHAPE)
+    engine.sample((1, 1, 8, 8))
+    cache = engine._graphs.cache
+    assert len(cache) == 4  # a step and a loop each
+    tape.failures = [torch.OutOfMemoryError("no room")]
+    shape = (2, 1, 8, 8)
+    x = engine.sample(shape, generator=seeded())
+    assert same(x, plain(model, shape, sampler="ddim", steps=4))
+    assert len(cache) == 2
+    tape.failures = [torch.OutOfMemoryError("no room")] * 2
+    with pytest.warns(RuntimeWarning, match="capture failed.*no room"):
+        engine.sample((4, 1, 8, 8))
+    assert not tape.failures
+
+
+def test_the_memory_of_graphs_has_a_bound(
+    tape: TapeCapturer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_module, "GRAPH_BYTES", 250)
+    engine = df.Engine(Model(), SCHEDULE, sampler="ddim", steps=4)
+    for size in (4, 5, 4, 6):  # 100 bytes each: the third shape drives out the second
+        engine.sample((1, 1, size, size))
+    assert tape.captures == 3
+    assert engine._graphs.cache.bytes == 200
+    engine.sample((1, 1, 4, 4))
+    assert tape.captures == 3
+    engine.sample((1, 1, 5, 5))
+    assert tape.captures == 4
+
+
+def test_a_cache_keeps_what_is_asked_for_whatever_its_size() -> None:
+    cache = GraphCache(limit=100)
+    cache.get(("a", 1), lambda: TapeGraph([], 60))
+    cache.get(("a", "loop"), lambda: TapeGraph([], 0))
+    cache.get(("b", 1), lambda: TapeGraph([], 500))
+    assert (len(cache), cache.bytes) == (1, 500)
+    cache.drop("b")
+    assert len(cache) == 0
+
+
+def test_graphs_go_with_their_buffers(tape: TapeCapturer) -> None:
+    engine = df.Engine(Model(), SCHEDULE, sampler="ddim", steps=4)
+    for size in range(3, 9):
+        engine.sample((1, 1, size, size))
+    assert len(engine._graphs.cache) == 2 * len(engine._loops) == 8
+    assert len(engine._predictors) == 1
+    for batch in range(2, 6):
+        engine.sample((batch, 1, 4, 4))
+    assert len(engine._graphs.cache) == 2 * len(engine._loops) == 8
+    assert len(engine._predictors) == 4
+
+
+def test_large_noise_is_drawn_by_step_or_by_philox(
+    tape: TapeCapturer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_module, "NOISE_BYTES", 1000)
+    model = Model()
+    engine = df.Engine(model, SCHEDULE, sampler="ddpm", steps=5)
+    assert same(engine.sample(SHAPE, generator=seeded()), plain(model, sampler="ddpm", steps=5))
+    assert engine.explain()["graph"].startswith("step (the noise of all steps takes")
+    engine.configure(sampler="ddim")
+    engine.sample(SHAPE)
+    assert engine.explain()["graph"].startswith("loop")
+    named = df.Engine(model, SCHEDULE, graph="loop", sampler="ddpm", steps=5)
+    with pytest.raises(ValueError, match=r"generator: expected an ops.Philox with graph='loop'"):
+        named.sample(SHAPE)
+    philox = ops.Philox(11, 5)
+    x = named.sample(SHAPE, generator=philox)
+    assert same(x, plain(model, sampler="ddpm", steps=5, generator=philox))
+
+
+def test_backends_are_part_of_the_key(tape: TapeCapturer) -> None:
+    engine = df.Engine(Model(), SCHEDULE, sampler="ddim", steps=4)
+    engine.sample(SHAPE)
+    with ops.use_backend("reference"):
+        engine.sample(SHAPE)
+    assert tape.captures == 2
+    engine.sample(SHAPE)
+    assert tape.captures == 2
+
+
+def test_two_threads_share_an_engine(tape: TapeCapturer) -> None:
+    model = Model()
+    engine = df.Engine(model, SCHEDULE, sampler="ddpm", steps=8)
+    shapes = [SHAPE, (2, 1, 5, 5), SHAPE, (2, 1, 5, 5), SHAPE, SHAPE]
+    got: dict[int, list[Tensor]] = {i: [] for i in range(len(shapes))}
+
+    def run(i: int) -> None:
+        for _ in range(3):
+            got[i].append(engine.sample(shapes[i], generator=seeded(i)))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in got]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, images in got.items():
+        truth = plain(model, shapes[i], sampler="ddpm", steps=8, generator=seeded(i))
+        assert len(images) == 3
+        assert all(same(image, truth) for image in images)
+    assert tape.captures == 2
+
+
+def test_results_are_copies(tape: TapeCapturer) -> None:
+    engine = df.Engine(Model(), SCHEDULE, sampler="ddim", steps=4)
+    first = engine.sample(SHAPE, generator=seeded(1))
+    kept = first.clone()
+    engine.sample(SHAPE, generator=seeded(2))
+    assert torch.equal(first, kept)
+    assert torch.equal(engine.sample(SHAPE, generator=seeded(1)), kept)
+
+
+def test_what_is_not_finite_is_found_in_a_graph(tape: TapeCapturer) -> None:
+    class Breaks(Model):
+        def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+            return torch.where(t.view(-1, 1, 1, 1) <= 50, float("nan"), 0.0) + x
+
+    engine = df.Engine(Breaks(), SCHEDULE, graph="loop", sampler="ddim", steps=4)
+    with pytest.raises(FloatingPointError, match=r"first at step 1 \(t = 50;"):
+        engine.sample(SHAPE)

@@ -1,0 +1,374 @@
+"""A prepared U-Net computes what the plain one does, whatever rewrites are on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import assert_close
+from prepared import (
+    GRID,
+    LIKE_SDXL,
+    TEXT_TIME,
+    at,
+    check,
+    conditions,
+    images,
+    of_config,
+    plain,
+    prepared,
+    randomize,
+    unet,
+)
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffusion_fast.engine.plan import REWRITES, make_plan
+from diffusion_fast.models import UNetConfig
+
+CHOICES: dict[str, str | Iterable[str]] = {
+    **{name: [name] for name in REWRITES},
+    "all": "all",
+    "none": "none",
+    "every": REWRITES,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "small": {},
+    "like_sdxl": LIKE_SDXL,
+    "text_time": TEXT_TIME,
+    "classes": {"num_classes": 10},
+    "scale_shift": {"resnet_time_scale_shift": "scale_shift"},
+    "padded_at_the_end": {"downsample_padding": 0},
+    "inpainting": {"in_channels": 9, "conv_in_kernel": 1, "conv_out_kernel": 5},
+    "linear_projection": {"use_linear_projection": True, "transformer_layers_per_block": 2},
+    "one_level": {
+        "block_out_channels": (16,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+    },
+    "attention_in_the_middle_only": {
+        "down_block_types": ("DownBlock2D",) * 2,
+        "up_block_types": ("UpBlock2D",) * 2,
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_each_rewrite_alone_and_all_together(choice: str, dtype: torch.dtype) -> None:
+    check(unet(dtype), CHOICES[choice])
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_each_rewrite_at_odd_sizes(choice: str) -> None:
+    check(unet(torch.float64), CHOICES[choice], size=(7, 10))
+
+
+@pytest.mark.parametrize("choice", ["all", "none", "every"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_any_kind_of_model(variant: str, choice: str) -> None:
+    check(unet(torch.float64, **VARIANTS[variant]), CHOICES[choice])
+    check(unet(torch.float32, **VARIANTS[variant]), CHOICES[choice], size=(9, 6))
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_batches_and_halves(batch: int, halves: int) -> None:
+    check(unet(torch.float64), REWRITES, batch=batch, halves=halves)
+
+
+@pytest.mark.parametrize("choice", ["all", "none", "cached_context", "shared_prefix"])
+def test_lengths_of_contexts(choice: str) -> None:
+    check(unet(torch.float64), CHOICES[choice], lengths=True)
+
+
+@pytest.mark.parametrize("choice", ["all", "none"])
+def test_weights_in_channels_last(choice: str) -> None:
+    check(unet().to(memory_format=torch.channels_last), choice, size=(9, 6))
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> UNetConfig:
+    levels = draw(st.integers(1, 3))
+
+    def per_level(values: list[Any]) -> tuple[Any, ...]:
+        return tuple(draw(st.sampled_from(values)) for _ in range(levels))
+
+    return UNetConfig(
+        in_channels=draw(st.integers(1, 5)),
+        out_channels=draw(st.integers(1, 5)),
+        block_out_channels=per_level([8, 16, 24]),
+        down_block_types=per_level(["DownBlock2D", "CrossAttnDownBlock2D"]),
+        up_block_types=per_level(["UpBlock2D", "CrossAttnUpBlock2D"]),
+        layers_per_block=per_level([1, 2]),
+        transformer_layers_per_block=per_level([1, 2]),
+        attention_head_dim=per_level([1, 2, 4]),
+        norm_num_groups=draw(st.sampled_from([1, 2, 4, 8])),
+        cross_attention_dim=draw(st.integers(1, 9)),
+        use_linear_projection=draw(st.booleans()),
+        downsample_padding=draw(st.sampled_from([0, 1])),
+        resnet_time_scale_shift=draw(st.sampled_from(["default", "scale_shift"])),
+        **draw(st.sampled_from([{}, {"num_classes": 3}, TEXT_TIME])),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    config=configs(),
+    rewrites=st.sets(st.sampled_from(REWRITES)),
+    size=st.tuples(st.integers(4, 11), st.integers(4, 11)),
+    batch=st.integers(1, 2),
+    halves=st.integers(1, 2),
+)
+def test_any_config_and_any_combination(
+    config: UNetConfig, rewrites: set[str], size: tuple[int, int], batch: int, halves: int
+) -> None:
+    model = of_config(config, torch.float64)
+    check(model, rewrites, batch=batch, halves=halves, size=size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", ["all", "none"])
+def test_sd15_at_a_small_latent(choice: str) -> None:
+    check(of_config(UNetConfig.preset("sd15")), choice, batch=1, size=(16, 16), tokens=77)
+
+
+def addresses(network: Any) -> list[int]:
+    kept = [layer.weight for layer in network.layers()]
+    kept += [layer.bias for layer in network.layers() if layer.bias is not None]
+    kept += [layer.column_sums for layer in network.layers() if layer.column_sums is not None]
+    kept += [network.times._table, *network.contexts._now]
+    return [value.data_ptr() for value in kept]
+
+
+def test_refresh_follows_the_weights_and_keeps_the_addresses() -> None:
+    model = unet(torch.float64)
+    given = conditions(model, 4)
+    network, x = prepared(model, given, REWRITES), images(model, 2, 2)
+    before = network(x, at(1))
+    places = addresses(network)
+    randomize(model)
+    network.refresh()
+    network.prepare(given, GRID)
+    expected = plain(model, x, 1, given)
+    assert (network(x, at(1)) - expected).abs().max() <= 1e-9 * expected.abs().max()
+    assert (before - expected).abs().max() > 0.1
+    assert addresses(network) == places
+
+
+def test_refresh_repacks_the_weights() -> None:
+    """Wide enough for oneDNN, which then reads nothing but the packed weights."""
+    model = unet(block_out_channels=(64, 128), cross_attention_dim=64)
+    given = conditions(model, 4)
+    network, x = prepared(model, given, ["packed_weights"]), images(model, 2, 2, (16, 16))
+    network(x, at(0))
+    randomize(model)
+    network.refresh()
+    network.prepare(given, GRID)
+    expected = plain(model, x, 0, given)
+    assert (network(x, at(0)) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_weights_that_were_replaced_are_found_by_refresh() -> None:
+    model = unet(torch.float64)
+    given = conditions(model, 4)
+    network, x = prepared(model, given), images(model, 2, 2)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.weight = nn.Parameter(module.weight * 1.1)
+    network.refresh()
+    network.prepare(given, GRID)
+    expected = plain(model, x, 0, given)
+    assert (network(x, at(0)) - expected).abs().max() <= 1e-9 * expected.abs().max()
+
+
+def test_refresh_refuses_a_model_that_was_cast() -> None:
+    model = unet()
+    network = prepared(model, conditions(model, 4))
+    model.to(torch.float64)
+    with pytest.raises(ValueError, match=r"model: expected .* as planned, got torch.float64"):
+        network.refresh()
+
+
+def test_another_prompt_and_grid_keep_the_addresses() -> None:
+    model = unet(torch.float64)
+    network, x = prepared(model, conditions(model, 4)), images(model, 2, 2)
+    network(x, at(0))
+    places = addresses(network)
+    given = conditions(model, 4)
+    network.prepare(given, GRID)
+    assert addresses(network) == places
+    expected = plain(model, x, 2, given)
+    assert (network(x, at(2)) - expected).abs().max() <= 1e-9 * expected.abs().max()
+
+
+@pytest.mark.parametrize("choice", ["all", "none"])
+def test_contexts_of_another_length_leave_the_first_ones_be(choice: str) -> None:
+    model = unet(torch.float64)
+    first = conditions(model, 4, tokens=3)
+    network = prepared(model, first, choice)
+    kept = [value.clone() for value in network.contexts._now]
+    tensors = list(network.contexts._now)
+    network.prepare(conditions(model, 4, tokens=8), GRID)
+    assert all(torch.equal(a, b) for a, b in zip(kept, tensors, strict=True))
+    network.prepare(first, GRID)
+    assert [v.data_ptr() for v in network.contexts._now] == [v.data_ptr() for v in tensors]
+
+
+@pytest.mark.parametrize("choice", ["all", "none"])
+def test_a_prompt_for_all(choice: str) -> None:
+    model = unet(torch.float64)
+    shared = conditions(model, 1)["context"]
+    network, x = prepared(model, {"context": shared}, choice), images(model, 2, 2)
+    network.prepare(shared, GRID)  # as a tensor
+    expected = plain(model, x, 0, {"context": shared})
+    assert (network(x, at(0)) - expected).abs().max() <= 1e-9 * expected.abs().max()
+
+
+@pytest.mark.parametrize("choice", ["all", "none"])
+def test_the_device_may_count(choice: str) -> None:
+    model = unet(torch.float64)
+    network, x = prepared(model, conditions(model, 4), choice), images(model, 2, 2)
+    clock = at(1)
+    with clock.on_device():
+        clock.advance()
+        assert torch.equal(network(x, clock), network(x, at(1)))
+
+
+class Reads(TorchDispatchMode):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        assert "_local_scalar_dense" not in str(func), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("choice", ["all", "none", "every"])
+def test_a_call_reads_nothing_on_the_host(choice: str) -> None:
+    model = unet(**LIKE_SDXL)
+    network, x = prepared(model, conditions(model, 4), CHOICES[choice]), images(model, 2, 2)
+    network(x, at(0))
+    with Reads():
+        network(x, at(1))
+
+
+def test_a_call_leaves_its_input_and_the_parameters_alone() -> None:
+    model = unet()
+    network, x = prepared(model, conditions(model, 4)), images(model, 2, 2)
+    versions = [p._version for p in model.parameters()]
+    kept = x.clone()
+    network(x, at(0))
+    assert torch.equal(x, kept)
+    assert [p._version for p in model.parameters()] == versions
+
+
+def test_parameters_are_shared() -> None:
+    model = unet()
+    own = {p.data_ptr() for p in model.parameters()}
+    network = make_plan(model, batch=1, halves=2, max_rows=2, rewrites="none")
+    assert all(layer.weight.data_ptr() in own for layer in network.layers())
+
+
+class LowRank(nn.Module):
+    """A layer with an adapter, as adapter libraries put one in a layer's place."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + 0.3 * x[..., : self.weight.shape[0]].flip(-1).sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("choice", ["all", "every"])
+def test_adapters_in_the_place_of_layers_are_called(choice: str) -> None:
+    model = unet(torch.float64)
+    without = unet(torch.float64)
+    without.load_state_dict(model.state_dict())
+    for block in model.modules():
+        for name in ("to_q", "to_k", "to_v", "time_emb_proj"):
+            if hasattr(block, name):
+                setattr(block, name, LowRank(getattr(block, name)))
+        if hasattr(block, "to_out"):
+            block.to_out[0] = LowRank(block.to_out[0])
+    given = conditions(model, 4)
+
+    def forward(attention: Any) -> None:  # the plain block hands its residual to its own layers
+        to_out, split = attention.to_out[0], attention.split_heads
+
+        def run(x: Tensor, kv: Any, key_lengths: Any = None, residual: Any = None) -> Tensor:
+            from diffusion_fast import ops
+
+            out = ops.attention(split(attention.to_q(x)), *kv, key_lengths=key_lengths)
+            return to_out(out.flatten(2)) + residual
+
+        attention.forward = run
+
+    network = prepared(model, given, CHOICES[choice])
+    x = images(model, 2, 2)
+    result = network(x, at(0))
+    for block in model.modules():
+        if hasattr(block, "to_out"):
+            forward(block)
+    expected = plain(model, x, 0, given)
+    assert (result - expected).abs().max() <= 1e-9 * expected.abs().max()
+    assert (result - plain(without, x, 0, given)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("rewrites", ["all", REWRITES], ids=["all", "by name"])
+@pytest.mark.parametrize(
+    "changes", [{}, TEXT_TIME, {"resnet_time_scale_shift": "scale_shift"}], ids=str
+)
+def test_autocast(changes: dict[str, Any], rewrites: Any) -> None:
+    """As near to the model in float32 as the plain one under autocast; on and off again."""
+    model = unet(**changes)
+    kept, x = conditions(model, 4), images(model, 2, 2, (16, 16))
+    network, expected = prepared(model, kept, rewrites), plain(model, x, 0, kept)
+    before = network(x, at(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        network.prepare(kept, GRID)
+        result, narrow = network(x, at(0)), plain(model, x, 0, kept)
+    assert_close(result, expected, narrow)
+    network.prepare(kept, GRID)
+    assert torch.equal(network(x, at(0)), before)
+
+
+def test_hooks_on_layers_run() -> None:
+    model = unet(torch.float64)
+    seen = []
+    model.conv_in.register_forward_hook(lambda *_: seen.append(1))
+    check(model, "all")
+    assert len(seen) == 4  # two rows, both networks
+
+
+@pytest.mark.parametrize("size", [0, 6])
+def test_bad_grids(size: int) -> None:
+    model = unet()
+    network = make_plan(model, batch=1, halves=1, max_rows=5)
+    with pytest.raises(ValueError, match=r"timesteps: expected \[N\] with N in \[1, 5\]"):
+        network.prepare(conditions(model, 1), torch.zeros(size))
+
+
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        (None, "context: expected text states"),
+        (torch.randn(3, 5, 24), "context: expected shape"),
+        ({"context": torch.randn(2, 5, 24), "time_ids": torch.zeros(2, 6)}, "time_ids: expected"),
+    ],
+)
+def test_bad_contexts(context: Any, message: str) -> None:
+    network = make_plan(unet(), batch=1, halves=2, max_rows=5)
+    with pytest.raises(ValueError, match=message):
+        network.prepare(context, GRID)
+
+
+def test_unknown_keywords_of_a_context() -> None:
+    network = make_plan(unet(), batch=1, halves=2, max_rows=5)
+    with pytest.raises(TypeError, match="style"):
+        network.prepare({"context": torch.randn(2, 5, 24), "style": torch.zeros(2)}, GRID)
