@@ -47,10 +47,13 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
     return itertools.chain(model.parameters(), model.buffers())
 
 
+_BOOKKEEPING = frozenset(vars(nn.Module()))  # of every module: its parameters, hooks and so on
+
+
 def _settings(module: nn.Module) -> tuple[Any, ...]:
     """A module, its hooks, own forward, and attributes that are no tensors, modules or counters."""
     hooks = *module._forward_hooks, *module._forward_pre_hooks, vars(module).get("forward")
-    plain = ((name, _plain(value)) for name, value in vars(module).items())
+    plain = ((n, _plain(value)) for n, value in vars(module).items() if n not in _BOOKKEEPING)
     return id(module), hooks, tuple(pair for pair in plain if pair[1] is not None)
 
 
