@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 # One thread a process: most tensors here are tiny, and workers share the cores.
 torch.set_num_threads(1)
+
+# Triton's interpreter is chosen when triton is imported, by any test file. Nothing in this process
+# compiles Triton code without a GPU; ahead-of-time compilation runs in a process of its own.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,20 +1,14 @@
-"""Kernel tests: on a GPU where there is one, else in Triton's interpreter on the CPU."""
+"""Kernel tests: on a GPU where there is one, else in Triton's interpreter on the CPU.
+
+Which of them is chosen when triton is imported, so tests/conftest.py says it.
+"""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        raise pytest.UsageError("set TRITON_INTERPRET=1: triton was imported before tests/kernels")
-    # The interpreter is chosen when triton is imported. Nothing else in this process compiles
-    # Triton code, as there is no GPU; ahead-of-time compilation runs in a process of its own.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)
