@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..ops import checks
+from .config_json import json_values, own_fields
 
 DOWN_BLOCK_TYPES = ("DownBlock2D", "CrossAttnDownBlock2D")
 UP_BLOCK_TYPES = ("UpBlock2D", "CrossAttnUpBlock2D")
@@ -225,28 +226,11 @@ class UNetConfig:
         Raises:
             ValueError: another kind of model, an unknown field, or one with an unsupported value.
         """
-        kind = values.get("_class_name", "UNet2DConditionModel")
-        if kind != "UNet2DConditionModel":
-            checks.fail("_class_name", "UNet2DConditionModel", repr(kind))
-        names = {field.name for field in dataclasses.fields(cls)}
-        own = {}
-        for name, value in values.items():
-            if name.startswith("_"):
-                continue
-            if name in names:
-                own[name] = value
-            elif name not in FIXED:
-                checks.fail("UNetConfig", "fields of UNet2DConditionModel", f"unknown {name!r}")
-            elif not _is_fixed(value, FIXED[name]):
-                supported = " or ".join(repr(known) for known in FIXED[name])
-                raise ValueError(f"{name}: {value!r} is not supported, only {supported}")
-        return cls(**own)
+        return cls(**own_fields(cls, "UNet2DConditionModel", FIXED, values))
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a ``config.json`` that diffusers reads; JSON types only."""
-        values = {name: known[0] for name, known in FIXED.items()}
-        for name, value in dataclasses.asdict(self).items():
-            values[name] = list(value) if isinstance(value, tuple) else value
+        values = json_values(self, FIXED)
         if self.num_classes is None:
             del values["num_classes"]
         return values
@@ -264,12 +248,6 @@ class UNetConfig:
         """
         checks.one_of("preset", name, PRESETS)
         return cls(**{**PRESETS[name], **changes})
-
-
-def _is_fixed(value: Any, known: tuple[Any, ...]) -> bool:
-    """Whether a value is a known one, or a list of nothing else (one per level)."""
-    values = value if isinstance(value, (list, tuple)) and value else [value]
-    return all(v in known for v in values)
 
 
 _SD15: dict[str, Any] = {

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..ops import checks
+from .config_json import json_values, own_fields
 
 DOWN_BLOCK_TYPE = "DownEncoderBlock2D"
 UP_BLOCK_TYPE = "UpDecoderBlock2D"
@@ -122,29 +123,11 @@ class VAEConfig:
         Raises:
             ValueError: another kind of model, an unknown field, or one with an unsupported value.
         """
-        kind = values.get("_class_name", "AutoencoderKL")
-        if kind != "AutoencoderKL":
-            checks.fail("_class_name", "AutoencoderKL", repr(kind))
-        names = {field.name for field in dataclasses.fields(cls)}
-        own = {}
-        for name, value in values.items():
-            if name.startswith("_"):
-                continue
-            if name in names:
-                own[name] = value
-            elif name not in FIXED:
-                checks.fail("VAEConfig", "fields of AutoencoderKL", f"unknown {name!r}")
-            elif value not in FIXED[name]:
-                supported = " or ".join(repr(known) for known in FIXED[name])
-                raise ValueError(f"{name}: {value!r} is not supported, only {supported}")
-        return cls(**own)
+        return cls(**own_fields(cls, "AutoencoderKL", FIXED, values))
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a ``config.json`` that diffusers reads; JSON types only."""
-        values = {name: known[0] for name, known in FIXED.items()}
-        for name, value in dataclasses.asdict(self).items():
-            values[name] = list(value) if isinstance(value, tuple) else value
-        return values
+        return json_values(self, FIXED)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> VAEConfig:
