@@ -21,7 +21,8 @@ def vae_check(
     model: Annotated[
         str,
         typer.Option(
-            help="The folder of an autoencoder or of a pipeline, a single file, or a hub id."
+            help="The folder of an autoencoder or of a pipeline, a single file, a hub id, or tiny"
+            " (random weights)."
         ),
     ],
     size: Annotated[
@@ -42,12 +43,11 @@ def vae_check(
     from rich.progress import track
     from rich.table import Table
 
-    from ..models.vae import AutoencoderKL
     from ..ops import checks
 
     check_device(device)
     files = _files(images)
-    vae = AutoencoderKL.from_pretrained(model, device=device)
+    vae = _autoencoder(model, device)
     channels = (vae.config.in_channels, vae.config.out_channels)
     if channels != (3, 3):
         checks.fail("--model", "an autoencoder of 3 channels", f"{channels[0]} and {channels[1]}")
@@ -67,6 +67,17 @@ def vae_check(
     table.add_section()
     table.add_row("mean", "", f"{sum(results) / len(results):.2f}", "")
     Console().print(table)
+
+
+def _autoencoder(model: str, device: str) -> AutoencoderKL:
+    from ..models.vae import AutoencoderKL
+    from ..pipelines import StableDiffusion
+    from ..pipelines.loading import TINY
+
+    if model not in TINY:
+        return AutoencoderKL.from_pretrained(model, device=device)
+    typer.echo(f"{model}: random weights, so the figures show nothing", err=True)
+    return StableDiffusion.from_pretrained(model, device=device).vae
 
 
 def _files(paths: list[Path]) -> list[Path]:

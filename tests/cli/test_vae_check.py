@@ -126,3 +126,10 @@ def test_overflow_is_named(vae: Path, photos: Path, tmp_path: Path) -> None:
     done = run("vae-check", "--model", tmp_path / "broken", photos / "a.png")
     assert done.returncode == 1
     assert f"error: {photos / 'a.png'}: the model decodes to values that are not" in done.stderr
+
+
+def test_the_tiny_model_says_that_its_weights_are_random(photos: Path) -> None:
+    done = run("vae-check", "--model", "tiny", photos)
+    assert done.returncode == 0, done.stderr
+    assert "tiny: random weights" in done.stderr
+    assert len(_rows(done.stdout)) == 3  # two images and their mean

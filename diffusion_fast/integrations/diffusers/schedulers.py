@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import diffusers
 import numpy as np
 import torch
-from diffusers import SchedulerMixin
+from diffusers import SchedulerMixin as SchedulerMixin  # by it diffusers knows its schedulers
 from torch import Tensor
 
 from ...samplers import StepTable, grids
@@ -227,15 +227,3 @@ class DiffusionFastHeun(_SigmaScheduler, diffusers.HeunDiscreteScheduler):
         """[2n]: each but the ends twice, as diffusers keeps them."""
         sigmas = super()._sigmas()
         return torch.cat((sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]))
-
-
-__all__ = [
-    "DiffusionFastDDIM",
-    "DiffusionFastDDPM",
-    "DiffusionFastDPMSolver",
-    "DiffusionFastEuler",
-    "DiffusionFastEulerAncestral",
-    "DiffusionFastHeun",
-    "DiffusionFastUniPC",
-    "SchedulerMixin",
-]
