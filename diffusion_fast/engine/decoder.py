@@ -10,14 +10,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..models import blocks as plain
 from ..models.vae import AutoencoderKL, Decoder, PixelAttention, UpBlock
 from ..ops import checks
+from ..ops.op import Site
 from . import folding
 from .layers import Layer, Linear, is_plain
 from .plan import bypassed
-from .prepared_blocks import GroupNorm, On, ResBlock, Upsample, pixels, same_conv
+from .prepared_blocks import GroupNorm, On, ResBlock, Upsample, attend, pixels, same_conv
 from .staleness import Fingerprint, fingerprint
 
 REWRITES = ("folded_upsample", "fused_qkv", "epilogues", "packed_weights", "removed_no_ops")
@@ -27,7 +27,7 @@ class PreparedPixelAttention:
     """Every pixel attends to all pixels, with one head."""
 
     def __init__(self, attention: PixelAttention, on: On) -> None:
-        self.norm = GroupNorm(attention.group_norm)
+        self.norm, self._op = GroupNorm(attention.group_norm), Site("attention")
         layers = [attention.to_q, attention.to_k, attention.to_v]
         if "fused_qkv" in on and all(map(is_plain, layers)):
             self.to_qkv = [Linear(lambda: folding.fused(*layers), on, derived=True)]
@@ -41,7 +41,7 @@ class PreparedPixelAttention:
         h = pixels(self.norm(x, silu=False))  # [B, HW, C]
         made = [layer(h) for layer in self.to_qkv]
         q, k, v = made if len(made) == 3 else made[0].chunk(3, dim=-1)
-        h = ops.attention(*(part.unsqueeze(2) for part in (q, k, v))).flatten(2)
+        h = attend(self._op, q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2))
         h = self.to_out(h, residual=pixels(x))
         return h.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from .. import ops
 from ..models import blocks as plain
 from ..models.blocks import hooked
-from ..ops.conv2d import Padding
+from ..ops.conv2d import Padding, pads_of
+from ..ops.linear import NO_NORM
+from ..ops.op import Site
 from ..ops.packing import Packed
 from .folding import Rows, Weights
 
@@ -46,8 +48,8 @@ class Layer:
         weights = source() if opaque is None else Weights(torch.empty(0))
         self.weight, self.bias, self.column_sums = weights
         self._to_pack = "packed_weights" in on and opaque is None
-        self._repack: Callable[[], Packed | None] | None = None
         self._packed: Packed | None = None
+        self._packed_for: torch.Size | None = None
 
     def refresh(self) -> None:
         """Read the model's weights again; derived tensors keep their addresses."""
@@ -60,17 +62,20 @@ class Layer:
                     kept.copy_(new)
         else:
             self.weight, self.bias, self.column_sums = weights
-        new_packed = None if self._repack is None else self._repack()
+        new_packed = None if self._packed_for is None else self._pack(self._packed_for)
         if self._packed is not None and new_packed is not None:
             pairs = zip(self._packed, new_packed, strict=True)
             self._packed = tuple(_rewritten(old, new) for old, new in pairs)
 
-    def packed(self, pack: Callable[[], Packed | None]) -> Packed | None:
+    def packed(self, x: Tensor) -> Packed | None:
         """The packed weight, made at the first call: what is best depends on the input's size."""
         if self._to_pack:
-            self._to_pack, self._repack = False, pack
-            self._packed = pack()
+            self._to_pack, self._packed_for = False, x.shape
+            self._packed = self._pack(x.shape)
         return self._packed
+
+    def _pack(self, shape: torch.Size) -> Packed | None:
+        raise NotImplementedError
 
 
 def _rewritten(old: Tensor, new: Tensor) -> Tensor:
@@ -96,6 +101,8 @@ class Linear(Layer):
     ) -> None:
         super().__init__(source, on, derived, opaque)
         self.geglu = geglu
+        self._gate = geglu and self.epilogues
+        self._op = Site("linear")
 
     def __call__(
         self, x: Tensor, rows: Rows | None = None, residual: Tensor | None = None
@@ -107,27 +114,21 @@ class Linear(Layer):
             rows: its statistics then.
             residual: what is added to the result.
         """
-        norm = None if rows is None or self.column_sums is None else (*rows, self.column_sums)
-        gate = self.geglu and self.epilogues
-        count = x.shape[:-1].numel()
-        packed = self.packed(lambda: ops.pack_linear(self.weight, count, geglu=gate))
-        if self.epilogues:
-            return ops.linear(
-                x,
-                self.weight,
-                self.bias,
-                residual=residual,
-                geglu=gate,
-                norm=norm,
-                packed=packed,
-            )
         if self.opaque is not None:
             y = plain.project(self.opaque, x)
         else:
-            y = ops.linear(x, self.weight, self.bias, norm=norm, packed=packed)
+            norm = NO_NORM if rows is None else (*rows, self.column_sums)
+            joined = residual if self.epilogues else None
+            packed = self.packed(x)
+            y = self._op(x, self.weight, self.bias, joined, self._gate, *norm, packed)
+        if self.epilogues:
+            return y
         if self.geglu:
             y = ops.geglu(y)
         return y if residual is None else residual + y
+
+    def _pack(self, shape: torch.Size) -> Packed | None:
+        return ops.pack_linear(self.weight, shape[:-1].numel(), geglu=self._gate)
 
 
 class Conv2d(Layer):
@@ -151,6 +152,8 @@ class Conv2d(Layer):
     ) -> None:
         super().__init__(source, on, derived, opaque)
         self.stride, self.padding = stride, padding
+        self._pads = pads_of(padding)
+        self._op = Site("conv2d")
 
     def __call__(
         self,
@@ -170,22 +173,14 @@ class Conv2d(Layer):
         if self.opaque is not None:
             y = self.opaque(x if x2 is None else torch.cat((x, x2), dim=1))
             return y if residual is None else y + residual
-        size = (x.shape[0], self.weight.shape[1], x.shape[2], x.shape[3])
-        packed = self.packed(
-            lambda: ops.pack_conv2d(self.weight, size, stride=self.stride, padding=self.padding)
-        )
+        packed = self.packed(x)
         bias, add = self.bias, None
         if shift is not None:
             bias, add = (shift[0], None) if len(shift) == 1 else (None, shift)
-        y = ops.conv2d(
-            x,
-            self.weight,
-            bias,
-            stride=self.stride,
-            padding=self.padding,
-            x2=x2,
-            add=add,
-            residual=residual if self.epilogues else None,
-            packed=packed,
-        )
+        joined = residual if self.epilogues else None
+        y = self._op(x, self.weight, bias, self.stride, self._pads, x2, add, joined, packed)
         return y if residual is None or self.epilogues else y + residual
+
+    def _pack(self, shape: torch.Size) -> Packed | None:
+        size = (shape[0], self.weight.shape[1], shape[2], shape[3])
+        return ops.pack_conv2d(self.weight, size, stride=self.stride, padding=self.padding)

@@ -15,6 +15,7 @@ from ..models import UNet2DCondition
 from ..models import blocks as plain
 from ..models.blocks import KeyValue
 from ..models.unet import Block
+from ..ops import checks
 from .clock import Clock
 from .conditions import Contexts, Times
 from .layers import Layer
@@ -141,7 +142,13 @@ class PreparedUNet:
         """The model's output [halves * B, out, H, W] for x [halves * B, C, H, W].
 
         With ``shared_prefix`` the halves of x must be equal: the first one is read.
+
+        Raises:
+            ValueError: another shape, dtype or device.
         """
+        self.model.check_image(x)
+        if len(x) != self.contexts.batch:
+            checks.fail("x", f"a batch of {self.contexts.batch}, as planned", len(x))
         self._size = (x.shape[2], x.shape[3])
         pairs, key_lengths = self.contexts.keys_and_values()
         given = Given(iter(self.times.at(clock)), iter(pairs), key_lengths)

@@ -7,6 +7,7 @@ cross-attention widens it to both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import cast
 
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import ops
 from ..models import blocks as plain
 from ..models.blocks import KeyValue
+from ..ops.op import Site
 from . import folding
 from .folding import Rows, Weights
 from .layers import Conv2d, Linear, is_plain
@@ -39,6 +40,7 @@ class GroupNorm:
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         self.norm = norm
+        self._op = Site("group_norm_silu")
 
     def __call__(
         self,
@@ -50,12 +52,11 @@ class GroupNorm:
         x2: Tensor | None = None,
     ) -> Tensor:
         norm = self.norm
-        # Under autocast x is narrower than the rest; elsewhere .to() does nothing.
-        weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
-        add, scale, shift = (v if v is None else v.to(x.dtype) for v in (add, scale, shift))
-        return ops.group_norm_silu(
-            x, norm.num_groups, weight, bias, norm.eps, silu, add, scale, shift, x2
-        )
+        weight, bias = cast("tuple[Tensor, Tensor]", (norm.weight, norm.bias))
+        if weight.dtype != x.dtype:  # under autocast x is narrower than the rest
+            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+            add, scale, shift = (v if v is None else v.to(x.dtype) for v in (add, scale, shift))
+        return self._op(x, norm.num_groups, weight, bias, norm.eps, silu, add, scale, shift, x2)
 
 
 class LayerNorm:
@@ -63,13 +64,17 @@ class LayerNorm:
 
     def __init__(self, norm: plain.LayerNorm, on: On, *behind: nn.Module) -> None:
         self.norm = norm
+        self._op = Site("layer_norm")
         self.folded = "folded_layer_norm" in on and all(map(is_plain, behind))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Rows | None]:
         """The product's input, and the statistics of its rows where it must apply them."""
         if self.folded:
             return x, folding.row_statistics(x, self.norm.eps)
-        return self.norm(x), None
+        weight, bias = cast("tuple[Tensor, Tensor]", (self.norm.weight, self.norm.bias))
+        if weight.dtype != x.dtype:  # as above
+            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        return self._op(x, weight, bias, self.norm.eps), None
 
     def before(self, *layers: nn.Linear, on: On, geglu: bool = False) -> Linear:
         """The product, of one or several layers, that reads this norm's result."""
@@ -127,11 +132,17 @@ class ResBlock:
         return self.conv2(h, residual=x if self.shortcut is None else self.shortcut(x, x2=skip))
 
 
+def attend(op: Site, q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None = None) -> Tensor:
+    """Attention of q [B, S, H, D] to k and v, as [B, S, H D]."""
+    out, _ = op(q, k, v, 1 / math.sqrt(q.shape[-1]), None, key_lengths, False)
+    return out.flatten(2)
+
+
 class SelfAttention:
     """Attention of the pixels to each other; with ``fused_qkv`` q, k and v are one product."""
 
     def __init__(self, attention: plain.Attention, norm: LayerNorm, on: On) -> None:
-        self.attention = attention
+        self.attention, self._op = attention, Site("attention")
         layers = [attention.to_q, attention.to_k, attention.to_v]
         if "fused_qkv" in on and all(map(is_plain, layers)):
             self.to_qkv = [norm.before(*layers, on=on)]
@@ -145,14 +156,14 @@ class SelfAttention:
         q, k, v = made if len(made) == 3 else made[0].chunk(3, dim=-1)  # [B, S, C]
         heads = self.attention.heads
         q, k, v = (part.unflatten(-1, (heads, -1)) for part in (q, k, v))  # [B, S, H, D]
-        return self.to_out(ops.attention(q, k, v).flatten(2), residual=residual)
+        return self.to_out(attend(self._op, q, k, v), residual=residual)
 
 
 class CrossAttention:
     """Attention of the pixels to the context: here both halves of guidance part."""
 
     def __init__(self, attention: plain.Attention, norm: LayerNorm, on: On) -> None:
-        self.attention = attention
+        self.attention, self._op = attention, Site("attention")
         self.to_q = norm.before(attention.to_q, on=on)
         self.to_out = _linear(attention.to_out[0], on)
         self.layers = [self.to_q, self.to_out]
@@ -167,8 +178,8 @@ class CrossAttention:
     ) -> Tensor:
         batch = len(kv[0])
         q = widened(self.attention.split_heads(self.to_q(x, rows)), batch)  # [B, S, H, D]
-        out = ops.attention(q, *kv, key_lengths=key_lengths)
-        return self.to_out(out.flatten(2), residual=widened(residual, batch))
+        out = attend(self._op, q, *kv, key_lengths)
+        return self.to_out(out, residual=widened(residual, batch))
 
 
 class TransformerBlock:

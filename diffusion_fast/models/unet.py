@@ -315,6 +315,16 @@ class UNet2DCondition(nn.Module):
             x = up_block(x, skips, time[i], kv[i], context_lengths)
         return self.conv_out(self.conv_norm_out(x))
 
+    def check_image(self, x: Any) -> None:
+        """Raises ValueError unless x can be the first argument of a call."""
+        checks.floating("x", x)
+        if x.dim() != 4 or x.shape[1] != self.config.in_channels:
+            checks.fail("x", f"shape [B, {self.config.in_channels}, H, W]", list(x.shape))
+        weight = self.conv_in.weight
+        if x.dtype != weight.dtype:
+            checks.fail("x", f"the dtype of the model ({weight.dtype})", x.dtype)
+        checks.same_device("x", x, "the model", weight)
+
     def check_inputs(
         self,
         x: Any,
@@ -326,13 +336,7 @@ class UNet2DCondition(nn.Module):
     ) -> None:
         """Raises ValueError unless these can be the arguments of a call."""
         config = self.config
-        checks.floating("x", x)
-        if x.dim() != 4 or x.shape[1] != config.in_channels:
-            checks.fail("x", f"shape [B, {config.in_channels}, H, W]", list(x.shape))
-        weight = self.conv_in.weight
-        if x.dtype != weight.dtype:
-            checks.fail("x", f"the dtype of the model ({weight.dtype})", x.dtype)
-        checks.same_device("x", x, "the model", weight)
+        self.check_image(x)
         batch = x.shape[0]
 
         checks.tensor("t", t)

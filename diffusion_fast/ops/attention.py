@@ -123,7 +123,7 @@ def _scores(
 ) -> Tensor:
     """[B, H, Sq, Sk], at least float32 after the product."""
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k.expand(q.shape[0], -1, -1, -1))
-    scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
+    scores = scores.to(_statistics(q)) * scale
     mask = _mask(q, k, bias, key_lengths, scores.dtype)
     return scores if mask is None else scores + mask
 
@@ -143,6 +143,11 @@ def reference(
     return out.contiguous(), _lse(scores, save_lse)
 
 
+def _statistics(q: Tensor) -> torch.dtype:
+    """Of scores and log-sum-exp."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
 def _lse(scores: Tensor, save: bool) -> Tensor:
     """log sum exp of the scores, [B, H, Sq], natural logarithm; empty when nobody needs it."""
     return torch.logsumexp(scores, dim=-1) if save else scores.new_empty(0)
@@ -159,16 +164,17 @@ def sdpa(
 ) -> tuple[Tensor, Tensor]:
     """PyTorch's own scaled_dot_product_attention, which picks among its backends."""
     batch = q.shape[0]
-    query, key, value = (x.expand(batch, -1, -1, -1).transpose(1, 2) for x in (q, k, v))
+    if k.shape[0] != batch:
+        k, v = k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)
+    query, key, value = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     mask = _mask(q, k, bias, key_lengths, q.dtype)
     if mask is not None:
         mask = mask.expand(batch, q.shape[2], q.shape[1], k.shape[1])
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    lse = (
-        _lse(_scores(q, k, scale, bias, key_lengths), True)
-        if save_lse
-        else q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))
-    )
+    if save_lse:
+        lse = _lse(_scores(q, k, scale, bias, key_lengths), True)
+    else:
+        lse = torch.empty(0, dtype=_statistics(q), device=q.device)
     return out.transpose(1, 2).contiguous(), lse
 
 
@@ -187,7 +193,7 @@ def reference_backward(
 
     With P = exp(scores - lse) and delta = rowsum(grad * out): dS = P * (grad V^T - delta).
     """
-    compute = torch.promote_types(q.dtype, torch.float32)
+    compute = _statistics(q)
     batch = q.shape[0]
     weights = torch.exp(_scores(q, k, scale, bias, key_lengths) - lse[..., None])  # [B, H, Sq, Sk]
     grad, value = grad.to(compute), v.to(compute).expand(batch, -1, -1, -1)
@@ -212,7 +218,7 @@ def reference_backward(
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, queries, heads, _ = q.shape
     shape = (batch, heads, queries) if rest[-1] else (0,)
-    lse = q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty(shape, dtype=_statistics(q))
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 

@@ -50,15 +50,26 @@ def conv2d(
             padding, or an image smaller than the window.
     """
     checks.floating("x", x)
-    if autocast.enabled(x):
-        own = weight.dtype
-        x, weight, bias, x2, add, residual = autocast.cast(
-            x.device, x, weight, bias, x2, add, residual
-        )
-        packed = packed if weight.dtype == own else None  # it holds the weight as it was
-    pads = pads_of(padding)
-    _check(x, weight, bias, stride, pads, x2, add, residual)
-    return _OP(x, weight, bias, stride, pads, x2, add, residual, packed)
+    args = _OP.cast(x, weight, bias, stride, pads_of(padding), x2, add, residual, packed)
+    _check(*args)
+    return _OP(*args)
+
+
+def _cast(
+    x: Tensor,
+    weight: Tensor,
+    bias: Any,
+    stride: int,
+    pads: list[int],
+    x2: Any,
+    add: Any,
+    residual: Any,
+    packed: Any,
+) -> tuple[Any, ...]:
+    own = weight.dtype
+    x, weight, bias, x2, add, residual = autocast.cast(x.device, x, weight, bias, x2, add, residual)
+    packed = packed if weight.dtype == own else None  # it holds the weight as it was
+    return x, weight, bias, stride, pads, x2, add, residual, packed
 
 
 def pads_of(padding: Any) -> list[int]:
@@ -70,7 +81,15 @@ def pads_of(padding: Any) -> list[int]:
 
 
 def _check(
-    x: Any, weight: Any, bias: Any, stride: int, pads: list[int], x2: Any, add: Any, residual: Any
+    x: Any,
+    weight: Any,
+    bias: Any,
+    stride: int,
+    pads: list[int],
+    x2: Any,
+    add: Any,
+    residual: Any,
+    packed: Any,
 ) -> None:
     checks.tensor("weight", weight)
     if x.dim() != 4:
@@ -179,6 +198,7 @@ _OP = Op(
     " Tensor? residual, Tensor[]? packed) -> Tensor",
     reference,
     _fake,
+    _cast,
 )
 
 

@@ -16,6 +16,7 @@ from .geglu import reference_backward as _gated_backward
 from .op import Op
 
 Norm = tuple[Tensor, Tensor, Tensor]
+NO_NORM = (None, None, None)
 
 
 def linear(
@@ -53,23 +54,36 @@ def linear(
         ValueError: shapes, dtypes or devices that don't match, or an odd N with ``geglu``.
     """
     checks.floating("x", x)
-    if autocast.enabled(x):
-        own = weight.dtype
-        x, weight, bias, residual = autocast.cast(x.device, x, weight, bias, residual)
-        packed = packed if weight.dtype == own else None  # it holds the weight as it was
-    mean, rstd, sums = norm or (None, None, None)
-    _check(x, weight, bias, residual, geglu, mean, rstd, sums)
-    if packed is not None and len(packed) != 1 + geglu:
-        checks.fail("packed", f"{1 + geglu} tensors, packed with geglu={geglu}", len(packed))
+    args = _OP.cast(x, weight, bias, residual, geglu, *(norm or NO_NORM), packed)
+    _check(*args)
     if geglu and backend.needs_gradient(x, weight, bias):
         # The gate by itself keeps its input; together they would compute it again backwards.
+        x, weight, bias, residual, _, mean, rstd, sums, _ = args
         y = gate(_OP(x, weight, bias, None, False, mean, rstd, sums, None))
         return y if residual is None else y + residual
-    return _OP(x, weight, bias, residual, geglu, mean, rstd, sums, packed)
+    return _OP(*args)
+
+
+def _cast(
+    x: Tensor, weight: Tensor, bias: Any, residual: Any, geglu: bool, *norm_and_packed: Any
+) -> tuple[Any, ...]:
+    *norm, packed = norm_and_packed
+    tensors = autocast.cast(x.device, x, weight, bias, residual)
+    if tensors[1].dtype != weight.dtype:
+        packed = None  # it holds the weight as it was
+    return (*tensors, geglu, *norm, packed)
 
 
 def _check(
-    x: Any, weight: Any, bias: Any, residual: Any, geglu: bool, mean: Any, rstd: Any, sums: Any
+    x: Any,
+    weight: Any,
+    bias: Any,
+    residual: Any,
+    geglu: bool,
+    mean: Any,
+    rstd: Any,
+    sums: Any,
+    packed: Any,
 ) -> None:
     checks.tensor("weight", weight)
     if x.dim() < 1:
@@ -89,6 +103,8 @@ def _check(
         checks.fail("weight", "an even number of rows with geglu", list(weight.shape))
     if residual is not None:
         checks.shape("residual", residual, (*x.shape[:-1], out // (2 if geglu else 1)), "[..., N]")
+    if packed is not None and len(packed) != 1 + geglu:
+        checks.fail("packed", f"{1 + geglu} tensors, packed with geglu={geglu}", len(packed))
     if mean is None:
         return
     compute = torch.promote_types(x.dtype, torch.float32)
@@ -143,6 +159,7 @@ _OP = Op(
     " Tensor? rstd, Tensor? sums, Tensor[]? packed) -> Tensor",
     reference,
     _fake,
+    _cast,
 )
 
 

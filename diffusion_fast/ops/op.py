@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from . import autocast
 from . import backend as _backend
 from .backend import BACKENDS, BackendError, Choice, Implementation
 
@@ -26,12 +28,19 @@ class Op:
         schema: its signature without the name, ``"(Tensor x, float eps) -> Tensor"``.
         reference: the definition in plain PyTorch.
         fake: the same signature; returns empty tensors of the right shapes, dtypes and strides.
+        cast: of an op that autocast must make narrower: the same signature; returns the arguments
+            in autocast's dtype.
     """
 
     def __init__(
-        self, name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]
+        self,
+        name: str,
+        schema: str,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        cast: Callable[..., tuple[Any, ...]] | None = None,
     ) -> None:
-        self.name = name
+        self.name, self._cast = name, cast
         self.last_ran: str | None = None
         self.implementations = [
             Implementation("reference", reference, _always, _always_supported, native=True)
@@ -78,6 +87,20 @@ class Op:
         self.last_ran = chosen.backend
         return chosen.run(*args)
 
+    def cast(self, *args: Any) -> tuple[Any, ...]:
+        """The arguments as autocast wants them here."""
+        if self._cast is None or not autocast.enabled(args[0]):
+            return args
+        return self._cast(*args)
+
+    def settle(self, *args: Any) -> Callable[..., Any]:
+        """What computes calls like this one, for good where nothing but their kind decides."""
+        if torch.is_grad_enabled() or autocast.enabled(args[0]):
+            return lambda *args: self(*self.cast(*args))
+        chosen = self.choose(*args)
+        self.last_ran = chosen.backend
+        return chosen.run
+
     def choose(self, *args: Any) -> Implementation:
         """The implementation for this call. Raises BackendError if the one asked for can't run."""
         name = _backend.requested(self.name)
@@ -112,6 +135,35 @@ class Op:
         if chosen is not None:
             del rejected[chosen]
         return Choice(self.name, chosen or f"none ({asked} can't run)", rejected, self.last_ran)
+
+
+class Site:
+    """One place in a network that calls an op with its own, fitting tensors, again and again.
+
+    ``site(...)`` computes what the op does on the same arguments, whose backend is chosen at the
+    first call of a kind and kept: shape, strides, dtype and device of the first argument, from
+    which those of the others follow; the backends asked for; gradients and autocast. Arguments are
+    not checked.
+
+    Args:
+        name: of the op.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._op: Op = _backend.known_ops[name]
+        self._settled: tuple[Any, Callable[..., Any]] = None, self._op
+
+    def __call__(self, x: Tensor, *args: Any) -> Any:
+        if x.is_meta:
+            return self._op(x, *args)
+        device = x.device
+        modes = torch.is_grad_enabled(), torch.is_autocast_enabled(device.type)
+        kind = x.shape, x.stride(), x.dtype, device, modes, _backend.overrides
+        known, run = self._settled
+        if kind != known:
+            run = self._op.settle(x, *args)
+            self._settled = kind, run
+        return run(x, *args)
 
 
 def _always() -> None:

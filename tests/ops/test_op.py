@@ -10,6 +10,7 @@ import torch
 
 from diffusion_fast import ops
 from diffusion_fast.ops.backend import known_ops
+from diffusion_fast.ops.op import Site
 
 PUBLIC = (
     "add_noise",
@@ -108,3 +109,48 @@ def test_the_environment_sets_the_default() -> None:
 
 def test_explain_without_arguments_covers_every_op() -> None:
     assert {choice.op for choice in ops.explain()} == set(known_ops)
+
+
+@torch.no_grad()
+def test_a_site_keeps_its_choice_until_the_kind_of_call_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+    op = known_ops["linear"]
+    choose = op.choose
+    monkeypatch.setattr(op, "choose", lambda *args: asked.append(args[0].shape) or choose(*args))
+    site, rest = Site("linear"), (None, None, False, None, None, None, None)
+    weight = torch.randn(6, 8)
+
+    def same(x: torch.Tensor) -> bool:
+        return torch.equal(site(x, weight.to(x.dtype), *rest), x @ weight.to(x.dtype).mT)
+
+    x = torch.randn(4, 8)
+    assert same(x)
+    assert same(torch.randn(4, 8))
+    assert len(asked) == 1
+    assert same(torch.randn(5, 8))  # another shape
+    assert same(torch.randn(8, 5).mT)  # other strides
+    assert same(torch.randn(8, 5, dtype=torch.float64).mT)  # another dtype
+    assert len(asked) == 4
+    with ops.use_backend("reference"):
+        assert same(x)
+        assert ops.explain("linear").last_ran == "reference"
+    assert len(asked) == 5
+    with ops.use_backend("cuda"), pytest.raises(ops.BackendError, match="asked for"):
+        site(x, weight, *rest)
+
+
+def test_a_site_follows_gradients_and_autocast() -> None:
+    site, rest = Site("linear"), (None, None, False, None, None, None, None)
+    x, weight = torch.randn(256, 128), torch.randn(128, 128, requires_grad=True)
+    with torch.no_grad():
+        assert not site(x, weight, *rest).requires_grad
+    site(x, weight, *rest).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(128, -1), rtol=1e-4, atol=1e-3)
+    with torch.no_grad():
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype=dtype):
+                assert site(x, weight, *rest).dtype == dtype
+        assert site(x, weight, *rest).dtype == torch.float32
+        assert site(x.to("meta"), weight.to("meta"), *rest).is_meta
