@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import attention_cuda, checks
+from . import attention_cuda, attention_onednn, checks, onednn
 from .op import Op
 
 
@@ -250,6 +250,13 @@ _OP = Op(
     _fake,
 )
 _OP.add("sdpa", sdpa, unsupported=_sdpa_unsupported, native=True)
+_OP.add(
+    "onednn",
+    attention_onednn.forward,
+    onednn.unavailable,
+    attention_onednn.unsupported,
+    native=True,
+)
 _OP.add("cuda", attention_cuda.forward, attention_cuda.unavailable, attention_cuda.unsupported)
 _BACKWARD = Op(
     "attention_backward",

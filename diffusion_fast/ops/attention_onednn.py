@@ -1,0 +1,63 @@
+"""Attention on a CPU as oneDNN's products: for long sequences faster than PyTorch's own.
+
+PyTorch's flash attention calls a BLAS on small tiles. Here a block of queries sees all keys of its
+head at once, and the block's scores stay in the cache between the two products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import onednn
+
+# Queries, and multiply-adds of a product of one head, from which this is the faster way.
+LONG, LARGE = 256, 2**23
+_SCORES = 2**20  # of a block: 4 MB
+
+
+def unsupported(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    save_lse: bool,
+) -> str | None:
+    """Why this call is not for oneDNN; None if it is."""
+    if q.dtype != torch.float32:
+        return f"{q.dtype}, and scores must not be rounded to less than float32"
+    if q.shape[1] < LONG or q.shape[1] * k.shape[1] * q.shape[3] < LARGE:
+        return f"fewer than {LONG} queries, or {LARGE:,} multiply-adds per head"
+    if bias is not None or save_lse:
+        return "it adds no bias and keeps no log-sum-exp"
+    return onednn.unsupported(q, k, v)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    save_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """out [B, Sq, H, D], and no log-sum-exp."""
+    keys = k.shape[1]
+    lengths = [keys] * len(q) if key_lengths is None else key_lengths.tolist()
+    rows = max(_SCORES // keys, 1)
+    # By head: q [B, H, Sq, D], k [B, H, Sk, D], v [B, H, D, Sk], which is a product's weight.
+    q = (q * scale).transpose(1, 2).contiguous()
+    k, v = k.transpose(1, 2).contiguous(), v.permute(0, 2, 3, 1).contiguous()
+    k, v = k.expand(len(q), -1, -1, -1), v.expand(len(q), -1, -1, -1)
+    out = q.new_empty(len(q), q.shape[2], q.shape[1], q.shape[3])
+    for item, length in enumerate(lengths):
+        for head in range(q.shape[1]):
+            seen, values = k[item, head, :length], v[item, head, :, :length].contiguous()
+            blocks = q[item, head].split(rows), out[item, :, head].split(rows)
+            for block, result in zip(*blocks, strict=True):
+                weights = torch.softmax(onednn.linear(block, seen, None), dim=-1)
+                result.copy_(onednn.linear(weights, values, None))
+    return out, out.new_empty(0)
