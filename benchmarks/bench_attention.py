@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +28,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion_fast import ops
+from diffusion_fast.ops import attention_cuda
 from diffusion_fast.ops.attention import reference
 from diffusion_fast.ops.backend import BackendError, use_backend
 
@@ -77,6 +80,38 @@ def _ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return ops.attention(q, k, v)
 
 
+SMALLEST_HOPPER_CALL = """
+import torch
+from diffusion_fast.ops import attention_cuda, extension
+assert extension.load(64) is None
+x = torch.randn(1, 64, 1, 64, device="cuda").bfloat16()
+attention_cuda.forward(x, x, x, 0.125, None, None, False, kernel=3)
+torch.cuda.synchronize()
+"""
+
+
+@functools.cache
+def _hopper_fails() -> str | None:
+    """Asked in another process: a kernel that hangs can't be stopped in this one."""
+    command = [sys.executable, "-c", SMALLEST_HOPPER_CALL]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        return "the smallest call does not end"
+    return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+
+
+def _hopper(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The kernel that is never chosen by itself (csrc/README.md); forward only."""
+    refused = attention_cuda.unsupported(q, k, v, 1.0, None, None, False) or _hopper_fails()
+    if refused is not None:
+        raise BackendError(refused)
+    if torch.is_grad_enabled() and q.requires_grad:
+        raise NotImplementedError("a forward kernel: the backward pass is that of 'ours'")
+    scale = q.shape[-1] ** -0.5
+    return attention_cuda.forward(q, k, v, scale, None, None, False, kernel=3)[0]
+
+
 def _sdpa(backend: SDPBackend) -> Attention:
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
@@ -95,6 +130,7 @@ def _backends() -> dict[str, Attention]:
         return {"cpu-reference": _reference}
     found: dict[str, Attention] = {
         "ours": _ours,
+        "ours-hopper": _hopper,
         "sdpa-flash": _sdpa(SDPBackend.FLASH_ATTENTION),
         "sdpa-efficient": _sdpa(SDPBackend.EFFICIENT_ATTENTION),
         "sdpa-cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION),

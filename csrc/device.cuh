@@ -17,6 +17,19 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
+// A tensor [batch, head, row, column] of 16-bit values, innermost last, which the copy engine reads in boxes of one head.
+// In shared memory a box is `box_rows` rows of 2 `box_columns` = 32, 64 or 128 bytes, swizzled over that span.
+struct BoxedTensor {
+  const void* base;
+  uint64_t size[4];    // columns, rows, heads, batch
+  uint64_t stride[3];  // bytes: of rows, heads, batch; multiples of 16 below 2^40
+  int box_columns, box_rows;
+};
+// What the driver makes of it, a kernel parameter (CUtensorMap).
+struct alignas(128) TensorMap {
+  uint64_t opaque[16];
+};
+
 }  // namespace diffusion_fast
 
 #if !defined(__CUDACC__)
@@ -146,6 +159,14 @@ __device__ __forceinline__ float exp2_approximate(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
+__device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_float(bits); }
+// The larger one; NaN if either is NaN, where fmaxf returns the other.
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
+  return r;
+}
 
 // Lets the kernel ask for as much dynamic shared memory as the current device has. Always the same number: calls with
 // different sizes, on other threads or in a captured graph, cannot take it from one another.
@@ -171,4 +192,6 @@ const char* launch(void (*kernel)(Params), unsigned blocks, int threads, int sha
 }
 
 }  // namespace diffusion_fast::ptx
+
+#include "hopper.cuh"  // IWYU pragma: export
 #endif

@@ -10,10 +10,11 @@ class KernelList {
  public:
   KernelList(KernelInfo* out, int capacity) : out_(out), capacity_(capacity) {}
   template <typename Kernel>
-  void add(const char* name, const char* type, int head_dim, int key_tiles, Kernel kernel, int shared_bytes) {
+  void add(const char* name, const char* type, int head_dim, int key_tiles, Kernel kernel, int shared_bytes,
+           int threads = kThreads) {
     if (count_ < capacity_) {
       KernelInfo& k = out_[count_];
-      k = {{}, reinterpret_cast<const void*>(kernel), kThreads, shared_bytes};
+      k = {{}, reinterpret_cast<const void*>(kernel), threads, shared_bytes};
       if (key_tiles > 0) snprintf(k.name, sizeof k.name, "%s<%s, %d, %d>", name, type, head_dim, key_tiles * 16);
       else snprintf(k.name, sizeof k.name, "%s<%s, %d>", name, type, head_dim);
     }
@@ -24,6 +25,10 @@ class KernelList {
     add_short<T, kHeadDim, 0>(type);
     add_short<T, kHeadDim, 1>(type);
     add_short<T, kHeadDim, 2>(type);
+    using Hopper = HopperShape<kHeadDim>;
+    const auto hopper = attention_hopper<T, kHeadDim>;
+    if (ptx::without_hopper(reinterpret_cast<const void*>(hopper), Hopper::kThreads) == nullptr)
+      add("attention_hopper", type, kHeadDim, 0, hopper, Hopper::kShared, Hopper::kThreads);
     using Backward = BackwardShape<kHeadDim>;
     add("attention_tiled", type, kHeadDim, 0, attention_tiled<T, kHeadDim>, TiledShape<kHeadDim>::kShared);
     add("attention_delta", type, kHeadDim, 0, attention_delta<T, kHeadDim>, 0);

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "clocks.h"
 #include "fiber.h"
 
 // The source line of a call, as the last two parameters of every emulated instruction.
@@ -51,6 +52,7 @@ struct Thread {
   bool done = false;
   std::vector<AsyncCopy> copies;
   int groups = 0;  // committed so far
+  std::vector<uint32_t> unfenced;  // words
 };
 
 struct Warp {
@@ -70,6 +72,16 @@ struct Access {
 };
 struct Word {
   Access write, read;
+  bool unfenced = false;  // written by an ordinary store that no proxy fence followed
+};
+
+// What the instructions of sm_90a keep about the block that runs (barriers.h, wgmma.h).
+struct Asynchronous {
+  virtual ~Asynchronous() = default;
+  virtual bool deliver() = 0;  // lets one copy land; false where none is on its way
+  virtual void before_write(uint32_t address, uint32_t bytes, const Thread& thread, int line) = 0;
+  virtual void leave(const Thread& thread) = 0;
+  virtual void end() = 0;
 };
 
 struct Block {
@@ -81,6 +93,8 @@ struct Block {
   std::vector<uint8_t> shared;
   std::vector<Word> words;
   std::unique_ptr<Stacks> stacks;
+  Clocks clocks;
+  std::unique_ptr<Asynchronous> asynchronous;
   std::function<void()> body;
   Fiber host;
   Thread* current = nullptr;
@@ -104,6 +118,12 @@ struct Block {
 
 inline Block* block = nullptr;  // the block that runs; one at a time
 
+inline std::vector<int> lanes_of(int warp) {
+  std::vector<int> threads(32);
+  for (int i = 0; i < 32; ++i) threads[i] = warp * 32 + i;
+  return threads;
+}
+
 inline std::string where(const Thread& t) {
   return "thread " + std::to_string(t.id) + " at line " + std::to_string(t.line) + " (" + t.at + ")";
 }
@@ -115,7 +135,7 @@ inline std::string where(const Thread& t) {
   abort();
 }
 
-inline Thread* next_thread() {
+inline Thread* ready_thread() {
   Block& b = *block;
   const int warps = static_cast<int>(b.warps.size());
   const bool shuffle = b.options.seed != 0;
@@ -130,6 +150,18 @@ inline Thread* next_thread() {
   }
   return nullptr;
 }
+
+inline Thread* next_thread() {
+  Thread* next = ready_thread();
+  while (next == nullptr && block->asynchronous != nullptr && block->asynchronous->deliver()) next = ready_thread();
+  return next;
+}
+
+inline void sleep() {
+  Thread& me = *block->current;
+  block->warps[me.warp].ready &= ~(1u << me.lane);
+}
+inline void wake(const Thread& t) { block->warps[t.warp].ready |= 1u << t.lane; }
 
 // Runs another thread, or the host where none is ready (all done, or a deadlock).
 inline void reschedule() {
@@ -152,6 +184,7 @@ inline void thread_main() {
   --block->live;
   block->warps[me.warp].ready &= ~(1u << me.lane);
   if (!me.copies.empty()) block->note("a thread exits with cp.async in flight");
+  if (block->asynchronous != nullptr) block->asynchronous->leave(me);
   reschedule();
   abort();
 }
@@ -194,6 +227,11 @@ inline void block_barrier(int line) {
   }
   b.arrived = 0;
   ++b.epoch;
+  if (b.clocks.on()) {
+    std::vector<int> all(b.threads.size());
+    for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int>(i);
+    b.clocks.meet(all);
+  }
   for (Warp& w : b.warps) w.ready = ~0u;
 }
 
@@ -208,6 +246,8 @@ inline void run_block(Block& b, int threads) {
   b.arrived = 0;
   b.live = threads;
   b.aborted = false;
+  b.clocks.stop();
+  b.asynchronous.reset();
   b.random_state = (b.options.seed + 1) * 0x9e3779b97f4a7c15ull + b.index.x * 0x2545f4914f6cdd1dull;
   for (int i = 0; i < threads; ++i) {
     Thread& t = b.threads[i];
@@ -227,6 +267,7 @@ inline void run_block(Block& b, int threads) {
       if (!t.done && shown++ < 2) waiting += " " + where(t);
     b.note("deadlock:", waiting);
   }
+  if (!b.aborted && b.asynchronous != nullptr) b.asynchronous->end();
   block = nullptr;
 }
 

@@ -19,7 +19,7 @@ struct uint4 {
 };
 
 namespace diffusion_fast::emulator {
-enum Operation { kSyncwarp, kShuffle, kLdmatrix = 16, kMma = 32 };
+enum Operation { kSyncwarp, kShuffle, kLdmatrix = 16, kMma = 32, kWgmma = 64 };
 
 inline Report report;    // of every launch since the start
 inline Options options;  // of the next launches
@@ -29,7 +29,10 @@ inline void __syncthreads(DIFFUSION_FAST_AT) { diffusion_fast::emulator::block_b
 
 inline void __syncwarp(DIFFUSION_FAST_AT) {
   using namespace diffusion_fast::emulator;
-  warp_collective(kSyncwarp, nullptr, "__syncwarp", line, [](Warp& w, void**) { ++w.epoch; });
+  warp_collective(kSyncwarp, nullptr, "__syncwarp", line, [](Warp& w, void**) {
+    ++w.epoch;
+    if (block->clocks.on()) block->clocks.meet(lanes_of(block->current->warp));
+  });
 }
 
 inline float __shfl_xor_sync(unsigned mask, float value, int lanes, DIFFUSION_FAST_AT) {
@@ -72,7 +75,7 @@ void cp_async_wait() {
 
 inline void store_shared32(uint32_t to, uint32_t value, DIFFUSION_FAST_AT) {
   uint8_t* target = emulator::shared_at(to, 4, line);
-  emulator::on_write(to, 4, *emulator::block->current, line, emulator::Access::kDone);
+  emulator::on_store(to, *emulator::block->current, line);
   memcpy(target, &value, 4);
 }
 inline void store_shared_float(uint32_t to, float value, DIFFUSION_FAST_AT) {
@@ -125,6 +128,9 @@ float to_float(uint16_t bits) {
   return emulator::from_bits(bits, T{});
 }
 inline float exp2_approximate(float x) { return std::exp2(x); }
+inline uint32_t bits_of(float x) { return emulator::float_bits(x); }
+inline float float_of(uint32_t bits) { return emulator::bits_float(bits); }
+inline float max_or_nan(float x, float y) { return x != x || y != y ? NAN : x < y ? y : x; }
 
 // Runs every block to its end, one after the other; errors go to emulator::report.
 template <typename Params>
@@ -147,3 +153,5 @@ const char* launch(void (*kernel)(Params), unsigned blocks, int threads, int sha
 }
 
 }  // namespace diffusion_fast::ptx
+
+#include "hopper.h"  // IWYU pragma: export

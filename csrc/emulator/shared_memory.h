@@ -12,8 +12,13 @@ namespace diffusion_fast::emulator {
 
 constexpr uint32_t kSharedBase = 0x400;  // as on the device, shared addresses do not begin at 0
 
+// Of an access by t now: the count of its __syncthreads, or with clocks its own time.
+inline uint32_t stamp(const Thread& t) { return block->clocks.on() ? block->clocks.of(t.id)[t.id] : block->epoch; }
+
 inline bool happens_before(const Access& a, const Thread& t) {
-  if (a.thread == t.id || a.block_epoch != block->epoch) return true;
+  if (a.thread == t.id) return true;
+  if (block->clocks.on()) return block->clocks.of(t.id)[a.thread] >= a.block_epoch;
+  if (a.block_epoch != block->epoch) return true;
   return a.thread / 32 == t.warp && a.warp_epoch < block->warps[t.warp].epoch;
 }
 
@@ -33,6 +38,15 @@ inline uint8_t* shared_at(uint32_t address, uint32_t bytes, int line) {
   return b.shared.data() + (address - kSharedBase);
 }
 
+// With clocks: one thread stands for all readers that it has seen; readers that have not seen each other are kMany, which
+// only a __syncthreads orders (counted in warp_epoch).
+inline void note_reader(Access& r, const Thread& t, int line) {
+  const bool alone = r.kind == Access::kNone || r.warp_epoch != block->epoch ||
+                     (r.kind == Access::kOneThread && happens_before(r, t));
+  const Access::Kind kind = alone ? Access::kOneThread : Access::kMany;
+  r = {stamp(t), block->epoch, static_cast<int16_t>(t.id), kind, static_cast<uint16_t>(line)};
+}
+
 inline void on_read(uint32_t address, uint32_t bytes, const Thread& t, int line) {
   Block& b = *block;
   if (!b.options.races) return;
@@ -40,8 +54,12 @@ inline void on_read(uint32_t address, uint32_t bytes, const Thread& t, int line)
   for (uint32_t at = address; at < address + bytes; at += 4) {
     Word& word = b.words[(at - kSharedBase) / 4];
     if (word.write.kind == Access::kNone) note_race("read of memory never written", word.write, t, at, line);
-    else if (word.write.kind == Access::kInFlight) note_race("read while cp.async is in flight", word.write, t, at, line);
+    else if (word.write.kind == Access::kInFlight) note_race("read while a copy is in flight", word.write, t, at, line);
     else if (!happens_before(word.write, t)) note_race("read after write", word.write, t, at, line);
+    if (b.clocks.on()) {
+      note_reader(word.read, t, line);
+      continue;
+    }
     // The readers since the last write, as few words: one thread, one warp in this warp epoch, or more.
     const Access& r = word.read;
     Access::Kind kind = Access::kOneThread;
@@ -56,20 +74,35 @@ inline void on_read(uint32_t address, uint32_t bytes, const Thread& t, int line)
 inline void on_write(uint32_t address, uint32_t bytes, const Thread& t, int line, Access::Kind kind) {
   Block& b = *block;
   if (!b.options.races) return;
+  if (b.asynchronous != nullptr) b.asynchronous->before_write(address, bytes, t, line);
   const uint32_t warp_epoch = b.warps[t.warp].epoch;
   for (uint32_t at = address; at < address + bytes; at += 4) {
     Word& word = b.words[(at - kSharedBase) / 4];
     const Access &w = word.write, &r = word.read;
-    if (w.kind == Access::kInFlight) note_race("write while cp.async is in flight", w, t, at, line);
+    if (w.kind == Access::kInFlight) note_race("write while a copy is in flight", w, t, at, line);
     else if (w.kind != Access::kNone && !happens_before(w, t)) note_race("write after write", w, t, at, line);
-    if (r.kind != Access::kNone && r.block_epoch == b.epoch) {
+    if (b.clocks.on()) {
+      const bool ordered = r.kind == Access::kNone || r.warp_epoch != b.epoch ||
+                           (r.kind == Access::kOneThread && happens_before(r, t));
+      if (!ordered) note_race("write after read", r, t, at, line);
+    } else if (r.kind != Access::kNone && r.block_epoch == b.epoch) {
       const bool ordered = r.kind == Access::kOneThread ? happens_before(r, t)
                            : r.kind == Access::kOneWarp && r.thread / 32 == t.warp && r.warp_epoch < warp_epoch;
       if (!ordered) note_race("write after read", r, t, at, line);
     }
-    word.write = {b.epoch, warp_epoch, static_cast<int16_t>(t.id), kind, static_cast<uint16_t>(line)};
+    word.write = {stamp(t), warp_epoch, static_cast<int16_t>(t.id), kind, static_cast<uint16_t>(line)};
     word.read.kind = Access::kNone;
+    word.unfenced = false;
   }
+}
+
+// An ordinary store of one word: wgmma and the copy engine see it after a proxy fence only.
+inline void on_store(uint32_t address, Thread& t, int line) {
+  on_write(address, 4, t, line, Access::kDone);
+  if (!block->options.races || !block->clocks.on()) return;
+  const uint32_t word = (address - kSharedBase) / 4;
+  block->words[word].unfenced = true;
+  t.unfenced.push_back(word);
 }
 
 // An asynchronous copy becomes visible to the thread that issued it; others still need a barrier.

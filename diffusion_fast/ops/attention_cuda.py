@@ -149,8 +149,11 @@ def forward(
     """out [B, Sq, H, D] and lse [B, H, Sq] float32 (empty unless ``save_lse``).
 
     Args:
-        kernel: 0 chooses by shape and device; 1 asks for the short-key kernel, 2 for the tiled one
-            (tests and benchmarks).
+        kernel: 0 chooses by shape and device; 1 asks for the short-key kernel, 2 for the tiled one,
+            3 for the Hopper one, which is never chosen (tests and benchmarks).
+
+    Raises:
+        RuntimeError: the kernel asked for can't run this call or not on this GPU; says why.
     """
     batch, queries, heads, head_dim = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)

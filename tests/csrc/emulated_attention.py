@@ -26,7 +26,7 @@ BUILD = ROOT / "build" / "emulator"
 HEAD_DIMS = (32, 40, 48, 64, 80, 96, 128, 160)
 DTYPES = {torch.bfloat16: "Bfloat16", torch.float16: "Half"}
 FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
-AUTO, SHORT, TILED = 0, 1, 2
+AUTO, SHORT, TILED, HOPPER = range(4)
 
 # (multiprocessors, shared memory per block, per multiprocessor) of the kinds of card.
 H200 = (132, 227 << 10, 228 << 10)

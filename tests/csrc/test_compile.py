@@ -6,11 +6,13 @@ writes it anew.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 from benchmarks import attention_resources as resources
 from diffusion_fast.ops import extension
@@ -58,6 +60,65 @@ def test_compiles_without_new_spills(head_dim: int, architecture: str) -> None:
         assert k.spill_store_bytes <= before.spill_store_bytes, (k, before)
         assert k.spill_load_bytes <= before.spill_load_bytes, (k, before)
         assert k.shared_bytes == before.shared_bytes, (k, before)
+
+
+# One instruction of each kind in the machine code, and how often at least.
+HOPPER_CODE = {
+    "HGMMA": 10,  # wgmma
+    "UTMALDG": 4,  # the copy engine: queries, first and next K, V
+    "USETMAXREG": 2,
+    "MUFU.EX2": 1,
+    "SYNCS.PHASECHK": 1,  # mbarrier waits
+}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("head_dim", extension.HEAD_DIMS)
+def test_hopper_kernel_compiles_without_spills_and_waits(head_dim: int) -> None:
+    """ptxas neither spills nor warns that it ran wgmma one by one (C7510) or ignored setmaxnreg
+    (C7508), nor adds a fence of its own (C7519)."""
+    log = _compiled(head_dim, "90a")
+    entries = re.findall(
+        r"Compiling entry function '\w*attention_hopperI\w*'.*?\n.*?\n"
+        r"\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
+        r".*?Used (\d+) registers",
+        log.read_text(),
+    )
+    assert entries == [("0", "0", "0", "168")] * 2  # 65536 for 384 threads, before setmaxnreg
+    assert not re.findall(r"\(C75\d\d\).*", log.read_text())
+    code = _machine_code(log, "attention_hopper")
+    for instruction, least in HOPPER_CODE.items():
+        assert code.count(f" {instruction}") >= 2 * least, instruction  # two types
+    assert " LDL" not in code
+    assert " STL" not in code
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ["80", "100"])
+def test_hopper_kernel_is_empty_elsewhere(architecture: str) -> None:
+    """And takes too few threads to be started by mistake."""
+    code = _machine_code(_compiled(40, architecture), "attention_hopper")
+    assert not re.search(r" (HGMMA|UTMALDG|LDG|STG)", code)
+
+
+def _compiled(head_dim: int, architecture: str) -> Path:
+    """The log of :func:`resources.compile_kernels`; the machine code lies beside it."""
+    resources.compile_kernels(head_dim, architecture)
+    tools = extension.toolchain()
+    assert not isinstance(tools, str)
+    key = extension._key(extension.COMMON_FLAGS, tools.version, "verbose")
+    return resources.BUILD / f"attention_{head_dim}_{architecture}_{key}.log"
+
+
+def _machine_code(log: Path, kernel: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = subprocess.run(
+        [str(tool), "-sass", f"{log}.cubin"], capture_output=True, text=True, check=True
+    ).stdout
+    functions = re.split(r"\n\s*Function : ", text)[1:]
+    chosen = [f for f in functions if kernel in f.split("\n", 1)[0]]
+    assert len(chosen) == 2, [f[:80] for f in functions]
+    return "".join(chosen)
 
 
 @needs_nvcc

@@ -23,7 +23,7 @@ DEFECTS = {
     "divergent": "divergent warp",
     "deadlock": "deadlock",
     "two_barriers": "__syncthreads at two lines",
-    "copy_not_waited_for": "read while cp.async is in flight",
+    "copy_not_waited_for": "read while a copy is in flight",
     "copy_never_waited_for": "exits with cp.async in flight",
     "copy_not_committed": "exits with cp.async in flight",
     "copy_seen_by_another": "race, read after write",
