@@ -40,6 +40,7 @@ from diffusion_fast.kernels import (
     layer_norm,
     linear,
     residual,
+    row_statistics,
     sampler_step,
     weighted_mse,
 )
@@ -60,6 +61,7 @@ def meta(*size: int, dtype: torch.dtype = BF16, last: bool = False) -> torch.Ten
 def cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
     """(op, name of the case, a call of its launchers)."""
     yield from _norm_cases(quick)
+    yield from _table_cases(quick)
     yield from _row_cases(quick)
     yield from _latent_cases(quick)
     yield from _product_cases(quick)
@@ -94,6 +96,17 @@ def _norm_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
             )
 
 
+def _table_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """The norms of a sampling loop: the time is a row of a table, picked on the device."""
+    row = torch.empty(1, dtype=torch.int64, device="meta")
+    for side, channels in ((16, 1280),) if quick else ((64, 320), (16, 1280)):
+        x, weight = meta(2, channels, side, side, last=True), meta(channels)
+        table = meta(50, 1, channels)
+        args = (shapes.GROUPS, weight, weight, 1e-5, True, table, None, None, None, row)
+        name = f"sd15 {side}x{side} {channels} NHWC table"
+        yield "group_norm_silu", name, lambda x=x, a=args: group_norm_silu.group_norm_silu(x, *a)
+
+
 def _row_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
     for model, rows, width in shapes.LAYER_NORM[1:2] if quick else shapes.LAYER_NORM:
         x, weight, name = meta(rows, width), meta(width), f"{model} {rows}x{width}"
@@ -103,6 +116,7 @@ def _row_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
             name,
             lambda x=x, w=weight: layer_norm.layer_norm_backward(x, x, w, 1e-5),
         )
+        yield "row_statistics", name, lambda x=x: row_statistics.row_statistics(x, 1e-5)
     for model, rows, width in shapes.GEGLU[1:2] if quick else shapes.GEGLU:
         x, dy, name = meta(rows, 2 * width), meta(rows, width), f"{model} {rows}x{width}"
         yield "geglu", name, lambda x=x: geglu.geglu(x)

@@ -5,7 +5,9 @@
     y = z * sigmoid(z)                        (or z)
 
 Layout: [B, C, S] by strides, so that NCHW and channels_last are one kernel; the channels of ``x2``
-follow those of x without being copied together. A tile is [S, groups, channels of a group]. Where a
+follow those of x without being copied together. add, scale and shift are [B, C], or tables
+[R, B or 1, C] whose row is picked by a number on the device; their last dimension is contiguous,
+the other strides are free. A tile is [S, groups, channels of a group]. Where a
 tile holds whole groups, one launch reads once and writes once. Otherwise ``_statistics`` reduces
 chunks of each image, enough of them to fill the GPU at batch 1, and ``_normalize`` merges their
 results (the second read mostly comes from L2).
@@ -55,10 +57,19 @@ def _tile(
 
 
 @triton.jit
+def _of_image(ptr, strides, row_ptr, image, channel, exists, DTYPE: tl.constexpr):
+    """What a table with strides (row, image) has for the tile's channels, [G, C]."""
+    place = image * strides[1]
+    if row_ptr is not None:
+        place += tl.load(row_ptr) * strides[0]
+    return tl.load(ptr + place + channel, mask=exists, other=0.0).to(DTYPE)
+
+
+@triton.jit
 def _load(sources, image, s, channel, exists, shape, DTYPE: tl.constexpr, WIDE: tl.constexpr):
     """v = x + add, 0 outside; a channel comes from x or, behind its last one, from x2."""
-    x_ptr, x_strides, x2_ptr, x2_strides, add_ptr = sources
-    channels, first = shape[0], shape[4]
+    x_ptr, x_strides, x2_ptr, x2_strides, add_ptr, add_strides, row_ptr = sources
+    first = shape[4]
     valid = (s < shape[1])[:, None, None] & exists[None, :, :]
     if x2_ptr is None:
         place = _places(s, channel, image, x_strides, WIDE)
@@ -70,7 +81,7 @@ def _load(sources, image, s, channel, exists, shape, DTYPE: tl.constexpr, WIDE: 
         place = _places(s, channel - first, image, x2_strides, WIDE)
         v += tl.load(x2_ptr + place, mask=valid & (ours == 0), other=0.0).to(DTYPE)
     if add_ptr is not None:
-        add = tl.load(add_ptr + image * channels + channel, mask=exists, other=0.0).to(DTYPE)
+        add = _of_image(add_ptr, add_strides, row_ptr, image, channel, exists, DTYPE)
         v = tl.where(valid, v + add[None, :, :], 0.0)
     return v, valid
 
@@ -104,17 +115,17 @@ def _rstd(m2, count, eps, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _affine(tables, image, channel, exists, channels, DTYPE: tl.constexpr):
+def _affine(tables, image, channel, exists, DTYPE: tl.constexpr):
     """weight, bias, 1 + scale and shift of the tile's channels, [G, C]."""
-    weight_ptr, bias_ptr, scale_ptr, shift_ptr = tables
+    weight_ptr, bias_ptr, scale_ptr, scale_strides, shift_ptr, shift_strides, row_ptr = tables
     weight = tl.load(weight_ptr + channel, mask=exists, other=0.0).to(DTYPE)
     bias = tl.load(bias_ptr + channel, mask=exists, other=0.0).to(DTYPE)
     factor = tl.full(weight.shape, 1.0, DTYPE)
     shift = tl.zeros(weight.shape, DTYPE)
     if scale_ptr is not None:
-        factor += tl.load(scale_ptr + image * channels + channel, mask=exists, other=0.0).to(DTYPE)
+        factor += _of_image(scale_ptr, scale_strides, row_ptr, image, channel, exists, DTYPE)
     if shift_ptr is not None:
-        shift += tl.load(shift_ptr + image * channels + channel, mask=exists, other=0.0).to(DTYPE)
+        shift += _of_image(shift_ptr, shift_strides, row_ptr, image, channel, exists, DTYPE)
     return weight, bias, factor, shift
 
 
@@ -136,6 +147,7 @@ def _statistics(
     count = tl.zeros((), DTYPE)
     mean = tl.zeros([G], DTYPE)
     m2 = tl.zeros([G], DTYPE)
+    sources = sources[:]  # inside a loop, Triton 3.6 loses the constants of nested tuples
     for start in range(part * chunk, tl.minimum((part + 1) * chunk, space), S):
         s = start + tl.arange(0, S)
         v, valid = _load(sources, image, s, channel, exists, shape, DTYPE, WIDE)
@@ -181,7 +193,7 @@ def _normalize(
     else:
         mean, m2 = _merged(parts_ptr, image, g, shape, chunks, chunk, WIDTH, PADDED)
     u = (v - mean[None, :, None]) * _rstd(m2, count, eps, DTYPE)[None, :, None]
-    weight, bias, factor, shift = _affine(tables, image, channel, exists, shape[0], DTYPE)
+    weight, bias, factor, shift = _affine(tables, image, channel, exists, DTYPE)
     z = (u * weight[None, :, :] + bias[None, :, :]) * factor[None, :, :] + shift[None, :, :]
     if SILU:
         z = z * tl.sigmoid(z)
@@ -248,8 +260,8 @@ def plan(config, batch, channels, first, space, num_groups, channels_last, devic
 class Problem(NamedTuple):
     """The tensors of a call as the kernels see them."""
 
-    sources: tuple  # x, its strides, x2, its strides, add
-    tables: tuple  # weight, bias, scale, shift
+    sources: tuple  # x, its strides, x2, its strides, add, its strides, row
+    tables: tuple  # weight, bias, scale, its strides, shift, its strides, row
     batch: int
     channels: int
     first: int
@@ -258,20 +270,17 @@ class Problem(NamedTuple):
     meta: dict  # constants that forward and backward share
 
 
-def problem(x, num_groups, weight, bias, add, scale, shift, x2, *others):
+def problem(x, num_groups, weight, bias, add, scale, shift, x2, row, *others):
     """Views where the strides allow it, copies where they don't.
 
     ``others`` are walked beside the sources: offsets are as wide as the widest of all needs.
     """
     x, x_strides = _strided(x)
     x2, x2_strides = (None, (0, 0, 0)) if x2 is None else _strided(x2)
-    add, weight, bias, scale, shift = (
-        None if v is None else v.contiguous() for v in (add, weight, bias, scale, shift)
-    )
     channels = weight.shape[0]
     return Problem(
-        (x, x_strides, x2, x2_strides, add),
-        (weight, bias, scale, shift),
+        (x, x_strides, x2, x2_strides, *_table(add), row),
+        (weight.contiguous(), bias.contiguous(), *_table(scale), *_table(shift), row),
         x.shape[0],
         channels,
         x.shape[1],
@@ -280,7 +289,8 @@ def problem(x, num_groups, weight, bias, add, scale, shift, x2, *others):
         {
             "DTYPE": launch.accumulator(x.dtype),
             # The gradient's sums have three numbers for each image and channel.
-            "WIDE": launch.wide(x, x2, *others) or 3 * x.shape[0] * channels >= 2**31,
+            "WIDE": launch.wide(x, x2, add, scale, shift, *others)
+            or 3 * x.shape[0] * channels >= 2**31,
             "WIDTH": channels // num_groups,
         },
     )
@@ -292,6 +302,15 @@ def _strided(value):
         value = value.contiguous()
         strides = launch.image_strides(value)
     return value, strides
+
+
+def _table(value):
+    """A table [R, B or 1, C] and its strides (row, image); a [B, C] has no rows to stride over."""
+    if value is None:
+        return None, (0, 0)
+    if value.stride(-1) != 1:
+        value = value.contiguous()
+    return value, (value.stride(0), value.stride(-2) if value.shape[-2] > 1 else 0)
 
 
 def result_like(x, channels=None):
@@ -323,12 +342,12 @@ def tune(name, p, num_groups, run, device, arrays=1):
     return tuning.choose(name, key, candidates, run, device)
 
 
-def group_norm_silu(x, num_groups, weight, bias, eps, silu, add, scale, shift, x2=None):
+def group_norm_silu(x, num_groups, weight, bias, eps, silu, add, scale, shift, x2=None, row=None):
     """y like x with the channels of both sources, in x's memory format."""
     y = result_like(x, weight.shape[0])
     if not y.numel():
         return y
-    p = problem(x, num_groups, weight, bias, add, scale, shift, x2, y)
+    p = problem(x, num_groups, weight, bias, add, scale, shift, x2, row, y)
 
     def run(config):
         sizes = p.batch, p.channels, p.first, p.space

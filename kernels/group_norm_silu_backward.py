@@ -77,10 +77,11 @@ def _sums(
     count = tl.full((), space, DTYPE) * WIDTH
     mean, m2 = _merged(parts_ptr, image, g, shape, chunks, chunk, WIDTH, PADDED)
     rstd = _rstd(m2, count, eps, DTYPE)
-    affine = _affine(tables, image, channel, exists, channels, DTYPE)
+    affine = _affine(tables, image, channel, exists, DTYPE)
     sum_a = tl.zeros([G, C], DTYPE)
     sum_d = tl.zeros([G, C], DTYPE)
     sum_u = tl.zeros([G, C], DTYPE)
+    sources = sources[:]  # inside a loop, Triton 3.6 loses the constants of nested tuples
     for start in range(part * chunk, tl.minimum((part + 1) * chunk, space), S):
         s = start + tl.arange(0, S)
         v, valid = _load(sources, image, s, channel, exists, shape, DTYPE, WIDE)
@@ -122,7 +123,7 @@ def _gradient(
     v, valid = _load(sources, image, s, channel, exists, shape, DTYPE, WIDE)
     place = _places(s, channel, image, dy_strides, WIDE)
     dy = tl.load(dy_ptr + place, mask=valid, other=0.0).to(DTYPE)
-    affine = _affine(tables, image, channel, exists, channels, DTYPE)
+    affine = _affine(tables, image, channel, exists, DTYPE)
     weight, _, factor, _ = affine
     count = tl.full((), space, DTYPE) * WIDTH
     place = image * groups + g
@@ -188,7 +189,7 @@ def _parameters(
     dbias = tl.zeros([G, C], DTYPE)
     for i in range(batch):
         image = tl.full((), i, tl.int64 if WIDE else tl.int32)
-        weight, bias, factor, _ = _affine(tables, image, channel, exists, channels, DTYPE)
+        weight, bias, factor, _ = _affine(tables, image, channel, exists, DTYPE)
         a = tl.zeros([G, C], DTYPE)
         d = tl.zeros([G, C], DTYPE)
         sum_u = tl.zeros([G, C], DTYPE)
@@ -234,7 +235,7 @@ def group_norm_silu_backward(
     if dy.numel():
         if launch.image_strides(dy) is None:
             dy = dy.contiguous()
-        p = problem(x, num_groups, weight, bias, add, scale, shift, x2, dy, dx, dx2)
+        p = problem(x, num_groups, weight, bias, add, scale, shift, x2, None, dy, dx, dx2)
         _launch(p, dy, dx, dx2, small, num_groups, eps, silu)
     none = x.new_empty(0)
     results = dx, *small, dx2

@@ -30,12 +30,18 @@ def _load_rows(x_ptr, row, column, stride, rows, columns, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _normalized(x, valid, columns, eps, DTYPE: tl.constexpr):
-    """u and rstd of each row."""
+def _moments(x, valid, columns, eps, DTYPE: tl.constexpr):
+    """Mean of each row, the deviations from it, and rstd."""
     mean = tl.sum(x, 1) / columns
     deviation = tl.where(valid, x - mean[:, None], 0.0)
     variance = tl.sum(deviation * deviation, 1) / columns
-    rstd = 1.0 / tl.sqrt(variance + tl.full((), eps, DTYPE))
+    return mean, deviation, 1.0 / tl.sqrt(variance + tl.full((), eps, DTYPE))
+
+
+@triton.jit
+def _normalized(x, valid, columns, eps, DTYPE: tl.constexpr):
+    """u and rstd of each row."""
+    _, deviation, rstd = _moments(x, valid, columns, eps, DTYPE)
     return deviation * rstd[:, None], rstd
 
 

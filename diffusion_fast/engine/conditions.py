@@ -6,7 +6,6 @@ made of them alone is made once per run.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -15,15 +14,15 @@ from torch import Tensor
 from ..models import UNet2DCondition
 from ..models.blocks import KeyValue
 from .clock import Clock
-from .prepared_blocks import ResBlock, time_width
+from .prepared_blocks import ResBlock, Time, time_width
 
 
 class Times:
     """What each residual block takes from the time embedding, for every row of the sampler's table.
 
-    With ``tabled`` a matrix [rows, sum of images * C_i], filled once per run; a row of it is read
-    per step. Without, the timesteps [rows] and the work of the plain model in each step. The time
-    is the same for all images, unless pooled text enters the embedding.
+    With ``tabled`` a table [rows, images, C] for each, filled once per run; a row of it is read per
+    step. Without, the timesteps [rows] and the work of the plain model in each step. The time is
+    the same for all images, unless pooled text enters the embedding.
 
     Args:
         model: whose embedding it is.
@@ -45,9 +44,8 @@ class Times:
         weight = model.conv_in.weight
         self.pooled = model.config.addition_embed_type is not None
         self.images = batch if self.pooled else 1
-        ends = itertools.accumulate((self.images * time_width(r.block) for r in resnets), initial=0)
-        self._places = list(itertools.pairwise(ends))
-        self._table = weight.new_zeros(max_rows, self._places[-1][1]) if tabled else None
+        widths = [time_width(resnet.block) for resnet in resnets] if tabled else []
+        self._tables = [weight.new_zeros(max_rows, self.images, width) for width in widths]
         self._t = torch.zeros(max_rows, 1, dtype=torch.float32, device=weight.device)
         self._additions: dict[torch.Size, tuple[Tensor, Tensor]] = {}
         self._addition: tuple[Tensor, Tensor] | None = None
@@ -57,7 +55,7 @@ class Times:
     ) -> None:
         """Take the grid [N] and what joins the embedding, [batch, P] and [batch, K]."""
         n = len(timesteps)
-        if self._table is None:
+        if not self.tabled:
             self._t[:n] = timesteps[:, None]
             self._keep(text_embeds, time_ids)
             return
@@ -65,8 +63,8 @@ class Times:
         if text_embeds is not None and time_ids is not None:
             text_embeds, time_ids = text_embeds.repeat(n, 1), time_ids.repeat(n, 1)
         emb = self.model.embed_time(t, text_embeds, time_ids)
-        for resnet, (start, end) in zip(self.resnets, self._places, strict=True):
-            self._table[:n, start:end] = resnet.project_time(emb).view(n, -1)
+        for resnet, table in zip(self.resnets, self._tables, strict=True):
+            table[:n] = resnet.project_time(emb).view(n, *table.shape[1:])
 
     def _keep(self, text_embeds: Tensor | None, time_ids: Tensor | None) -> None:
         if text_embeds is None or time_ids is None:
@@ -77,14 +75,15 @@ class Times:
         self._addition[0].copy_(text_embeds)
         self._addition[1].copy_(time_ids)
 
-    def at(self, clock: Clock) -> list[Tensor]:
-        """[images, C_i] for each residual block."""
-        if self._table is not None:
-            row = clock.pick(self._table)
-            return [row[start:end].view(self.images, -1) for start, end in self._places]
+    def at(self, clock: Clock) -> list[Time]:
+        """For each residual block."""
+        if self.tabled and clock.counts_on_device:
+            return [Time(table, clock.counter) for table in self._tables]
+        if self.tabled:
+            return [Time(table[clock.row]) for table in self._tables]
         t = clock.pick(self._t).expand(self.images)
         emb = self.model.embed_time(t, *(self._addition or (None, None)))
-        return [resnet.project_time(emb) for resnet in self.resnets]
+        return [Time(resnet.project_time(emb)) for resnet in self.resnets]
 
 
 class Contexts:

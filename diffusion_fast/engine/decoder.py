@@ -17,7 +17,7 @@ from ..ops.op import Site
 from . import folding
 from .layers import Layer, Linear, is_plain
 from .plan import bypassed
-from .prepared_blocks import GroupNorm, On, ResBlock, Upsample, attend, pixels, same_conv
+from .prepared_blocks import GroupNorm, On, ResBlock, Upsample, attend, image, pixels, same_conv
 from .staleness import Fingerprint, fingerprint
 
 REWRITES = ("folded_upsample", "fused_qkv", "epilogues", "packed_weights", "removed_no_ops")
@@ -37,13 +37,11 @@ class PreparedPixelAttention:
         self.layers = [*self.to_qkv, self.to_out]
 
     def __call__(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
         h = pixels(self.norm(x, silu=False))  # [B, HW, C]
         made = [layer(h) for layer in self.to_qkv]
         q, k, v = made if len(made) == 3 else made[0].chunk(3, dim=-1)
         h = attend(self._op, q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2))
-        h = self.to_out(h, residual=pixels(x))
-        return h.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return image(self.to_out(h, residual=pixels(x)), x.shape[2:])
 
 
 class PreparedDecoder:

@@ -52,8 +52,9 @@ def with_layer_norm(weights: Weights, norm: nn.LayerNorm) -> Weights:
     .. math:: \mathrm{LN}(x) W^T + b = r (x W'^T - \mu s) + b', \quad W' = W \gamma,
               \quad s_n = \sum_k W'_{nk}, \quad b' = b + W \beta
 
-    with each row's mean and r = 1 / deviation (:func:`row_statistics`). The column sums are those
-    of the rounded W': x W' and mu s cancel where the mean is large, so both must hold the same W'.
+    with each row's mean and r = 1 / deviation (:func:`diffusion_fast.ops.row_statistics`). The
+    column sums are those of the rounded W': x W' and mu s cancel where the mean is large, so both
+    must hold the same W'.
 
     Args:
         weights: [N, K].
@@ -67,13 +68,6 @@ def with_layer_norm(weights: Weights, norm: nn.LayerNorm) -> Weights:
         shift = shift + bias.double()
     sums = folded.double().sum(1).to(torch.promote_types(weight.dtype, torch.float32))
     return Weights(folded, shift.to(weight.dtype), sums)
-
-
-def row_statistics(x: Tensor, eps: float) -> Rows:
-    """Mean and 1 / sqrt(var + eps) of each row of [..., K], in two passes, at least float32."""
-    compute = torch.promote_types(x.dtype, torch.float32)
-    variance, mean = torch.var_mean(x.to(compute), dim=-1, correction=0)
-    return mean, (variance + eps).rsqrt()
 
 
 def with_upsample(conv: nn.Conv2d) -> Weights:

@@ -24,6 +24,7 @@ from .prepared_blocks import (
     GroupNorm,
     On,
     ResBlock,
+    Time,
     Transformer2D,
     Upsample,
     same_conv,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 class Given:
     """What a call takes beside the image, in the order in which the blocks ask for it."""
 
-    time: Iterator[Tensor]
+    time: Iterator[Time]
     kv: Iterator[KeyValue]
     key_lengths: Tensor | None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ..models.blocks import KeyValue
 from ..ops.op import Site
 from . import folding
 from .folding import Rows, Weights
-from .layers import Conv2d, Linear, is_plain
+from .layers import Conv2d, Layer, Linear, is_plain
 
 On = Collection[str]
 
@@ -33,6 +33,32 @@ def widened(x: Tensor, batch: int) -> Tensor:
 def time_width(block: plain.ResBlock) -> int:
     """Numbers that a block takes from the time embedding of an image."""
     return block.norm2.num_channels * (2 if block.scale_shift else 1)
+
+
+def joins_norm(device: torch.device) -> bool:
+    """Whether the time joins a block's second norm, or already the convolution before it.
+
+    On a GPU the norm's kernel reads the table's row by the device's counter and adds it in passing,
+    with the convolution's bias, which would be a pass of its own behind cuDNN. On a CPU the time
+    takes the place of that bias, which the convolution adds in passing.
+    """
+    return device.type != "cpu"
+
+
+class Time(NamedTuple):
+    """What a residual block takes from the time embedding: for [B] images or for all, [1].
+
+    Attributes:
+        value: [B or 1, C], or with a row a table of them, [R, B or 1, C].
+        row: of the table, int64 [1] on the device.
+    """
+
+    value: Tensor
+    row: Tensor | None = None
+
+    def picked(self) -> Tensor:
+        """[B or 1, C]."""
+        return self.value if self.row is None else self.value.index_select(0, self.row)[0]
 
 
 class GroupNorm:
@@ -50,13 +76,15 @@ class GroupNorm:
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         x2: Tensor | None = None,
+        row: Tensor | None = None,
     ) -> Tensor:
         norm = self.norm
         weight, bias = cast("tuple[Tensor, Tensor]", (norm.weight, norm.bias))
         if weight.dtype != x.dtype:  # under autocast x is narrower than the rest
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
             add, scale, shift = (v if v is None else v.to(x.dtype) for v in (add, scale, shift))
-        return self._op(x, norm.num_groups, weight, bias, norm.eps, silu, add, scale, shift, x2)
+        tables = add, scale, shift
+        return self._op(x, norm.num_groups, weight, bias, norm.eps, silu, *tables, x2, row)
 
 
 class LayerNorm:
@@ -64,13 +92,13 @@ class LayerNorm:
 
     def __init__(self, norm: plain.LayerNorm, on: On, *behind: nn.Module) -> None:
         self.norm = norm
-        self._op = Site("layer_norm")
         self.folded = "folded_layer_norm" in on and all(map(is_plain, behind))
+        self._op = Site("row_statistics" if self.folded else "layer_norm")
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Rows | None]:
         """The product's input, and the statistics of its rows where it must apply them."""
         if self.folded:
-            return x, folding.row_statistics(x, self.norm.eps)
+            return x, self._op(x, self.norm.eps)
         weight, bias = cast("tuple[Tensor, Tensor]", (self.norm.weight, self.norm.bias))
         if weight.dtype != x.dtype:  # as above
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
@@ -93,27 +121,34 @@ class ResBlock:
     def __init__(self, block: plain.ResBlock, on: On) -> None:
         self.block = block
         self.norm1, self.norm2 = GroupNorm(block.norm1), GroupNorm(block.norm2)
-        self.conv1 = same_conv(block.conv1, on)
+        # The time has the first convolution's bias in it where that can run without.
+        timed = hasattr(block, "time_emb_proj") and not block.scale_shift
+        self.carries_bias = timed and "epilogues" in on and is_plain(block.conv1)
+        self.conv1 = same_conv(block.conv1, on, bias=not self.carries_bias)
         self.conv2 = same_conv(block.conv2, on)
-        self.shortcut = None if block.conv_shortcut is None else same_conv(block.conv_shortcut, on)
         self.split = "split_skips" in on
+        self.shortcut: Linear | Conv2d | None = None
+        if block.conv_shortcut is not None:
+            # Of one source in channels_last it is a product, which has less to set up.
+            as_product = "packed_weights" in on and not self.split
+            self.shortcut = (_linear if as_product else same_conv)(block.conv_shortcut, on)
         self.drops = "removed_no_ops" not in on
-        # The time is then part of the first convolution's bias, else it joins the second norm.
-        self.shifts = self.conv1.epilogues and not block.scale_shift
-        self.layers = [self.conv1, self.conv2] + ([self.shortcut] if self.shortcut else [])
+        self.shifts = self.carries_bias and not joins_norm(block.conv1.weight.device)
+        self.layers: list[Layer] = [self.conv1, self.conv2]
+        self.layers += [self.shortcut] if self.shortcut else []
 
     def project_time(self, emb: Tensor) -> Tensor:
         """What the block takes from the time embedding: [N, C], or [N, 2C]."""
         time = self.block.project_time(emb)
-        return time + cast("Tensor", self.conv1.bias) if self.shifts else time
+        return time + cast("Tensor", self.block.conv1.bias) if self.carries_bias else time
 
-    def __call__(self, x: Tensor, skip: Tensor | None, time: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, skip: Tensor | None, time: Time | None) -> Tensor:
         """[B, C, H, W] to [B, C', H, W].
 
         Args:
             x: the block's input, or the first channels of it.
             skip: the rest, [B, C2, H, W].
-            time: of :meth:`project_time`, for [B] images or for all, [1]; None for a block without.
+            time: made of :meth:`project_time`; None for a block without.
         """
         if skip is not None and not self.split:
             x, skip = torch.cat((x, skip), dim=1), None
@@ -121,15 +156,28 @@ class ResBlock:
         if time is None:
             h = self.norm2(self.conv1(h))
         elif self.shifts:
-            h = self.norm2(self.conv1(h, shift=time))
-        elif self.block.scale_shift:
-            scale, shift = time.expand(len(x), -1).chunk(2, dim=1)
-            h = self.norm2(self.conv1(h), scale=scale, shift=shift)
+            h = self.norm2(self.conv1(h, shift=time.picked()))
         else:
-            h = self.norm2(self.conv1(h), add=time.expand(len(x), -1))
+            h = self._joined(self.conv1(h), time)
         if self.drops:
             h = self.block.dropout(h)
-        return self.conv2(h, residual=x if self.shortcut is None else self.shortcut(x, x2=skip))
+        if isinstance(self.shortcut, Linear):
+            x = image(self.shortcut(pixels(x)), x.shape[2:])
+        elif self.shortcut is not None:
+            x = self.shortcut(x, x2=skip)
+        return self.conv2(h, residual=x)
+
+    def _joined(self, h: Tensor, time: Time) -> Tensor:
+        """The second norm, of what the time joins."""
+        value, row = time
+        if row is not None and value.dtype != h.dtype:  # under autocast: cast the row alone
+            value, row = time.picked(), None
+        if row is None:
+            value = value.expand(len(h), -1)
+        if not self.block.scale_shift:
+            return self.norm2(h, add=value, row=row)
+        scale, shift = value.chunk(2, dim=-1)
+        return self.norm2(h, scale=scale, shift=shift, row=row)
 
 
 def attend(op: Site, q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None = None) -> Tensor:
@@ -220,12 +268,11 @@ class Transformer2D:
         self.layers = [self.proj_in, *inner, self.proj_out]
 
     def __call__(self, x: Tensor, kv: list[KeyValue], key_lengths: Tensor | None) -> Tensor:
-        height, width = x.shape[2:]
+        size = x.shape[2:]
         h = self.proj_in(pixels(self.norm(x, silu=False)))  # [B, HW, C]
         for block, block_kv in zip(self.blocks, kv, strict=True):
             h = block(h, block_kv, key_lengths)
-        h = self.proj_out(h, residual=pixels(widened(x, len(h))))
-        return h.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return image(self.proj_out(h, residual=pixels(widened(x, len(h)))), size)
 
 
 class Downsample:
@@ -270,10 +317,19 @@ def pixels(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
 
 
-def same_conv(conv: nn.Conv2d, on: On) -> Conv2d:
-    """A convolution with stride 1 that keeps the size."""
+def image(x: Tensor, size: torch.Size) -> Tensor:
+    """[B, HW, C] as [B, C, H, W] in channels_last."""
+    return x.unflatten(1, size).permute(0, 3, 1, 2)
+
+
+def same_conv(conv: nn.Conv2d, on: On, bias: bool = True) -> Conv2d:
+    """A convolution with stride 1 that keeps the size, with its bias or without."""
     padding = conv.weight.shape[2] // 2
-    return Conv2d(lambda: folding.of(conv), on, opaque=conv, padding=padding)
+
+    def source() -> Weights:
+        return folding.of(conv) if bias else Weights(conv.weight)
+
+    return Conv2d(source, on, opaque=conv, padding=padding)
 
 
 def _linear(layer: nn.Module, on: On) -> Linear:

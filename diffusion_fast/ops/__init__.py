@@ -11,6 +11,7 @@ from .linear import linear
 from .packing import pack_conv2d, pack_linear
 from .philox import Philox
 from .residual import residual
+from .row_statistics import row_statistics
 from .sampler_step import sampler_step
 from .weighted_mse import weighted_mse
 
@@ -29,6 +30,7 @@ __all__ = [
     "pack_conv2d",
     "pack_linear",
     "residual",
+    "row_statistics",
     "sampler_step",
     "use_backend",
     "weighted_mse",

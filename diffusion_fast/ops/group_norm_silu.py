@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import checks, triton_backend
+from . import checks, norm_checks, triton_backend
 from .op import Op
 
 
@@ -23,6 +23,7 @@ def group_norm_silu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     x2: Tensor | None = None,
+    row: Tensor | None = None,
 ) -> Tensor:
     r"""Group normalization (Wu & He 2018) with its neighbours.
 
@@ -39,6 +40,9 @@ def group_norm_silu(
         scale, shift: [B, C], after the affine and before SiLU (adaptive norm).
         x2: [B, C2, ...], joins x behind its last channel, as ``torch.cat((x, x2), 1)`` would (the
             skip connection of a U-Net); then C counts the channels of both.
+        row: int64 [1], on the device of ``x``: ``add``, ``scale`` and ``shift`` are then tables
+            [R, B or 1, C], of which this row is read (the step of a sampling loop, counted on the
+            device). On a GPU nobody checks that it is one of the R.
 
     Returns:
         [B, C, ...], in the memory format of ``x``.
@@ -46,6 +50,20 @@ def group_norm_silu(
     Raises:
         ValueError: shapes, dtypes or devices that don't match, or groups that don't divide C.
     """
+    _check(x, num_groups, weight, bias, eps, (add, scale, shift), x2, row)
+    return _OP(x, num_groups, weight, bias, eps, silu, add, scale, shift, x2, row)
+
+
+def _check(
+    x: Any,
+    num_groups: Any,
+    weight: Any,
+    bias: Any,
+    eps: Any,
+    tables: tuple[Any, Any, Any],
+    x2: Any,
+    row: Any,
+) -> None:
     checks.floating("x", x)
     if x.dim() < 2:
         checks.fail("x", "shape [B, C, ...]", list(x.shape))
@@ -54,31 +72,31 @@ def group_norm_silu(
         checks.tensor("x2", x2)
         if x2.dim() != x.dim():
             checks.fail("x2", f"{x.dim()} dimensions, as x has", x2.dim())
-        checks.shape("x2", x2, (batch, x2.shape[1], *x.shape[2:]), "[B, C2, ...]")
-        checks.same_dtype("x2", x2, "x", x)
-        checks.same_device("x2", x2, "x", x)
+        norm_checks.beside("x2", x2, (batch, x2.shape[1], *x.shape[2:]), "[B, C2, ...]", x)
         channels += x2.shape[1]
     checks.positive_int("num_groups", num_groups)
     checks.not_negative("eps", eps)
     if channels % num_groups:
         checks.fail("num_groups", f"a divisor of the {channels} channels of x", num_groups)
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        checks.tensor(name, parameter)
-        checks.shape(name, parameter, (channels,), "[C]")
-        checks.same_device(name, parameter, "x", x)
-        checks.same_dtype(name, parameter, "x", x)
-    for name, value in (("add", add), ("scale", scale), ("shift", shift)):
-        if value is not None:
-            checks.tensor(name, value)
-            checks.shape(name, value, (batch, channels), "[B, C]")
-            checks.same_device(name, value, "x", x)
-            checks.same_dtype(name, value, "x", x)
-    return _OP(x, num_groups, weight, bias, eps, silu, add, scale, shift, x2)
+    norm_checks.beside("weight", weight, (channels,), "[C]", x)
+    norm_checks.beside("bias", bias, (channels,), "[C]", x)
+    if row is not None:
+        norm_checks.row("row", row, x)
+    for name, value in zip(("add", "scale", "shift"), tables, strict=True):
+        if value is not None and row is None:
+            norm_checks.beside(name, value, (batch, channels), "[B, C]", x)
+        elif value is not None:
+            norm_checks.table(name, value, batch, channels, x)
 
 
 def _per_channel(value: Tensor, x: Tensor) -> Tensor:
     """[B, C] beside [B, C, ...]."""
     return value.view(*value.shape, *(1,) * (x.dim() - 2))
+
+
+def _picked(row: Tensor, *tables: Tensor | None) -> list[Tensor | None]:
+    """[B or 1, C] of each table."""
+    return [None if table is None else table.index_select(0, row)[0] for table in tables]
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -99,19 +117,22 @@ def reference(
     scale: Tensor | None,
     shift: Tensor | None,
     x2: Tensor | None = None,
+    row: Tensor | None = None,
 ) -> Tensor:
     layout = _layout(x)
+    if row is not None:
+        add, scale, shift = _picked(row, add, scale, shift)
     if x2 is not None:
         x = torch.cat((x, x2), 1)
     if add is not None:
         x = x + _per_channel(add, x)
-    x = F.group_norm(x, num_groups, weight, bias, eps)
+    x = torch.group_norm(x, num_groups, weight, bias, eps)
     if scale is not None:
         x = x * (1 + _per_channel(scale, x))
     if shift is not None:
         x = x + _per_channel(shift, x)
     if silu:
-        x = F.silu(x)
+        x = F.silu(x, inplace=not x.requires_grad)  # autograd would keep the SiLU's input
     return x.contiguous(memory_format=layout)
 
 
@@ -203,32 +224,42 @@ def _fake_backward(
 
 _SCHEMA = (
     "Tensor x, int num_groups, Tensor weight, Tensor bias, float eps, bool silu,"
-    " Tensor? add, Tensor? scale, Tensor? shift, Tensor? x2=None)"
+    " Tensor? add, Tensor? scale, Tensor? shift, Tensor? x2=None"
 )
-_OP = Op("group_norm_silu", f"({_SCHEMA} -> Tensor", reference, _fake)
+_OP = Op("group_norm_silu", f"({_SCHEMA}, Tensor? row=None) -> Tensor", reference, _fake)
 _BACKWARD = Op(
     "group_norm_silu_backward",
-    f"(Tensor grad, {_SCHEMA} -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, {_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference_backward,
     _fake_backward,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, ctx.num_groups, weight, bias, ctx.eps, ctx.silu, add, scale, shift, x2 = inputs
-    ctx.save_for_backward(x, weight, bias, add, scale, shift, x2)
+    x, ctx.num_groups, weight, bias, ctx.eps, ctx.silu, *optional = inputs
+    ctx.save_for_backward(x, weight, bias, *optional)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, add, scale, shift, x2 = ctx.saved_tensors
-    dx, dweight, dbias, dadd, dscale, dshift, dx2 = _BACKWARD(
-        grad, x, ctx.num_groups, weight, bias, ctx.eps, ctx.silu, add, scale, shift, x2
+    x, weight, bias, *tables, x2, row = ctx.saved_tensors
+    values = tables
+    if row is not None:
+        values = [v if v is None else v.expand(len(x), -1) for v in _picked(row, *tables)]
+    dx, dweight, dbias, *gradients, dx2 = _BACKWARD(
+        grad, x, ctx.num_groups, weight, bias, ctx.eps, ctx.silu, *values, x2
     )
     optional = (
-        gradient if value is not None else None
-        for value, gradient in ((add, dadd), (scale, dscale), (shift, dshift), (x2, dx2))
+        None if table is None else _unpicked(gradient, table, row)
+        for table, gradient in zip(tables, gradients, strict=True)
     )
-    return dx, None, dweight, dbias, None, None, *optional
+    return dx, None, dweight, dbias, None, None, *optional, None if x2 is None else dx2, None
+
+
+def _unpicked(gradient: Tensor, table: Tensor, row: Tensor | None) -> Tensor:
+    """The gradient [B, C] of what was picked as that of the table: zeros elsewhere."""
+    if row is None:
+        return gradient
+    return torch.zeros_like(table).index_copy(0, row, gradient.sum_to_size(table.shape[1:])[None])
 
 
 _OP.autograd(_setup_context, _backward)

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from . import checks, triton_backend
+from . import checks, norm_checks, triton_backend
 from .op import Op
 
 
@@ -29,17 +28,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     checks.floating("x", x)
     if x.dim() < 1:
         checks.fail("x", "shape [..., C]", list(x.shape))
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        checks.tensor(name, parameter)
-        checks.shape(name, parameter, x.shape[-1:], "[C]")
-        checks.same_dtype(name, parameter, "x", x)
-        checks.same_device(name, parameter, "x", x)
+    norm_checks.beside("weight", weight, x.shape[-1:], "[C]", x)
+    norm_checks.beside("bias", bias, x.shape[-1:], "[C]", x)
     checks.not_negative("eps", eps)
     return _OP(x, weight, bias, eps)
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps).contiguous()
+    return torch.layer_norm(x, x.shape[-1:], weight, bias, eps).contiguous()
 
 
 def reference_backward(

@@ -24,6 +24,7 @@ from prepared import (
     randomize,
     unet,
 )
+from small_unets import ATTENTION_IN_THE_MIDDLE_ONLY, ONE_LEVEL, configs
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -45,15 +46,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "padded_at_the_end": {"downsample_padding": 0},
     "inpainting": {"in_channels": 9, "conv_in_kernel": 1, "conv_out_kernel": 5},
     "linear_projection": {"use_linear_projection": True, "transformer_layers_per_block": 2},
-    "one_level": {
-        "block_out_channels": (16,),
-        "down_block_types": ("CrossAttnDownBlock2D",),
-        "up_block_types": ("CrossAttnUpBlock2D",),
-    },
-    "attention_in_the_middle_only": {
-        "down_block_types": ("DownBlock2D",) * 2,
-        "up_block_types": ("UpBlock2D",) * 2,
-    },
+    "one_level": ONE_LEVEL,
+    "attention_in_the_middle_only": ATTENTION_IN_THE_MIDDLE_ONLY,
 }
 
 
@@ -91,34 +85,9 @@ def test_weights_in_channels_last(choice: str) -> None:
     check(unet().to(memory_format=torch.channels_last), choice, size=(9, 6))
 
 
-@st.composite
-def configs(draw: st.DrawFn) -> UNetConfig:
-    levels = draw(st.integers(1, 3))
-
-    def per_level(values: list[Any]) -> tuple[Any, ...]:
-        return tuple(draw(st.sampled_from(values)) for _ in range(levels))
-
-    return UNetConfig(
-        in_channels=draw(st.integers(1, 5)),
-        out_channels=draw(st.integers(1, 5)),
-        block_out_channels=per_level([8, 16, 24]),
-        down_block_types=per_level(["DownBlock2D", "CrossAttnDownBlock2D"]),
-        up_block_types=per_level(["UpBlock2D", "CrossAttnUpBlock2D"]),
-        layers_per_block=per_level([1, 2]),
-        transformer_layers_per_block=per_level([1, 2]),
-        attention_head_dim=per_level([1, 2, 4]),
-        norm_num_groups=draw(st.sampled_from([1, 2, 4, 8])),
-        cross_attention_dim=draw(st.integers(1, 9)),
-        use_linear_projection=draw(st.booleans()),
-        downsample_padding=draw(st.sampled_from([0, 1])),
-        resnet_time_scale_shift=draw(st.sampled_from(["default", "scale_shift"])),
-        **draw(st.sampled_from([{}, {"num_classes": 3}, TEXT_TIME])),
-    )
-
-
 @settings(max_examples=40, deadline=None)
 @given(
-    config=configs(),
+    config=configs({"num_classes": 3}, TEXT_TIME),
     rewrites=st.sets(st.sampled_from(REWRITES)),
     size=st.tuples(st.integers(4, 11), st.integers(4, 11)),
     batch=st.integers(1, 2),
@@ -141,7 +110,7 @@ def addresses(network: Any) -> list[int]:
     kept = [layer.weight for layer in network.layers()]
     kept += [layer.bias for layer in network.layers() if layer.bias is not None]
     kept += [layer.column_sums for layer in network.layers() if layer.column_sums is not None]
-    kept += [network.times._table, *network.contexts._now]
+    kept += [*network.times._tables, *network.contexts._now]
     return [value.data_ptr() for value in kept]
 
 

@@ -20,9 +20,13 @@ def decisions(model: UNet2DCondition, rewrites: Any = "all", **sizes: int) -> di
 
 
 def test_all_leaves_out_what_does_not_pay() -> None:
-    assert decisions(unet()).keys() == {"folded_layer_norm", "split_skips"}
+    off = decisions(unet())
+    assert off.keys() == {"folded_layer_norm", "split_skips"}
+    assert all("on a CPU" in why for why in off.values())
     with torch.device("meta"):  # any other device reads both sources where they lie
-        assert decisions(UNet2DCondition(unet().config)).keys() == {"folded_layer_norm"}
+        off = decisions(UNet2DCondition(unet().config))
+    assert off.keys() == {"folded_layer_norm"}
+    assert "not measured" in off["folded_layer_norm"]
 
 
 def test_by_name_it_is_used_all_the_same() -> None:
@@ -150,6 +154,9 @@ def test_explain_counts_what_is_saved() -> None:
     # Until the first cross-attention: conv_in, a residual block, a third of a transformer.
     assert rows["shared_prefix"].flops > 0
     assert rows["split_skips"].launches == 2 * 3
+    # The statistics are a launch, as the norm was, and write two numbers instead of a row.
+    assert rows["folded_layer_norm"].launches == 0
+    assert rows["folded_layer_norm"].bytes > 0
     assert rows["removed_no_ops"].launches == 1
     assert rows["time_table"].launches > 10
     assert rows["epilogues"].launches > transformers

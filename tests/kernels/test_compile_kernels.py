@@ -21,6 +21,7 @@ KERNELS = {
     "layer_norm": {"_layer_norm", "_gradient", "_add_stripes"},
     "linear": {"_product", "_reduce"},
     "residual": {"_residual", "_sums", "_dbias"},
+    "row_statistics": {"_row_statistics"},
     "sampler_step": {"_deviations", "_sampler_step"},
     "weighted_mse": {"_pieces", "_total", "_gradient", "_weight_gradient"},
 }

@@ -124,6 +124,38 @@ def test_offsets_are_as_wide_as_the_result_needs(
     assert set(seen) == {(name, True) for name in names}
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("images", "second"), [(1, 0), (2, 0), (2, 2)])
+def test_a_row_of_tables(
+    dtype: torch.dtype, layout: str, images: int, second: int, path: str
+) -> None:
+    """The row is picked in the kernel, from tables that are parts of a wider one."""
+    values = inputs(dtype, (), (2, 4, 5, 5), second, layout)
+    whole = randn(3, images, 3 * 8 + 5, dtype=dtype)
+    for i, name in enumerate(EXTRAS):
+        values[name] = whole[..., 8 * i : 8 * i + 4 + second]
+    for row in (0, 2):
+        at = torch.tensor([row], device=DEVICE)
+        check(lambda at=at, **v: ops.group_norm_silu(num_groups=2, row=at, **v), values)
+
+
+def test_gradients_of_tables(path: str) -> None:
+    values = inputs(torch.float32, ()) | {n: randn(3, 1, 6, dtype=torch.float32) for n in EXTRAS}
+    row = torch.tensor([1], device=DEVICE)
+    check(lambda **v: ops.group_norm_silu(num_groups=2, row=row, **v), values, list(values))
+
+
+def test_tables_are_read_in_place() -> None:
+    whole = torch.randn(7, 2, 30)
+    table, strides = kernel._table(whole[..., 5:9])
+    assert table.data_ptr() == whole[..., 5:].data_ptr()
+    assert strides == (60, 30)
+    assert kernel._table(whole[:, :1, :4])[1] == (60, 0)  # one for all images
+    assert kernel._table(whole[3, :1, :4].expand(5, -1))[1][1] == 0
+    assert kernel._table(whole[..., ::2])[0].is_contiguous()
+
+
 def test_sources_of_different_layouts(path: str) -> None:
     values = inputs(torch.float32, ("add",), (2, 3, 5, 4), 5, "channels_last")
     values["x2"] = values["x2"].contiguous()

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from kernel_checks import DTYPES, check, randn
+from kernel_checks import DEVICE, DTYPES, check, randn
 from torch import Tensor
 
 from diffusion_fast import ops
@@ -67,7 +67,8 @@ def test_arguments_of_different_layouts() -> None:
 
 
 def test_a_scalar() -> None:
-    check(ops.residual, {"x": torch.tensor(2.0), "residual": torch.tensor(3.0)}, ("x",))
+    x, residual = torch.tensor([2.0, 3.0], device=DEVICE).unbind()
+    check(ops.residual, {"x": x, "residual": residual}, ("x",))
 
 
 def test_operator_and_compile() -> None:

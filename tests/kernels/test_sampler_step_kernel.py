@@ -270,10 +270,19 @@ def test_compiles_and_exports_whole(philox: bool) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"x": torch.zeros(2, 3, 7, 10)[..., ::2]}, "x is neither contiguous nor channels_last"),
+        (
+            {"x": torch.zeros(2, 3, 7, 10, device=DEVICE)[..., ::2]},
+            "x is neither contiguous nor channels_last",
+        ),
         ({"h1": torch.zeros(2, 7, 5, 3).permute(0, 3, 1, 2)}, "h1 has other strides"),
-        ({"model_input": torch.zeros(2, 3, 7, 10)[..., :5]}, "the image dimensions of model_input"),
-        ({"peak": torch.zeros(6)[::2]}, "peak has another dtype or device than x, or gaps"),
+        (
+            {"model_input": torch.zeros(2, 3, 7, 10, device=DEVICE)[..., :5]},
+            "the image dimensions of model_input",
+        ),
+        (
+            {"peak": torch.zeros(6, device=DEVICE)[::2]},
+            "peak has another dtype or device than x, or gaps",
+        ),
     ],
 )
 def test_what_the_kernel_cannot_do_is_refused(change: dict[str, Tensor], reason: str) -> None:

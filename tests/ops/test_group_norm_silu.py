@@ -108,11 +108,12 @@ def test_any_shape_and_layout(
         x = x.contiguous(memory_format=torch.channels_last)
     if sliced:
         x = torch.randn(*size[:-1], 2 * size[-1] + 1, dtype=torch.float64)[..., 1::2]
-    if x[0].numel() // groups < 2:
-        return  # a single value has no variance, and F.group_norm refuses it
     weight, bias = torch.randn(2, x.shape[1], dtype=torch.float64)
     result = ops.group_norm_silu(x, groups, weight, bias)
-    assert_close(result, plain(x, weight, bias, True, groups=groups))
+    if x[0].numel() == groups:  # one value, its own mean: F.group_norm refuses it, no kernel does
+        assert_close(result, F.silu(bias[(...,) + (None,) * (x.dim() - 2)].expand(x.shape)))
+    else:
+        assert_close(result, plain(x, weight, bias, True, groups=groups))
     dense = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if dense else torch.contiguous_format
     assert result.is_contiguous(memory_format=layout)
@@ -131,6 +132,47 @@ def test_a_large_mean_leaves_the_variance_right(mean: float) -> None:
     truth = plain(values[0].double(), weight, bias, silu=False)
     result = ops.group_norm_silu(values[0], 4, *values[1:], silu=False)
     assert_close(result, truth, plain(*values, silu=False))
+
+
+TABLES = ("add", "scale", "shift")
+
+
+def tables(dtype: torch.dtype, images: int, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Tables [5, images, 8], each a part of a wider one."""
+    whole = torch.randn(5, images, 30, dtype=dtype)
+    return {name: whole[..., 9 * i : 9 * i + 8] for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("names", [("add",), ("scale", "shift"), TABLES])
+def test_a_row_of_tables(dtype: torch.dtype, images: int, names: tuple[str, ...]) -> None:
+    values, given = inputs(dtype, False, False, False), tables(dtype, images, names)
+    for row in (0, 3):
+        at = torch.tensor([row])
+        result = ops.group_norm_silu(**values, num_groups=4, **given, row=at)
+        picked = {name: table[row].expand(2, -1) for name, table in given.items()}
+        assert torch.equal(result, ops.group_norm_silu(**values, num_groups=4, **picked))
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("names", [("add",), ("scale", "shift"), TABLES])
+def test_operator_with_tables(images: int, names: tuple[str, ...]) -> None:
+    values = inputs(torch.float64, False, False, False)
+    leaves = [v.contiguous() for v in tables(torch.float64, images, names).values()]
+    leaves = [v.requires_grad_() for v in (*values.values(), *leaves)]
+    row = torch.tensor([3])
+
+    def run(*leaves: Tensor) -> Tensor:
+        x, weight, bias, *rest = leaves
+        given = dict(zip(names, rest, strict=True))
+        return OP(x, 4, weight, bias, 1e-5, True, *map(given.get, TABLES), None, row)
+
+    assert torch.autograd.gradcheck(run, leaves)
+    x, weight, bias, *rest = leaves
+    given = dict(zip(names, rest, strict=True))
+    args = (x, 4, weight, bias, 1e-5, True, *map(given.get, TABLES), None, row)
+    torch.library.opcheck(OP, args)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -171,6 +213,11 @@ def test_compiles_and_exports_whole() -> None:
     torch.testing.assert_close(
         gradient, torch.autograd.grad(block(x, add).sum(), block.norm.weight)
     )
+    table, row = torch.randn(3, 1, 8), torch.tensor([2])
+    args = x, 4, block.norm.weight, block.norm.bias, 1e-5, True
+    picking = torch.compile(ops.group_norm_silu, fullgraph=True, backend="aot_eager")
+    expected = ops.group_norm_silu(*args, add=table[2].expand(2, -1))
+    torch.testing.assert_close(picking(*args, add=table, row=row), expected)
     exported = torch.export.export(block, (x, add))
     assert "diffusion_fast.group_norm_silu" in str(exported.graph)
 
@@ -195,3 +242,40 @@ def test_bad_input(change: dict[str, object], message: str) -> None:
     call = {**inputs(torch.float32, False, False, False), "num_groups": 4} | change
     with pytest.raises(ValueError, match=message):
         ops.group_norm_silu(**call)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"row": torch.tensor([1.0])}, r"row: expected dtype torch.int64, got torch.float32"),
+        ({"row": torch.tensor(1)}, r"row: expected shape \[1\] = \[1\], got \[\]"),
+        ({"row": torch.zeros(1, device="meta").long()}, r"row: expected the device of x \(cpu\)"),
+        (
+            {"add": torch.ones(2, 8)},
+            r"add: expected shape \[R, B or 1, C\] with B, C = \[2, 8\], got \[2, 8\]",
+        ),
+        ({"scale": torch.ones(5, 3, 8)}, r"scale: expected shape \[R, B or 1, C\]"),
+        ({"shift": torch.ones(5, 1, 7)}, r"shift: expected shape \[R, B or 1, C\]"),
+        ({"shift": torch.ones(5, 1, 8).half()}, r"shift: expected the dtype of x"),
+        ({"add": torch.ones(5, 2, 8, device="meta")}, r"add: expected the device of x"),
+    ],
+)
+def test_bad_tables(change: dict[str, object], message: str) -> None:
+    call = {**inputs(torch.float32, False, False, False), "num_groups": 4}
+    with pytest.raises(ValueError, match=message):
+        ops.group_norm_silu(**call, **{"row": torch.tensor([1]), **change})
+
+
+@pytest.mark.parametrize("given", ["weight", "add", "row"])
+def test_what_is_no_tensor(given: str) -> None:
+    call = {**inputs(torch.float32, False, False, False), "num_groups": 4, given: [1.0]}
+    with pytest.raises(TypeError, match=f"{given}: expected a tensor, got list"):
+        ops.group_norm_silu(**call)
+
+
+def test_nothing_that_a_caller_holds_is_written() -> None:
+    values = inputs(torch.float32, True, True, True)
+    kept = {name: value.clone() for name, value in values.items()}
+    ops.group_norm_silu(**values, num_groups=4)
+    ops.group_norm_silu(values["x"], 4, values["weight"], values["bias"])
+    assert all(torch.equal(values[name], kept[name]) for name in values)

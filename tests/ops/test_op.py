@@ -20,6 +20,7 @@ PUBLIC = (
     "group_norm_silu",
     "layer_norm",
     "linear",
+    "row_statistics",
     "weighted_mse",
 )
 
