@@ -5,24 +5,26 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .while_loop import WhileLoop, no_while_loop
+from .while_loop import UnrolledLoop, WhileLoop, no_while_loop
 
 
 class Graph(Protocol):
     """Work that was captured: ``replay`` does it again, on the same tensors.
 
     Attributes:
-        bytes: what its capture added to the memory of the pool.
+        bytes: what its capture added to the memory of its pool.
+        pool: where its tensors lie; the memory of a pool is freed with the last of its graphs.
     """
 
     bytes: int
+    pool: Hashable
 
     def replay(self) -> None: ...
 
@@ -45,15 +47,28 @@ class Capturer(Protocol):
         ...
 
     def repeat(self, step: Graph, counter: Tensor, count: Tensor) -> Graph:
-        """A graph that does a step while counter < count, which the step must bring about."""
+        """A graph that does a step while counter < count, which the step must bring about.
+
+        Raises:
+            RuntimeError: the driver refuses.
+        """
+        ...
+
+    def unroll(self, step: Graph, times: int) -> Graph:
+        """A graph that does a step so many times.
+
+        Raises:
+            RuntimeError: the driver refuses, or nothing here can ask it.
+        """
         ...
 
 
 class CudaGraph:
     """A graph on a GPU, which keeps the captured nodes, so that they can be a loop's body."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, bytes: int) -> None:
-        self.graph, self.bytes = graph, bytes
+    def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device, bytes: int) -> None:
+        self.graph, self.device, self.bytes = graph, device, bytes
+        self.pool: Hashable = graph.pool()
 
     def replay(self) -> None:
         self.graph.replay()
@@ -78,6 +93,7 @@ class CudaCapturer:
         """Captures on a stream of its own.
 
         Raises:
+            torch.OutOfMemoryError: there is too little memory for the work or its graph.
             RuntimeError: the work draws random numbers, which a loop on the device would repeat, or
                 does what no graph can hold, such as reading a tensor on the host.
         """
@@ -93,27 +109,32 @@ class CudaCapturer:
                     gc.collect()
                     torch.cuda.empty_cache()
                     return self._captured(device, work)
+            except torch.AcceleratorError as error:
+                if "out of memory" in str(error):  # the driver's own, such as for a graph's nodes
+                    raise torch.OutOfMemoryError(str(error)) from error
+                raise
             finally:  # the loop on the host, after a failure, writes to what a warm-up may yet read
                 torch.cuda.current_stream(device).wait_stream(stream)
 
     def _captured(self, device: torch.device, work: Callable[[], None]) -> CudaGraph:
         before = torch.cuda.memory_reserved(device)
-        if not self._alive:  # a pool that lost its last graph takes no other
-            self._pools.clear()
-        pool = self._pools.setdefault(device, torch.cuda.graph_pool_handle())
+        pool = self._pools.get(device)
+        if all(graph.pool() != pool for graph in self._alive):
+            # The first one, because a pool that lost its last graph takes no other.
+            pool = self._pools[device] = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         # Other threads may use the GPU as they like meanwhile.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             work()
+            graph.capture_end()
         except BaseException:
             _break_off(graph, pool)
             del self._pools[device]
             raise
-        graph.capture_end()
         graph.instantiate()
         self._alive.add(graph)
-        return CudaGraph(graph, torch.cuda.memory_reserved(device) - before)
+        return CudaGraph(graph, device, torch.cuda.memory_reserved(device) - before)
 
     def no_while_loop(self) -> str | None:
         return no_while_loop()
@@ -123,15 +144,34 @@ class CudaCapturer:
         with torch.cuda.device(counter.device):
             return WhileLoop(step.graph, counter, count)
 
+    def unroll(self, step: Graph, times: int) -> Graph:
+        assert isinstance(step, CudaGraph)
+        with torch.cuda.device(step.device):
+            return UnrolledLoop(step.graph, times, step.device)
+
+
+_broken: list[torch.cuda.CUDAGraph] = []
+
 
 def _break_off(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-    """End a capture that failed."""
-    try:
+    """End a capture that failed.
+
+    Where the driver had ended it with an error, PyTorch 2.11's ``capture_end`` raises before it
+    tells its allocators. The one of the GPU's memory would go on as if it captured and never free
+    the pool; nothing public stops it, so two private functions do. The one of pinned memory asks
+    the graph about each allocation from then on, so the graph has to stay. A later PyTorch tells
+    them by itself, and then the first private function raises.
+    """
+    with contextlib.suppress(RuntimeError):
         graph.capture_end()
-    except RuntimeError:  # the driver had ended it; PyTorch then leaves its allocator capturing
+        return
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+    release = getattr(torch._C, "_cuda_releasePool", None)
+    if end is not None and release is not None:
         with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+            end(torch.cuda.current_device(), pool)
+            _broken.append(graph)
+            release(torch.cuda.current_device(), pool)
 
 
 def settle(warm_up: Callable[[], None]) -> None:

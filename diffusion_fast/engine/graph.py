@@ -6,7 +6,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -106,8 +106,9 @@ class Graphs:
         Raises:
             RuntimeError: capture failed, and graphs were asked for by name.
         """
-        self.last = self._choose(loop, generator, masked, by_step)
-        return self.last
+        run = self._choose(loop, generator, masked, by_step)
+        self.last = replace(run, graph=None)  # which the cache must be able to free
+        return run
 
     def _no_graph(self, device: torch.device) -> str | None:
         """Why nothing will be captured; raises if it was asked for by name."""
@@ -184,24 +185,51 @@ class Graphs:
             work()
             counter.zero_()
 
-        rows, counter = loop.rows, loop.clock.counter
-        no_while = self._no_while or self.capturer.no_while_loop()
-        if no_while is not None and by_step is None:
-            if self.mode == "loop" or rows <= UNROLLED_ROWS:
-                graph = self.cache.get((*key, rows), lambda: capture(rows))
-                return Run("loop", f"{rows} rows unrolled: {no_while}", noise, graph)
-            by_step = f"{rows} rows are too many to unroll: {no_while}"
-        step = self.cache.get((*key, 1), lambda: capture(1))
+        counter = loop.clock.counter
+        step = self.cache.get(key, "step", lambda: capture(1))
+        whole = (*key, "loop")
+        by_step = by_step or self._failed.get(whole)
         if by_step is not None:
             return Run("step", by_step, noise, step)
         try:
-            graph = self.cache.get(
-                (*key, "loop"), lambda: self.capturer.repeat(step, counter, loop.buffers.count)
-            )
+            return self._whole(key, loop, step, noise, capture)
         except RuntimeError as error:
-            self._no_while = str(error)
-            return self._captured(key, loop, work, noise, by_step)
-        return Run("loop", "repeated on the device", noise, graph)
+            if self.mode != "auto":
+                raise
+            self._failed[whole] = str(error)
+            return Run("step", self._failed[whole], noise, step)
+
+    def _whole(
+        self,
+        key: tuple[Hashable, ...],
+        loop: Loop,
+        step: Graph,
+        noise: str,
+        capture: Callable[[int], Graph],
+    ) -> Run:
+        """All rows by one graph: of the captured step, or as a last resort captured as a whole."""
+        rows, counter, count = loop.rows, loop.clock.counter, loop.buffers.count
+        self._no_while = self._no_while or self.capturer.no_while_loop()
+        if self._no_while is None:
+            try:
+                graph = self.cache.get(
+                    key, "loop", lambda: self.capturer.repeat(step, counter, count)
+                )
+                return Run("loop", "repeated on the device", noise, graph)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self._no_while = str(error)
+        if self.mode == "auto" and rows > UNROLLED_ROWS:
+            why = f"{rows} rows are too many to unroll: {self._no_while}"
+            return Run("step", why, noise, step)
+        try:
+            graph = self.cache.get(key, "loop", lambda: self.capturer.unroll(step, rows), rows)
+        except RuntimeError:
+            if self.mode == "auto":  # in which the steps one by one are as fast
+                raise
+            graph = self.cache.get(key, "loop", lambda: capture(rows), rows)
+        return Run("loop", f"{rows} rows unrolled: {self._no_while}", noise, graph)
 
 
 def _repeat(work: Callable[[], None], times: int) -> None:

@@ -9,62 +9,90 @@ import torch
 
 from .capture import Graph
 
+Key = tuple[Hashable, ...]
+
 
 class GraphCache:
     """Graphs by everything that they baked in.
 
-    A key is a tuple. Those that differ in their last part only are a group, such as a step and the
-    loop that repeats it, and go together.
+    The graphs of a key have a name each, such as a step and the loop that repeats it. They are
+    used and go together.
 
     Args:
-        limit: how many bytes the graphs' captures may have added to their pool; the graph that is
-            asked for always stays.
+        limit: how many bytes the captures of the graphs that are kept may have added to their
+            pools. What a graph leaves behind in its pool is there for the next capture. The key
+            that is asked for always stays.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._graphs: OrderedDict[tuple[Hashable, ...], Graph] = OrderedDict()
+        self._graphs: OrderedDict[Key, dict[str, tuple[Hashable, Graph]]] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._graphs)
+        return sum(map(len, self._graphs.values()))
 
     @property
     def bytes(self) -> int:
-        return sum(graph.bytes for graph in self._graphs.values())
+        return sum(graph.bytes for key in self._graphs for graph in self._of(key))
 
-    def get(self, key: tuple[Hashable, ...], capture: Callable[[], Graph]) -> Graph:
-        """The graph of this key, captured if need be.
+    def get(
+        self, key: Key, name: str, make: Callable[[], Graph], version: Hashable = None
+    ) -> Graph:
+        """The graph of this key and name, made if need be; another version makes way for it.
 
-        Out of memory in a capture frees the graphs that are there and captures once more.
+        Out of memory in ``make`` frees the oldest graphs of other keys and makes it once more.
 
         Raises:
-            Exception: what ``capture`` raises; the cache then has nothing under this key.
+            Exception: what ``make`` raises; the cache then has nothing under this key and name.
         """
-        if key not in self._graphs:
-            graph = self._or_out_of_memory(capture) if self._graphs else capture()
-            if graph is None:  # and the failed attempt's own tensors are gone by now
-                self.clear()
-                graph = capture()
-            self._graphs[key] = graph
-            self._shrink(key[:-1])
+        graphs = self._graphs.get(key, {})
+        if name not in graphs or graphs[name][0] != version:
+            graphs.pop(name, None)
+            graphs[name] = version, self._made(make, key)
+            self._graphs[key] = graphs
+            self._shrink(key)
         self._graphs.move_to_end(key)
-        return self._graphs[key]
+        return graphs[name][1]
+
+    def _made(self, make: Callable[[], Graph], key: Key) -> Graph:
+        if self._oldest_but(key) is None:
+            return make()
+        graph = self._or_out_of_memory(make)
+        if graph is None:  # and the failed attempt's own tensors are gone by now
+            self._free_oldest_but(key)
+            graph = make()
+        return graph
 
     @staticmethod
-    def _or_out_of_memory(capture: Callable[[], Graph]) -> Graph | None:
+    def _or_out_of_memory(make: Callable[[], Graph]) -> Graph | None:
         try:
-            return capture()
+            return make()
         except torch.OutOfMemoryError:
             return None
 
-    def _shrink(self, group: tuple[Hashable, ...]) -> None:
-        """Down to the limit, but for the group that was just asked for."""
-        while self.bytes > self.limit:
-            oldest = next((key[:-1] for key in self._graphs if key[:-1] != group), None)
-            if oldest is None:
-                break
-            for key in [key for key in self._graphs if key[:-1] == oldest]:
-                del self._graphs[key]
+    def _free_oldest_but(self, key: Key) -> None:
+        """Free the least recently used graphs and those that share their pool, but for ``key``'s.
+
+        Fewer would free nothing: PyTorch gives the memory of a pool back when the last graph of
+        the pool is gone, because it can't know which of them uses what.
+        """
+        oldest = self._oldest_but(key)
+        assert oldest is not None
+        pools = {graph.pool for graph in self._of(oldest)}
+        for other in list(self._graphs):
+            if other != key and any(graph.pool in pools for graph in self._of(other)):
+                del self._graphs[other]
+
+    def _shrink(self, key: Key) -> None:
+        """Down to the limit, but for the key that was just asked for."""
+        while self.bytes > self.limit and (oldest := self._oldest_but(key)) is not None:
+            del self._graphs[oldest]
+
+    def _oldest_but(self, key: Key) -> Key | None:
+        return next((other for other in self._graphs if other != key), None)
+
+    def _of(self, key: Key) -> list[Graph]:
+        return [graph for _, graph in self._graphs[key].values()]
 
     def drop(self, owner: Hashable) -> None:
         """Forget the graphs whose key begins with ``owner``."""

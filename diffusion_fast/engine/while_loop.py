@@ -1,20 +1,23 @@
-"""A CUDA graph that repeats a captured step on the device: one launch for the whole loop.
+"""CUDA graphs that repeat a captured step: one launch for the whole loop.
 
-The graph is a WHILE node (CUDA 12.4). Its body is the step as a child graph and behind it a kernel
-of one thread, which compares the step's counter with the number of rows and sets the condition.
+Where the driver has WHILE nodes (CUDA 12.4), the graph is one. Its body is the step as a child
+graph and behind it a kernel of one thread, which compares the step's counter with the number of
+rows and sets the condition. Elsewhere the graph is a chain of child graphs, one for each row.
+Neither captures anything.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 NEEDS_DRIVER = 12040
+OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 
 # The kernel is a text for the driver's own compiler, so that nothing has to be built.
 SET_CONDITION = b"""
@@ -47,11 +50,7 @@ SET_CONDITION = b"""
 def no_while_loop() -> str | None:
     """Why this machine has no WHILE nodes; None if it has."""
     try:
-        driver = _driver()
-    except ImportError:
-        return "cuda-bindings is not installed (pip install cuda-bindings)"
-    try:
-        version = _call(driver.cuDriverGetVersion)
+        version = _call(_driver().cuDriverGetVersion)
     except RuntimeError as error:
         return str(error)
     if version < NEEDS_DRIVER:
@@ -60,34 +59,33 @@ def no_while_loop() -> str | None:
     return None
 
 
-class WhileLoop:
-    """Repeats a captured step while counter < count; at least once.
+class _StepsGraph:
+    """A graph put together from a captured step.
 
     Args:
-        step: captured with ``keep_graph=True``; it must raise the counter.
-        counter, count: int64 [1] on the step's device, which is the current one.
+        step: captured with ``keep_graph=True`` on ``device``, which is the current one.
 
     Raises:
-        RuntimeError: the driver refuses; names the call and the reason.
+        torch.OutOfMemoryError: the driver has no memory for it.
+        RuntimeError: the driver refuses, with the call and the reason; or cuda-bindings, by which
+            it is asked, is not installed.
     """
 
     bytes = 0
 
-    def __init__(self, step: torch.cuda.CUDAGraph, counter: Tensor, count: Tensor) -> None:
+    def __init__(self, step: torch.cuda.CUDAGraph, device: torch.device) -> None:
         self._driver = driver = _driver()
-        self._device = counter.device
-        self._kept = step, counter, count
-        with contextlib.ExitStack() as undo:
-            graph = _call(driver.cuGraphCreate, 0)
-            undo.callback(driver.cuGraphDestroy, graph)
-            handle, body = _add_while(driver, graph)
-            child = driver.CUgraph(init_value=step.raw_cuda_graph())
-            done = _call(driver.cuGraphAddChildGraphNode, body, None, 0, child)
-            self._module = _call(driver.cuModuleLoadData, SET_CONDITION + b"\0")
-            addresses = counter.data_ptr(), count.data_ptr()
-            kernel = _kernel(driver, self._module, int(handle), *addresses)
-            _call(driver.cuGraphAddKernelNode, body, [done], 1, kernel)
+        self._step, self._device = step, device
+        self.pool: Hashable = step.pool()
+        graph = _call(driver.cuGraphCreate, 0)
+        try:
+            self._fill(graph, driver.CUgraph(init_value=step.raw_cuda_graph()))
             self._graph = _call(driver.cuGraphInstantiate, graph, 0)
+        finally:
+            driver.cuGraphDestroy(graph)
+
+    def _fill(self, graph: Any, step: Any) -> None:
+        raise NotImplementedError
 
     def replay(self) -> None:
         stream = torch.cuda.current_stream(self._device).cuda_stream
@@ -96,8 +94,47 @@ class WhileLoop:
     def __del__(self) -> None:
         if hasattr(self, "_graph"):
             self._driver.cuGraphExecDestroy(self._graph)
+
+
+class WhileLoop(_StepsGraph):
+    """Repeats a step while counter < count; at least once.
+
+    Args:
+        step: must raise the counter.
+        counter, count: int64 [1] on the step's device.
+    """
+
+    def __init__(self, step: torch.cuda.CUDAGraph, counter: Tensor, count: Tensor) -> None:
+        self._counter, self._count = counter, count
+        super().__init__(step, counter.device)
+
+    def _fill(self, graph: Any, step: Any) -> None:
+        driver = self._driver
+        handle, body = _add_while(driver, graph)
+        done = _call(driver.cuGraphAddChildGraphNode, body, None, 0, step)
+        self._module = _call(driver.cuModuleLoadData, SET_CONDITION + b"\0")
+        addresses = self._counter.data_ptr(), self._count.data_ptr()
+        kernel = _kernel(driver, self._module, int(handle), *addresses)
+        _call(driver.cuGraphAddKernelNode, body, [done], 1, kernel)
+
+    def __del__(self) -> None:
+        super().__del__()
         if hasattr(self, "_module"):
             self._driver.cuModuleUnload(self._module)
+
+
+class UnrolledLoop(_StepsGraph):
+    """A step so many times, one after the other."""
+
+    def __init__(self, step: torch.cuda.CUDAGraph, times: int, device: torch.device) -> None:
+        self._times = times
+        super().__init__(step, device)
+
+    def _fill(self, graph: Any, step: Any) -> None:
+        last: list[Any] = []
+        for _ in range(self._times):
+            before = last or None
+            last = [_call(self._driver.cuGraphAddChildGraphNode, graph, before, len(last), step)]
 
 
 def _add_while(driver: Any, graph: Any) -> tuple[Any, Any]:
@@ -118,7 +155,11 @@ def _add_while(driver: Any, graph: Any) -> tuple[Any, Any]:
 
 
 def _driver() -> Any:
-    return importlib.import_module("cuda.bindings.driver")
+    try:
+        return importlib.import_module("cuda.bindings.driver")
+    except ImportError as error:
+        message = "cuda-bindings is not installed (pip install cuda-bindings)"
+        raise RuntimeError(message) from error
 
 
 def _version() -> int:
@@ -141,5 +182,6 @@ def _call(function: Any, *args: Any) -> Any:
     """The result of a driver's function, whose first value is an error code."""
     error, *result = function(*args)
     if int(error) != 0:
-        raise RuntimeError(f"{function.__name__}: the CUDA driver answers {error.name}")
+        kind = torch.OutOfMemoryError if error.name == OUT_OF_MEMORY else RuntimeError
+        raise kind(f"{function.__name__}: the CUDA driver answers {error.name}")
     return result[0] if result else None

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from numerics import assert_close, error
+from small_unets import LIKE_SDXL as LIKE_SDXL
+from small_unets import TEXT_TIME as TEXT_TIME
+from small_unets import pooled_text, small_config
 from torch import Tensor, nn
 
 from diffusion_fast.engine.clock import Clock
@@ -17,31 +20,6 @@ from diffusion_fast.models import UNet2DCondition, UNetConfig
 
 LEVELS = {torch.float64: 1e-9, torch.float32: 1e-5}
 GRID = torch.tensor([951, 400, 17])
-
-SMALL: dict[str, Any] = {
-    "block_out_channels": (16, 32),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "cross_attention_dim": 24,
-    "attention_head_dim": 2,
-}
-TEXT_TIME: dict[str, Any] = {
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 20 + 6 * 8,
-}
-LIKE_SDXL: dict[str, Any] = {
-    "block_out_channels": (16, 32, 48),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": (1, 2, 3),
-    "attention_head_dim": (2, 4, 6),
-    "use_linear_projection": True,
-    **TEXT_TIME,
-}
 
 
 def randomize(module: nn.Module) -> None:
@@ -58,7 +36,7 @@ def randomize(module: nn.Module) -> None:
 
 def unet(dtype: torch.dtype = torch.float32, **changes: Any) -> UNet2DCondition:
     """A small U-Net in eval mode."""
-    return of_config(UNetConfig(**{**SMALL, **changes}), dtype)
+    return of_config(small_config(**changes), dtype)
 
 
 def of_config(config: UNetConfig, dtype: torch.dtype = torch.float32) -> UNet2DCondition:
@@ -75,13 +53,7 @@ def conditions(model: UNet2DCondition, batch: int, tokens: int = 5) -> dict[str,
     if config.num_classes is not None:
         return {"context": torch.randint(0, config.num_classes + 1, (batch,))}
     given = {"context": torch.randn(batch, tokens, config.cross_attention_dim).to(dtype)}
-    if config.addition_embed_type is not None:
-        assert config.projection_class_embeddings_input_dim is not None
-        assert config.addition_time_embed_dim is not None
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        given["text_embeds"] = torch.randn(batch, pooled).to(dtype)
-        given["time_ids"] = torch.randint(0, 1024, (batch, 6))
-    return given
+    return given | pooled_text(config, batch, dtype)
 
 
 def images(

@@ -6,6 +6,7 @@ time of capture, no Python, no other weights.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +19,8 @@ from diffusion_fast.engine import capture, graph
 
 
 class TapeGraph:
-    def __init__(self, calls: list[tuple[Any, ...]], bytes: int) -> None:
-        self.calls, self.bytes = calls, bytes
+    def __init__(self, calls: list[tuple[Any, ...]], bytes: int, pool: str = "a pool") -> None:
+        self.calls, self.bytes, self.pool = calls, bytes, pool
         self.replays = 0
 
     def replay(self) -> None:
@@ -38,6 +39,7 @@ class Loop:
 
     def __init__(self, step: TapeGraph, counter: Tensor, count: Tensor) -> None:
         self.step, self.counter, self.count = step, counter, count
+        self.pool = step.pool
         self.replays = 0
 
     def replay(self) -> None:
@@ -46,6 +48,19 @@ class Loop:
             self.step.replay()
             if self.counter.item() >= self.count.item():
                 return
+
+
+class Unrolled:
+    """A step so many times."""
+
+    bytes = 0
+
+    def __init__(self, step: TapeGraph, times: int) -> None:
+        self.step, self.times, self.pool = step, times, step.pool
+
+    def replay(self) -> None:
+        for _ in range(self.times):
+            self.step.replay()
 
 
 class Recorder(capture.NoRandomNumbers):
@@ -64,15 +79,23 @@ class Recorder(capture.NoRandomNumbers):
 
 
 class TapeCapturer:
-    """Records on the CPU, and does what a test asks for: fail, take memory, know no loops."""
+    """Records on the CPU, and does what a test asks for: fail, take memory, know no loops.
+
+    Attributes:
+        graphs: those that somebody has.
+        bytes, pool: what a capture takes, and where.
+        room: how much there is. As on a GPU, a pool keeps all until its last graph is gone.
+    """
 
     def __init__(self) -> None:
-        self.graphs: list[TapeGraph | Loop] = []
+        self.graphs: weakref.WeakSet[TapeGraph | Loop | Unrolled] = weakref.WeakSet()
         self.failures: list[Exception] = []
         self.captures = 0
-        self.bytes = 100
+        self.bytes, self.pool, self.room = 100, "a pool", 10_000
+        self.taken: dict[str, int] = {}
         self.why_no_loop: str | None = None
-        self.loop_error: str | None = None
+        self.loop_error: Exception | None = None
+        self.unroll_error: Exception | None = None
 
     def unavailable(self, device: torch.device) -> str | None:
         return None
@@ -82,21 +105,33 @@ class TapeCapturer:
     ) -> TapeGraph:
         if self.failures:
             raise self.failures.pop(0)
+        alive = {graph.pool for graph in self.graphs}
+        self.taken = {pool: taken for pool, taken in self.taken.items() if pool in alive}
+        if sum(self.taken.values()) + self.bytes > self.room:
+            raise torch.OutOfMemoryError("no room")
+        self.taken[self.pool] = self.taken.get(self.pool, 0) + self.bytes
         capture.settle(warm_up)
         with Recorder() as recorder:
             work()
         self.captures += 1
-        self.graphs.append(TapeGraph(recorder.calls, self.bytes))
-        return self.graphs[-1]
+        return self._kept(TapeGraph(recorder.calls, self.bytes, self.pool))
+
+    def _kept(self, graph: Any) -> Any:
+        self.graphs.add(graph)
+        return graph
 
     def no_while_loop(self) -> str | None:
         return self.why_no_loop
 
     def repeat(self, step: TapeGraph, counter: Tensor, count: Tensor) -> Loop:
         if self.loop_error:
-            raise RuntimeError(self.loop_error)
-        self.graphs.append(Loop(step, counter, count))
-        return self.graphs[-1]
+            raise self.loop_error
+        return self._kept(Loop(step, counter, count))
+
+    def unroll(self, step: TapeGraph, times: int) -> Unrolled:
+        if self.unroll_error:
+            raise self.unroll_error
+        return self._kept(Unrolled(step, times))
 
 
 @pytest.fixture

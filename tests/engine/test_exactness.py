@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import prepared
 import pytest
 import torch
 from numerics import assert_close, error
@@ -11,6 +12,7 @@ from tape import TapeCapturer, tape
 from torch import Tensor
 
 import diffusion_fast as df
+from diffusion_fast.engine.plan import REWRITES
 from diffusion_fast.samplers import SAMPLERS
 
 __all__ = ["tape"]  # a fixture
@@ -91,6 +93,34 @@ def test_bfloat16(tape: TapeCapturer, sampler: str) -> None:
     truth = df.sample(model.double(), SCHEDULE, SHAPE, x_T=z.double(), **wide, **options)
     assert x.dtype == torch.float32
     assert_close(x.bfloat16(), truth, plain.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", LEVELS)
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral"])
+def test_like_sdxl(tape: TapeCapturer, dtype: torch.dtype, sampler: str) -> None:
+    """Three levels of other depths, and contexts with pooled text and sizes."""
+    model = prepared.unet(dtype, **prepared.LIKE_SDXL)
+    options = {"sampler": sampler, "steps": 3, "guidance_scale": 5.0}
+    engines = [
+        df.Engine(model, SCHEDULE, graph="off", **options),
+        df.Engine(model, SCHEDULE, graph="loop", rewrites=REWRITES, **options),
+    ]
+    images = []
+    for size in ((8, 8), (8, 8), (9, 6)):
+        shape = 2, 4, *size
+        call = {
+            "x_T": torch.ones(shape, dtype=dtype),  # so that the prompts make the difference
+            "context": prepared.conditions(model, batch=2),
+            "null_context": prepared.conditions(model, batch=1),
+        }
+        images.append(df.sample(model, SCHEDULE, shape, **call, generator=seeded(), **options))
+        for engine in engines:
+            x = engine.sample(shape, **call, generator=seeded())
+            assert error(x, images[-1]) < LEVELS[dtype], engine.explain()["graph"]
+    assert error(images[0], images[1]) > 1e-2
+    assert tape.captures == 2  # one for each size
+    rows = engines[1].explain()["rewrites"]
+    assert {row.name for row in rows if not row.on} == {"shared_prefix"}, rows
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -7,52 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from conv_model import CONTEXTS, SCHEDULE, SHAPE, Draws, Model, Reads, plain, same, seeded
 from numerics import error
-from tape import Loop, TapeCapturer, TapeGraph, tape
-from torch import Tensor, nn
+from tape import TapeCapturer, TapeGraph, Unrolled, tape
+from torch import Tensor
 
 import diffusion_fast as df
 from diffusion_fast import ops
 from diffusion_fast.engine import graph as graph_module
-from diffusion_fast.engine.graph_cache import GraphCache
 from diffusion_fast.samplers import SAMPLERS
 
 __all__ = ["tape"]  # a fixture
-
-SHAPE = (3, 1, 4, 4)
-SCHEDULE = df.DiffusionSchedule(timesteps=100)
-CONTEXTS = {"context": torch.randn(3, 2, 5), "null_context": torch.randn(3, 2, 5)}
-
-
-class Model(nn.Module):
-    """Weights, a buffer, a flag, and a taste for its context."""
-
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        self.mix = nn.Conv2d(1, 1, 3, padding=1, dtype=dtype)
-        self.register_buffer("offset", torch.full((1,), 0.25, dtype=dtype))
-        self.adapter, self.scale, self.calls = "none", 1.0, 0
-
-    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        self.calls += 1
-        out = self.mix(x) * (1 + t.to(x.dtype).view(-1, 1, 1, 1) / 100) + self.offset
-        if context is None:
-            return out * self.scale
-        amount = context.to(x.dtype).mean((1, 2)).view(-1, 1, 1, 1)
-        return out * (1 + amount) * (self.scale if self.adapter == "none" else 2.0)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def plain(model: nn.Module, shape: tuple[int, ...] = SHAPE, **options: Any) -> Tensor:
-    """The loop on the host."""
-    return df.sample(model, SCHEDULE, shape, **({"generator": seeded()} | options))
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    return error(a, b) < 1e-9
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -109,7 +74,9 @@ def test_autocast_ends_between_two_runs(tape: TapeCapturer) -> None:
     assert not any(cached)
 
 
-def test_what_does_not_capture_again(tape: TapeCapturer) -> None:
+@pytest.mark.parametrize("why_no_loop", [None, "an old driver"])
+def test_what_does_not_capture_again(tape: TapeCapturer, why_no_loop: str | None) -> None:
+    tape.why_no_loop = why_no_loop
     model = Model()
     engine = df.Engine(model, SCHEDULE, sampler="ddim", steps=10, guidance_scale=2.0, max_steps=40)
     engine.sample(SHAPE, **CONTEXTS, generator=seeded())
@@ -128,7 +95,11 @@ def test_what_does_not_capture_again(tape: TapeCapturer) -> None:
         contexts = {name: torch.randn(3, 2, 5) for name in CONTEXTS}
         x = engine.sample(SHAPE, **contexts, generator=seeded(5))
         assert same(x, plain(model, **contexts, **options))
+        unrolled = f"loop ({len(engine.table)} rows unrolled: an old driver)"
+        how = unrolled if why_no_loop else "loop (repeated on the device)"
+        assert engine.explain()["graph"] == how
     assert tape.captures == 1
+    assert len(engine._graphs.cache) == 2  # one loop beside the step, whatever its length
     engine.configure(steps=41, guidance_interval=None)
     assert same(
         engine.sample(SHAPE, **CONTEXTS, generator=seeded()),
@@ -162,109 +133,6 @@ def test_what_captures_again(tape: TapeCapturer) -> None:
             assert tape.captures == (i + 1 if turn == 0 else len(cases)), change
 
 
-def in_place(model: Model) -> None:
-    with torch.no_grad():
-        model.mix.weight.mul_(0.5)
-
-
-def set_bias(model: Model) -> None:
-    model.mix.bias.data = torch.ones_like(model.mix.bias)
-
-
-def train(model: Model) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(torch.randn(1, 1, 4, 4, dtype=torch.float64), torch.zeros(1)).sum().backward()
-    optimizer.step()
-
-
-EDITS = {
-    "in place": in_place,
-    "optimizer": train,
-    "a new parameter": lambda m: setattr(
-        m.mix, "weight", nn.Parameter(torch.randn_like(m.mix.weight))
-    ),
-    "new data": set_bias,
-    "a new module": lambda m: setattr(
-        m, "mix", nn.Conv2d(1, 1, 3, padding=1, dtype=m.mix.weight.dtype)
-    ),
-    "load_state_dict": lambda m: m.load_state_dict(Model().state_dict()),
-    "a buffer": lambda m: m.offset.add_(1),
-    "another adapter": lambda m: setattr(m, "adapter", "lora"),
-    "another scale": lambda m: setattr(m, "scale", 3.0),
-    "a dtype": lambda m: m.float(),
-    "a hook": lambda m: m.register_forward_hook(lambda module, args, out: 2 * out),
-}
-
-
-@pytest.mark.parametrize("edit", EDITS)
-def test_an_edit_is_never_missed(tape: TapeCapturer, edit: str) -> None:
-    model = Model()
-    engine = df.Engine(model, SCHEDULE, sampler="ddim", steps=4)
-    call = {"context": CONTEXTS["context"], "generator": seeded()}
-    before = engine.sample(SHAPE, **call)
-    EDITS[edit](model)
-    after = engine.sample(SHAPE, **call | {"generator": seeded()})
-    assert error(after, plain(model, sampler="ddim", steps=4, context=call["context"])) < 1e-5
-    assert error(after, before) > 1e-3
-    assert tape.captures == 2
-    assert len(engine._graphs.cache) == 2  # a step and its loop: the old ones are freed
-    engine.sample(SHAPE, **call)
-    assert tape.captures == 2
-
-
-@pytest.mark.parametrize("verify", [False, True])
-def test_an_edit_that_nobody_counts(tape: TapeCapturer, verify: bool) -> None:
-    """A tape reads weights where they lie; so what is seen here is whether it was made anew."""
-    model = Model()
-    engine = df.Engine(model, SCHEDULE, sampler="ddim", steps=4, verify=verify)
-    engine.sample(SHAPE)
-    model.mix.weight.data[0, 0, 1, 1] += 1e-9
-    engine.sample(SHAPE)
-    assert tape.captures == (2 if verify else 1)
-    engine.refresh()
-    engine.sample(SHAPE)
-    assert tape.captures == (3 if verify else 2)
-
-
-def test_lora_by_peft(tape: TapeCapturer) -> None:
-    """Injected, switched off, scaled, merged: each gives what the plain loop gives."""
-    peft = pytest.importorskip("peft")
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.line = nn.Linear(4, 4, dtype=torch.float64)
-
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            return self.line(x)
-
-    model = Net()
-    engine = df.Engine(model, SCHEDULE, sampler="ddim", steps=4)
-    seen = [engine.sample(SHAPE, generator=seeded())]
-
-    def check() -> None:
-        x = engine.sample(SHAPE, generator=seeded())
-        assert same(x, plain(model, sampler="ddim", steps=4))
-        assert error(x, seen[-1]) > 1e-4
-        seen.append(x)
-
-    config = peft.LoraConfig(target_modules=["line"], init_lora_weights=False)
-    peft.inject_adapter_in_model(config, model)
-    check()
-    model.line.enable_adapters(False)
-    check()
-    model.line.enable_adapters(True)
-    check()
-    model.line.scale_layer(3.0)
-    check()
-    model.line.unscale_layer()
-    check()
-    model.line.merge()
-    merged = engine.sample(SHAPE, generator=seeded())
-    assert same(merged, plain(model, sampler="ddim", steps=4))
-    assert error(merged, seen[-1]) < 1e-9
-
-
 def test_a_callback_gets_a_replay_per_step(tape: TapeCapturer) -> None:
     engine = df.Engine(Model(), SCHEDULE, sampler="heun", steps=4)
     seen: list[tuple[int, float, Tensor]] = []
@@ -286,13 +154,14 @@ def test_a_callback_gets_a_replay_per_step(tape: TapeCapturer) -> None:
         engine.sample(SHAPE)
 
 
-@pytest.mark.parametrize(
-    "attribute", ["why_no_loop", "loop_error"], ids=["not there", "the driver refuses"]
-)
+@pytest.mark.parametrize("refuses", [False, True], ids=["not there", "the driver refuses"])
 def test_without_while_nodes_the_loop_is_unrolled(
-    tape: TapeCapturer, monkeypatch: pytest.MonkeyPatch, attribute: str
+    tape: TapeCapturer, monkeypatch: pytest.MonkeyPatch, refuses: bool
 ) -> None:
-    setattr(tape, attribute, "an old driver")
+    if refuses:
+        tape.loop_error = RuntimeError("an old driver")
+    else:
+        tape.why_no_loop = "an old driver"
     model = Model()
     engine = df.Engine(model, SCHEDULE, sampler="ddpm", steps=6, max_steps=6)
     for steps in (6, 4, 6):
@@ -300,13 +169,32 @@ def test_without_while_nodes_the_loop_is_unrolled(
         x = engine.sample(SHAPE, generator=seeded())
         assert engine.explain()["graph"] == f"loop ({steps} rows unrolled: an old driver)"
         assert same(x, plain(model, sampler="ddpm", steps=steps))
-    assert not any(isinstance(graph, Loop) for graph in tape.graphs)
-    captures = tape.captures
+        assert {type(graph) for graph in tape.graphs} == {TapeGraph, Unrolled}
+    assert tape.captures == 1
     monkeypatch.setattr(graph_module, "UNROLLED_ROWS", 5)
     engine.refresh()
     assert same(engine.sample(SHAPE, generator=seeded()), plain(model, sampler="ddpm", steps=6))
     assert engine.explain()["graph"].startswith("step (6 rows are too many to unroll: an old")
-    assert tape.captures == captures + 1
+    assert tape.captures == 2
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "heun"])
+def test_where_nothing_makes_a_loop_of_a_step(tape: TapeCapturer, sampler: str) -> None:
+    """ "auto" replays the step, as fast; "loop" is one graph all the same, captured as a whole."""
+    why = "cuda-bindings is not installed"
+    tape.why_no_loop, tape.unroll_error = why, RuntimeError(why)
+    model = Model()
+    auto = df.Engine(model, SCHEDULE, sampler=sampler, max_steps=12)
+    loop = df.Engine(model, SCHEDULE, graph="loop", sampler=sampler, max_steps=12)
+    for steps in (6, 4, 4, 6):
+        truth = plain(model, sampler=sampler, steps=steps)
+        for engine in (auto, loop):
+            engine.configure(steps=steps)
+            assert same(engine.sample(SHAPE, generator=seeded()), truth)
+        rows = len(loop.table)
+        assert auto.explain()["graph"] == f"step ({why})"
+        assert loop.explain()["graph"] == f"loop ({rows} rows unrolled: {why})"
+    assert tape.captures == 1 + 1 + 3  # a step each, and "loop" again where the number changes
 
 
 def test_auto_falls_back_and_says_so(tape: TapeCapturer) -> None:
@@ -335,16 +223,6 @@ def test_a_graph_asked_for_by_name_raises(tape: TapeCapturer, graph: str) -> Non
         engine.sample(SHAPE)
     engine.sample(SHAPE)
     assert tape.captures == 1
-
-
-class Reads(Model):
-    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        return super().forward(x, t) * float(t[0])
-
-
-class Draws(Model):
-    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        return super().forward(x, t) + torch.randn_like(x)
 
 
 @pytest.mark.parametrize(
@@ -379,61 +257,6 @@ def test_a_plain_callable_is_captured_only_when_asked(tape: TapeCapturer) -> Non
     assert tape.captures == 0
     df.Engine(lambda x, t: x * 0.5, SCHEDULE, graph="loop", sampler="ddim", steps=4).sample(SHAPE)
     assert tape.captures == 1
-
-
-def test_out_of_memory_frees_the_old_graphs_and_tries_once_more(tape: TapeCapturer) -> None:
-    model = Model()
-    engine = df.Engine(model, SCHEDULE, sampler="ddim", steps=4)
-    engine.sample(SHAPE)
-    engine.sample((1, 1, 8, 8))
-    cache = engine._graphs.cache
-    assert len(cache) == 4  # a step and a loop each
-    tape.failures = [torch.OutOfMemoryError("no room")]
-    shape = (2, 1, 8, 8)
-    x = engine.sample(shape, generator=seeded())
-    assert same(x, plain(model, shape, sampler="ddim", steps=4))
-    assert len(cache) == 2
-    tape.failures = [torch.OutOfMemoryError("no room")] * 2
-    with pytest.warns(RuntimeWarning, match="capture failed.*no room"):
-        engine.sample((4, 1, 8, 8))
-    assert not tape.failures
-
-
-def test_the_memory_of_graphs_has_a_bound(
-    tape: TapeCapturer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(graph_module, "GRAPH_BYTES", 250)
-    engine = df.Engine(Model(), SCHEDULE, sampler="ddim", steps=4)
-    for size in (4, 5, 4, 6):  # 100 bytes each: the third shape drives out the second
-        engine.sample((1, 1, size, size))
-    assert tape.captures == 3
-    assert engine._graphs.cache.bytes == 200
-    engine.sample((1, 1, 4, 4))
-    assert tape.captures == 3
-    engine.sample((1, 1, 5, 5))
-    assert tape.captures == 4
-
-
-def test_a_cache_keeps_what_is_asked_for_whatever_its_size() -> None:
-    cache = GraphCache(limit=100)
-    cache.get(("a", 1), lambda: TapeGraph([], 60))
-    cache.get(("a", "loop"), lambda: TapeGraph([], 0))
-    cache.get(("b", 1), lambda: TapeGraph([], 500))
-    assert (len(cache), cache.bytes) == (1, 500)
-    cache.drop("b")
-    assert len(cache) == 0
-
-
-def test_graphs_go_with_their_buffers(tape: TapeCapturer) -> None:
-    engine = df.Engine(Model(), SCHEDULE, sampler="ddim", steps=4)
-    for size in range(3, 9):
-        engine.sample((1, 1, size, size))
-    assert len(engine._graphs.cache) == 2 * len(engine._loops) == 8
-    assert len(engine._predictors) == 1
-    for batch in range(2, 6):
-        engine.sample((batch, 1, 4, 4))
-    assert len(engine._graphs.cache) == 2 * len(engine._loops) == 8
-    assert len(engine._predictors) == 4
 
 
 def test_large_noise_is_drawn_by_step_or_by_philox(

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from conv_model import CONTEXTS, EDITS, SCHEDULE, SHAPE, Draws, Model, Reads, same, seeded
 from numerics import error
-from test_graph import CONTEXTS, EDITS, SCHEDULE, SHAPE, Draws, Model, Reads, same, seeded
 from torch import Tensor
 
 import diffusion_fast as df
@@ -20,14 +20,22 @@ from diffusion_fast.samplers import SAMPLERS
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(params=["repeated", "unrolled"])
+@pytest.fixture(params=["repeated", "unrolled", "captured as a whole"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How the loop becomes one graph."""
+    """How the loop becomes one graph, as the engine explains it."""
+    if request.param == "captured as a whole":
+        monkeypatch.setattr(capture, "no_while_loop", lambda: "as the test says")
+        monkeypatch.setattr(capture, "UnrolledLoop", no_unrolled_loop)
+        return "unrolled"
+    if capture.no_while_loop() is not None:
+        pytest.skip(str(capture.no_while_loop()))
     if request.param == "unrolled":
         monkeypatch.setattr(capture, "no_while_loop", lambda: "as the test says")
-    elif capture.no_while_loop() is not None:
-        pytest.skip(str(capture.no_while_loop()))
     return str(request.param)
+
+
+def no_unrolled_loop(*args: Any) -> None:
+    raise RuntimeError("as the test says")
 
 
 def on_gpu(model: torch.nn.Module) -> torch.nn.Module:
@@ -72,6 +80,32 @@ def test_a_hundred_replays_have_the_same_bits(way: str) -> None:
     first = engine.sample(SHAPE, generator=philox)
     assert torch.equal(engine.sample(SHAPE, generator=philox), first)
     assert error(first, plain(engine.model, sampler="ddpm", steps=8, generator=philox)) < 1e-5
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_the_number_of_steps_does_not_capture_again(
+    monkeypatch: pytest.MonkeyPatch, unrolled: bool
+) -> None:
+    if capture.no_while_loop() is not None:
+        pytest.skip(str(capture.no_while_loop()))
+    if unrolled:
+        monkeypatch.setattr(capture, "no_while_loop", lambda: "as the test says")
+    captures: list[torch.device] = []
+    real = capture.CudaCapturer.capture
+
+    def counted(self: Any, device: torch.device, *args: Any) -> Any:
+        captures.append(device)
+        return real(self, device, *args)
+
+    monkeypatch.setattr(capture.CudaCapturer, "capture", counted)
+    model = on_gpu(Model())
+    engine = df.Engine(model, SCHEDULE, sampler="ddpm", max_steps=20)
+    for sampler, steps in (("ddpm", 6), ("ddim", 20), ("heun", 4), ("dpmpp_2m", 9)):
+        engine.configure(sampler=sampler, steps=steps)
+        x = engine.sample(SHAPE, generator=seeded())
+        assert same(x, plain(model, sampler=sampler, steps=steps))
+        assert engine.explain()["graph"].startswith("loop")
+    assert len(captures) == 1
 
 
 @pytest.mark.parametrize("edit", EDITS)

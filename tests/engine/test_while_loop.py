@@ -1,8 +1,9 @@
-"""The loop on the device: its kernel compiles, and the driver is asked for the right graph."""
+"""Loops of a captured step: the kernel compiles, and the driver is asked for the right graphs."""
 
 from __future__ import annotations
 
 import enum
+import re
 import subprocess
 import sys
 import types
@@ -13,8 +14,12 @@ import pytest
 import torch
 import triton
 
-from diffusion_fast.engine import while_loop
-from diffusion_fast.engine.while_loop import SET_CONDITION, WhileLoop, no_while_loop
+from diffusion_fast.engine.while_loop import (
+    SET_CONDITION,
+    UnrolledLoop,
+    WhileLoop,
+    no_while_loop,
+)
 
 
 @pytest.mark.parametrize("architecture", [80, 86, 90, 100, 120])
@@ -31,6 +36,7 @@ def test_the_kernel_compiles(architecture: int, tmp_path: Path) -> None:
 class Result(enum.IntEnum):
     SUCCESS = 0
     REFUSED = 1
+    CUDA_ERROR_OUT_OF_MEMORY = 2
 
 
 class Value:
@@ -49,7 +55,7 @@ class NodeParams(Value):
 
 
 class Driver:
-    """Records what it is asked for; ``refuses`` names the function that fails."""
+    """Records what it is asked for; the function that ``refuses`` names fails, as ``how`` says."""
 
     CU_GRAPH_COND_ASSIGN_DEFAULT = 1
     CUgraphNodeType = types.SimpleNamespace(CU_GRAPH_NODE_TYPE_CONDITIONAL="conditional")
@@ -58,17 +64,19 @@ class Driver:
     CUgraphNodeParams = NodeParams
 
     def __init__(self, version: int = 12040, refuses: str | None = None) -> None:
-        self.version, self.refuses = version, refuses
+        self.version, self.refuses, self.how = version, refuses, Result.REFUSED
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
 
     def __getattr__(self, name: str) -> Any:
         def call(*args: Any) -> tuple[Any, ...]:
             self.calls.append((name, args))
             if name == self.refuses:
-                return (Result.REFUSED,)
+                return (self.how,)
             if name == "cuGraphAddNode":
                 args[-1].conditional.phGraph_out = ["body"]
             results = {"cuDriverGetVersion": self.version, "cuGraphConditionalHandleCreate": 77}
+            if name == "cuGraphAddChildGraphNode":
+                results[name] = f"child {[called for called, _ in self.calls].count(name)}"
             return Result.SUCCESS, results.get(name, f"result of {name}")
 
         call.__name__ = name
@@ -93,6 +101,9 @@ class Step:
     def raw_cuda_graph(self) -> int:
         return 1234
 
+    def pool(self) -> tuple[int, int]:
+        return 0, 7
+
 
 @pytest.mark.parametrize("version", ["12.9.4", "13.0.1"])
 def test_the_graph(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
@@ -110,7 +121,7 @@ def test_the_graph(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     body, before, amount, child = driver.asked("cuGraphAddChildGraphNode")
     assert (body, before, amount, int(child)) == ("body", None, 0, 1234)
     body, before, amount, kernel = driver.asked("cuGraphAddKernelNode")
-    assert (body, before, amount) == ("body", ["result of cuGraphAddChildGraphNode"], 1)
+    assert (body, before, amount) == ("body", ["child 1"], 1)
     assert kernel.kernelParams[0] == (77, counter.data_ptr(), count.data_ptr())
     assert kernel.func == "result of cuModuleGetFunction"
     assert driver.asked("cuGraphInstantiate") == (graph, 0)
@@ -120,6 +131,26 @@ def test_the_graph(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     del loop
     released = [name for name, _ in driver.calls if "Destroy" in name or "Unload" in name]
     assert released == ["cuGraphDestroy", "cuGraphExecDestroy", "cuModuleUnload"]
+
+
+def test_the_unrolled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain of the same step, which an old driver can do as well."""
+    driver = Driver(version=12020)
+    install(monkeypatch, driver)
+    loop = UnrolledLoop(Step(), 3, torch.device("cuda:1"))
+    nodes = [args for name, args in driver.calls if name == "cuGraphAddChildGraphNode"]
+    parents = {(graph, int(step)) for graph, _, _, step in nodes}
+    assert parents == {("result of cuGraphCreate", 1234)}
+    before = [(before, amount) for _, before, amount, _ in nodes]
+    assert before == [(None, 0), (["child 1"], 1), (["child 2"], 1)]
+    assert driver.asked("cuGraphInstantiate") == ("result of cuGraphCreate", 0)
+    assert (loop.pool, loop.bytes) == ((0, 7), 0)
+    loop.replay()
+    launched, stream = driver.asked("cuGraphLaunch")
+    assert (launched, int(stream)) == ("result of cuGraphInstantiate", 5)
+    del loop
+    released = [name for name, _ in driver.calls if "Destroy" in name or "Unload" in name]
+    assert released == ["cuGraphDestroy", "cuGraphExecDestroy"]
 
 
 @pytest.mark.parametrize(
@@ -135,10 +166,22 @@ def test_what_the_driver_refuses_is_named(monkeypatch: pytest.MonkeyPatch, refus
     assert [name for name, _ in driver.calls].count("cuGraphDestroy") == created
 
 
+@pytest.mark.parametrize("refuses", ["cuGraphAddChildGraphNode", "cuGraphInstantiate"])
+def test_out_of_memory_is_told_apart(monkeypatch: pytest.MonkeyPatch, refuses: str) -> None:
+    driver = Driver(refuses=refuses)
+    driver.how = Result.CUDA_ERROR_OUT_OF_MEMORY
+    install(monkeypatch, driver)
+    with pytest.raises(torch.OutOfMemoryError, match=f"{refuses}: the CUDA driver answers CUDA_"):
+        UnrolledLoop(Step(), 2, torch.device("cuda"))
+
+
 def test_why_there_is_no_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, Driver(version=12020))
     assert no_while_loop() == "the driver is for CUDA 12.2, and WHILE nodes need 12.4"
     install(monkeypatch, Driver(refuses="cuDriverGetVersion"))
     assert no_while_loop() == "cuDriverGetVersion: the CUDA driver answers REFUSED"
-    monkeypatch.setattr(while_loop, "_driver", lambda: __import__("no_such_package"))
-    assert no_while_loop() == "cuda-bindings is not installed (pip install cuda-bindings)"
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+    why = "cuda-bindings is not installed (pip install cuda-bindings)"
+    assert no_while_loop() == why
+    with pytest.raises(RuntimeError, match=re.escape(why)):
+        UnrolledLoop(Step(), 2, torch.device("cuda"))

@@ -14,7 +14,8 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from unet_parity import TEXT_TIME, ask_diffusers, inputs, small_config, twins
+from small_unets import TEXT_TIME, small_config
+from unet_parity import ask_diffusers, inputs, twins
 
 from diffusion_fast.models import CheckpointError, UNet2DCondition
 from diffusion_fast.models.checkpoints import CONFIG, INDEX, WEIGHTS, write_json

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from unet_parity import small_config
+from small_unets import small_config
 
 from diffusion_fast.models import CheckpointError, UNet2DCondition
 from diffusion_fast.models.checkpoints import CONFIG, INDEX, WEIGHTS

@@ -11,7 +11,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
-from unet_parity import small_config, twins
+from small_unets import small_config
+from unet_parity import twins
 
 from diffusion_fast.models import CheckpointError, UNet2DCondition, hub
 

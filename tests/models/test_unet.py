@@ -10,41 +10,32 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import error
+from small_unets import (
+    ATTENTION_IN_THE_MIDDLE_ONLY,
+    LIKE_SDXL,
+    ONE_LEVEL,
+    SMALL,
+    TEXT_TIME,
+    THREE_LEVELS,
+    configs,
+    small_config,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
-from unet_parity import SMALL, TEXT_TIME, ask_diffusers, difference, inputs, small_config, twins
+from unet_parity import ask_diffusers, difference, inputs, twins
 
 from diffusion_fast.models import UNet2DCondition, UNetConfig
 
-THREE_LEVELS: dict[str, Any] = {
-    "block_out_channels": (16, 32, 48),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-}
 VARIANTS: dict[str, dict[str, Any]] = {
     "small": {},
-    "one_level": {
-        "block_out_channels": (16,),
-        "down_block_types": ("CrossAttnDownBlock2D",),
-        "up_block_types": ("CrossAttnUpBlock2D",),
-    },
-    "attention_in_the_middle_only": {
-        "down_block_types": ("DownBlock2D",) * 2,
-        "up_block_types": ("UpBlock2D",) * 2,
-    },
+    "one_level": ONE_LEVEL,
+    "attention_in_the_middle_only": ATTENTION_IN_THE_MIDDLE_ONLY,
     "attention_only_down": {"up_block_types": ("UpBlock2D",) * 2},
     "attention_everywhere": {
         "down_block_types": ("CrossAttnDownBlock2D",) * 2,
         "up_block_types": ("CrossAttnUpBlock2D",) * 2,
     },
     "three_levels": THREE_LEVELS,
-    "like_sdxl": {
-        **THREE_LEVELS,
-        **TEXT_TIME,
-        "layers_per_block": 2,
-        "transformer_layers_per_block": (1, 2, 3),
-        "attention_head_dim": (2, 4, 6),
-        "use_linear_projection": True,
-    },
+    "like_sdxl": LIKE_SDXL,
     "layers_per_level": {**THREE_LEVELS, "layers_per_block": (1, 3, 2)},
     "narrower_below": {**THREE_LEVELS, "block_out_channels": (48, 16, 32)},
     "four_levels": {
@@ -91,37 +82,9 @@ def test_equals_diffusers_in_channels_last(variant: str, size: tuple[int, int]) 
     assert ours(**arguments).is_contiguous(memory_format=torch.channels_last)
 
 
-@st.composite
-def configs(draw: st.DrawFn) -> UNetConfig:
-    levels = draw(st.integers(1, 3))
-
-    def per_level(values: list[Any]) -> tuple[Any, ...]:
-        return tuple(draw(st.sampled_from(values)) for _ in range(levels))
-
-    return UNetConfig(
-        in_channels=draw(st.integers(1, 5)),
-        out_channels=draw(st.integers(1, 5)),
-        block_out_channels=per_level([8, 16, 24]),
-        down_block_types=per_level(["DownBlock2D", "CrossAttnDownBlock2D"]),
-        up_block_types=per_level(["UpBlock2D", "CrossAttnUpBlock2D"]),
-        layers_per_block=per_level([1, 2, 3]),
-        transformer_layers_per_block=per_level([1, 2]),
-        attention_head_dim=per_level([1, 2, 4, 8]),
-        norm_num_groups=draw(st.sampled_from([1, 2, 4, 8])),
-        norm_eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3])),
-        cross_attention_dim=draw(st.integers(1, 20)),
-        use_linear_projection=draw(st.booleans()),
-        downsample_padding=draw(st.sampled_from([0, 1])),
-        flip_sin_to_cos=draw(st.booleans()),
-        freq_shift=draw(st.sampled_from([0, 1])),
-        resnet_time_scale_shift=draw(st.sampled_from(["default", "scale_shift"])),
-        **draw(st.sampled_from([{}, TEXT_TIME])),
-    )
-
-
 @settings(max_examples=40, deadline=None)
 @given(
-    config=configs(),
+    config=configs(TEXT_TIME),
     size=st.tuples(st.integers(4, 13), st.integers(4, 13)),
     batch=st.integers(1, 3),
     tokens=st.integers(1, 9),

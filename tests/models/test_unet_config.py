@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from unet_parity import SMALL, small_config
+from small_unets import SMALL, small_config
 
 from diffusion_fast.models import UNet2DCondition, UNetConfig
 from diffusion_fast.models.config import FIXED, PRESETS

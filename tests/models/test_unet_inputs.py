@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from unet_parity import TEXT_TIME, inputs, small_config
+from small_unets import TEXT_TIME, small_config
+from unet_parity import inputs
 
 from diffusion_fast.models import UNet2DCondition
 

@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import diffusers
 import torch
 from numerics import error
+from small_unets import pooled_text
 from torch import Tensor
 
 from diffusion_fast.models import UNet2DCondition, UNetConfig
-
-SMALL: dict[str, Any] = {
-    "block_out_channels": (16, 32),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "cross_attention_dim": 24,
-    "attention_head_dim": 2,
-}
-TEXT_TIME: dict[str, Any] = {
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 20 + 6 * 8,
-}
-
-
-def small_config(**changes: Any) -> UNetConfig:
-    return UNetConfig(**{**SMALL, **changes})
 
 
 def random_weights(model: torch.nn.Module, std: float | None = None) -> dict[str, Tensor]:
@@ -74,18 +54,12 @@ def inputs(
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """Random arguments for :meth:`UNet2DCondition.forward`."""
-    arguments = {
+    return {
         "x": torch.randn(batch, config.in_channels, *size, dtype=dtype),
         "t": torch.randint(0, 1000, (batch,)),
         "context": torch.randn(batch, tokens, config.cross_attention_dim, dtype=dtype),
+        **pooled_text(config, batch, dtype),
     }
-    if config.addition_embed_type == "text_time":
-        assert config.projection_class_embeddings_input_dim is not None
-        assert config.addition_time_embed_dim is not None
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        arguments["text_embeds"] = torch.randn(batch, pooled, dtype=dtype)
-        arguments["time_ids"] = torch.randint(0, 1024, (batch, 6))
-    return arguments
 
 
 def ask_diffusers(theirs: diffusers.UNet2DConditionModel, arguments: dict[str, Tensor]) -> Tensor:

@@ -1,0 +1,83 @@
+"""After an edit of the model nothing that was captured from it before is replayed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conv_model import CONTEXTS, EDITS, SCHEDULE, SHAPE, Model, plain, same, seeded
+from numerics import error
+from tape import TapeCapturer, tape
+from torch import Tensor, nn
+
+import diffusion_fast as df
+
+__all__ = ["tape"]  # a fixture
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_is_never_missed(tape: TapeCapturer, edit: str) -> None:
+    model = Model()
+    engine = df.Engine(model, SCHEDULE, sampler="ddim", steps=4)
+    call = {"context": CONTEXTS["context"], "generator": seeded()}
+    before = engine.sample(SHAPE, **call)
+    EDITS[edit](model)
+    after = engine.sample(SHAPE, **call | {"generator": seeded()})
+    assert error(after, plain(model, sampler="ddim", steps=4, context=call["context"])) < 1e-5
+    assert error(after, before) > 1e-3
+    assert tape.captures == 2
+    assert len(engine._graphs.cache) == 2  # a step and its loop: the old ones are freed
+    engine.sample(SHAPE, **call)
+    assert tape.captures == 2
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_an_edit_that_nobody_counts(tape: TapeCapturer, verify: bool) -> None:
+    """A tape reads weights where they lie; so what is seen here is whether it was made anew."""
+    model = Model()
+    engine = df.Engine(model, SCHEDULE, sampler="ddim", steps=4, verify=verify)
+    engine.sample(SHAPE)
+    model.mix.weight.data[0, 0, 1, 1] += 1e-9
+    engine.sample(SHAPE)
+    assert tape.captures == (2 if verify else 1)
+    engine.refresh()
+    engine.sample(SHAPE)
+    assert tape.captures == (3 if verify else 2)
+
+
+def test_lora_by_peft(tape: TapeCapturer) -> None:
+    """Injected, switched off, scaled, merged: each gives what the plain loop gives."""
+    peft = pytest.importorskip("peft")
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line = nn.Linear(4, 4, dtype=torch.float64)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.line(x)
+
+    model = Net()
+    engine = df.Engine(model, SCHEDULE, sampler="ddim", steps=4)
+    seen = [engine.sample(SHAPE, generator=seeded())]
+
+    def check() -> None:
+        x = engine.sample(SHAPE, generator=seeded())
+        assert same(x, plain(model, sampler="ddim", steps=4))
+        assert error(x, seen[-1]) > 1e-4
+        seen.append(x)
+
+    config = peft.LoraConfig(target_modules=["line"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, model)
+    check()
+    model.line.enable_adapters(False)
+    check()
+    model.line.enable_adapters(True)
+    check()
+    model.line.scale_layer(3.0)
+    check()
+    model.line.unscale_layer()
+    check()
+    model.line.merge()
+    merged = engine.sample(SHAPE, generator=seeded())
+    assert same(merged, plain(model, sampler="ddim", steps=4))
+    assert error(merged, seen[-1]) < 1e-9
