@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all lint docs bench dist clean
+.PHONY: help setup demo test test-all lint docs bench gpu dist clean
 
 help:
 	@echo "make demo      train on real digits, sample them, draw the pictures in out/"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-all  the same with the slow tests"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     the benchmarks: each op, then whole models"
+	@echo "make gpu       all tests and benchmarks that need a GPU, into benchmarks/results/"
 	@echo "make docs      the API reference, into build/docs"
 	@echo "make dist      sdist and wheel, into dist/"
 
@@ -47,6 +48,9 @@ lint: setup
 bench: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
 	$(BIN)/diffusion-fast bench
+
+gpu: setup
+	$(BIN)/python -m benchmarks.gpu
 
 docs: setup
 	$(BIN)/pdoc diffusion_fast -o build/docs --docformat google --math

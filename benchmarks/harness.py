@@ -233,6 +233,8 @@ def _calls(problem: Problem) -> dict[str, Call]:
 @functools.lru_cache(maxsize=1)
 def _measured(case: Case) -> dict[str, dict[str, Any]]:
     """Every variant of a case, measured together; the rows."""
+    # Otherwise, after some shapes of one function, torch.compile leaves it as it is.
+    torch._dynamo.reset()
     problem = case.build(*case.shape, device=DEVICE)
     inductor = inductor_metrics()
     needed, rows = needed_bytes(problem), {}

@@ -32,7 +32,9 @@ def package_version(name: str) -> str:
 def versions() -> dict[str, str]:
     """This package, Python, and the packages it builds on or meets."""
     found = {"diffusion_fast": __version__, "python": platform.python_version()}
-    return found | {name: package_version(name) for name in PACKAGES}
+    found |= {name: package_version(name) for name in PACKAGES}
+    # Only PyTorch itself says for which CUDA it was built, wherever its wheel came from.
+    return found | {"torch": str(torch.__version__)}
 
 
 def processor() -> dict[str, str]:

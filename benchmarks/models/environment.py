@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 import diffusion_fast
-from diffusion_fast import hardware
+from diffusion_fast import hardware, kernels
+from diffusion_fast.ops import extension
 
 GPU = torch.cuda.is_available()
 PACKAGE = Path(diffusion_fast.__file__).parent
@@ -80,8 +81,11 @@ def _commit() -> str | None:
 def _source() -> str:
     """Of the code itself: two trees with uncommitted edits have one commit and differ."""
     digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        digest.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
+    # In a checkout the kernels lie beside the package.
+    for folder in (PACKAGE, Path(kernels.__file__).parent, extension.sources()):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".py", ".cu", ".cuh", ".cpp", ".h"):
+                digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -29,6 +29,8 @@ def lean_unet(networks: Networks) -> Any:
 
 def compiled_unet(networks: Networks) -> Any:
     """The lean one compiled as its users are advised to: channels_last, max-autotune."""
+    # Otherwise, after some shapes of one model, torch.compile leaves it as it is.
+    torch._dynamo.reset()
     model = lean_unet(networks).to(memory_format=torch.channels_last)
     return torch.compile(model, mode="max-autotune", dynamic=False)
 

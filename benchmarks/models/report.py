@@ -91,7 +91,7 @@ def title(group: Group, facts: Mapping[str, Any]) -> str:
 
 
 def _machine(facts: Mapping[str, Any]) -> str:
-    if facts.get("cuda"):
+    if facts.get("driver"):
         return f"{facts['device']}, driver {facts['driver']}, torch {facts['torch']}"
     device = f"CPU, no GPU: {facts['device']}, {facts['threads']} thread"
     return device + f"{'s' * (facts['threads'] != 1)}, torch {facts['torch']}"

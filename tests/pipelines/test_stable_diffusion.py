@@ -241,9 +241,11 @@ def test_an_inpainting_model_needs_image_and_mask(
 
 def test_half_precision(tiny_folder: Folder) -> None:
     pipe = StableDiffusion.from_pretrained(tiny_folder("sdxl"), dtype=torch.bfloat16)
-    result = pipe("a cat", steps=2, image=picture(), output="tensor")
+    result = pipe("a cat", steps=2, output="tensor")
     assert result.images.dtype == torch.float32
     exact = StableDiffusion.from_pretrained(tiny_folder("sdxl"))
-    assert error(result.latents, exact("a cat", steps=2, image=picture()).latents) < 0.1
+    assert error(result.latents, exact("a cat", steps=2).latents) < 0.1
+    # The noise of an image's latents is drawn in their dtype, and PyTorch 2.11 has others for each.
+    assert pipe("a cat", steps=2, image=picture()).latents.isfinite().all()
     moved = pipe.to(torch.float32)("a cat", steps=2, image=picture())
     assert moved.latents.isfinite().all()
