@@ -180,7 +180,7 @@ def test_without_while_nodes_the_loop_is_unrolled(
 
 @pytest.mark.parametrize("sampler", ["ddpm", "heun"])
 def test_where_nothing_makes_a_loop_of_a_step(tape: TapeCapturer, sampler: str) -> None:
-    """ "auto" replays the step, as fast; "loop" is one graph all the same, captured as a whole."""
+    """The mode auto replays the step, as fast; loop is one graph all the same, captured whole."""
     why = "cuda-bindings is not installed"
     tape.why_no_loop, tape.unroll_error = why, RuntimeError(why)
     model = Model()

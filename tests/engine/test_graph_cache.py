@@ -99,7 +99,7 @@ def test_what_a_run_needs_is_not_freed(tape: TapeCapturer, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("repeats", [True, False], ids=["repeated", "unrolled"])
 def test_no_room_for_a_loop(tape: TapeCapturer, repeats: bool) -> None:
-    """ "auto" replays the step that is there; "loop" raises."""
+    """The mode auto replays the step that is there; loop raises."""
     tape.why_no_loop = None if repeats else "an old driver"
     tape.loop_error = tape.unroll_error = torch.OutOfMemoryError("no room for the loop")
     tape.room = 150  # so that "loop" can't capture it as a whole
