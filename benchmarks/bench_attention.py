@@ -98,7 +98,9 @@ def _hopper_fails() -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
         return "the smallest call does not end"
-    return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
 def _hopper(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,16 +96,16 @@ def measure(way: str, folder: Path, dtype: str, steps: int, caches: Path) -> dic
         [*command, "--folder", str(folder)], capture_output=True, text=True, env=environment
     )
     if done.returncode:
-        raise RuntimeError(f"{way}: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise RuntimeError(f"{way}: {said[-1]}")
     reached = json.loads(done.stdout.splitlines()[-1])
     ends = [start, *(reached[stage] for stage in STAGES)]
     row = {name: ends[i + 1] - ends[i] for i, name in enumerate(COLUMNS)}
     return row | {"to_first_image_s": reached["first"] - start}
 
 
-def rows(model: str, dtype: str, steps: int, ways: list[str]) -> list[dict[str, Any]]:
+def rows(model: str, dtype: str, steps: int, ways: list[str]) -> Iterator[dict[str, Any]]:
     """Every way, cold and then warm; one that fails has a reason."""
-    found = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
         write(model, dtype, folder)
@@ -116,9 +117,7 @@ def rows(model: str, dtype: str, steps: int, ways: list[str]) -> list[dict[str, 
                     row = measure(way, folder, dtype, steps, Path(place) / f"caches of {way}")
                 except RuntimeError as error:
                     row = {"reason": str(error)}
-                found.append(about | row)
-                print(line(found[-1]), flush=True)
-    return found
+                yield about | row
 
 
 def line(row: dict[str, Any]) -> str:
@@ -144,16 +143,19 @@ def main() -> None:
         return
     from diffusion_fast.benchmarks.environment import GPU, environment
     from diffusion_fast.benchmarks.networks import KINDS
+    from diffusion_fast.models.checkpoints import write_json
 
     ways = given.ways.split(",")
     for option, values, known in (("--model", [given.model], KINDS), ("--ways", ways, WAYS)):
         if unknown := [value for value in values if value not in known]:
             parser.error(f"{option}: expected {', '.join(known)}, got {unknown[0]!r}")
-    found = rows(given.model, given.dtype or ("bfloat16" if GPU else "float32"), given.steps, ways)
-    if given.out:
-        from diffusion_fast.models.checkpoints import write_json
-
-        write_json({"environment": environment(), "rows": found}, given.out)
+    found: list[dict[str, Any]] = []
+    dtype = given.dtype or ("bfloat16" if GPU else "float32")
+    for row in rows(given.model, dtype, given.steps, ways):
+        found.append(row)
+        print(line(row), flush=True)
+        if given.out:  # at once: the next row may take minutes
+            write_json({"environment": environment(), "rows": found}, given.out)
     sys.exit(any("reason" in row for row in found))
 
 

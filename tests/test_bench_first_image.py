@@ -10,7 +10,7 @@ from benchmarks.bench_first_image import COLUMNS, line, measure, rows
 
 
 def test_a_cold_and_a_warm_row() -> None:
-    found = rows("small", "float32", 1, ["ours"])
+    found = list(rows("small", "float32", 1, ["ours"]))
     assert [row["caches"] for row in found] == ["cold", "warm"]
     for row in found:
         assert "reason" not in row
