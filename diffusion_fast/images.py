@@ -1,4 +1,4 @@
-"""Tensors to pictures: one grid, written whole or not at all, carrying its settings."""
+"""Pictures: read in whatever mode they have, made of tensors, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -18,6 +19,72 @@ from .ops import checks
 SETTINGS = "diffusion_fast"  # the PNG text chunk that holds the settings as JSON
 BETWEEN = 64  # the grey between the images of a grid
 LINE = 14  # pixels of a line of headings
+_BITS, _PHOTOMETRIC = 258, 262  # TIFF tags
+_NO_PICTURES = {  # first bytes of what is often saved under a picture's name
+    b"version https://git-lfs": "it is a Git LFS pointer, not the file itself",
+    b"<!doctype html": "it is a web page",
+    b"<html": "it is a web page",
+}
+
+
+def read_picture(
+    source: Image.Image | str | os.PathLike[str], mode: str = "RGB", background: str = "white"
+) -> Image.Image:
+    """A picture upright (EXIF) and in 8 bits a channel, whatever its file has.
+
+    16-bit grey is scaled to 8 bits. Of several frames, the first one is read.
+
+    Args:
+        source: a PIL image, or a file of any format that Pillow knows by its first bytes.
+        mode: ``"RGB"``, or ``"L"`` for grey.
+        background: color that shows where the picture is transparent.
+
+    Raises:
+        ValueError: no picture, a damaged one, or one without a known range of values (float and
+            32-bit integers). The message gives the reason alone; the caller names the file.
+    """
+    try:
+        if isinstance(source, Image.Image):
+            return _eight_bits(source, mode, background)
+        with Image.open(source) as file:
+            return _eight_bits(file, mode, background)
+    except Exception as error:  # damaged files make Pillow raise nearly any class
+        raise ValueError(f"can't be read as an image: {_reason(source, error)}") from error
+
+
+def _eight_bits(image: Image.Image, mode: str, background: str) -> Image.Image:
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    sixteen = image.mode.startswith("I;16") or (
+        image.mode == "I" and image.format in ("PNG", "PPM")  # which have no more bits
+    )
+    if image.mode in ("I", "F") and not sixteen:
+        kind = {"I": "32-bit integers", "F": "floating point numbers"}[image.mode]
+        raise ValueError(f"its mode is {image.mode!r} ({kind} of no known range); use 8 or 16 bits")
+    clear = image.info.get("transparency")
+    image = ImageOps.exif_transpose(image)
+    if sixteen:
+        values = np.asarray(image).astype(np.float64)
+        grey = (values * (255 / (2 ** tags.get(_BITS, (16,))[0] - 1))).round()
+        if tags.get(_PHOTOMETRIC) == 0:  # white is 0
+            grey = 255 - grey
+        alpha = np.where(values == clear, 0, 255) if isinstance(clear, int) else 255 + 0 * grey
+        image = Image.fromarray(np.stack((grey, alpha), -1).astype(np.uint8), "LA")
+    if image.mode == "La":  # multiplied by its alpha
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image.convert(mode)
+
+
+def _reason(source: Image.Image | str | os.PathLike[str], error: Exception) -> str:
+    """Why a picture can't be read, by the first bytes of its file where they tell more."""
+    if (isinstance(error, OSError) and error.strerror) or isinstance(source, Image.Image):
+        return str(error)
+    with open(source, "rb") as file:
+        head = file.read(64).lower().lstrip(b"\xef\xbb\xbf \r\n\t")
+    reasons = (reason for start, reason in _NO_PICTURES.items() if head.startswith(start))
+    return next(reasons, "it is empty" if not head else str(error) or type(error).__name__)
 
 
 def to_uint8(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -83,3 +84,142 @@ def test_a_file_without_settings(tmp_path: Path, settings: str | None) -> None:
     (tmp_path / "y.png").write_text("no image")
     with pytest.raises(ValueError, match=r"y\.png: expected a PNG that carries its settings"):
         images.read_settings(tmp_path / "y.png")
+
+
+RAMP = np.tile(np.linspace(0, 255, 16).round().astype(np.uint8), (8, 1))  # [8, 16]
+WIDE = RAMP.astype(np.uint16) * 257
+MODES = ["1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "I;16", "I;16B", "I;16L", "LA", "La"]
+MODES += ["PA", "RGBA", "RGBa", "RGBX"]
+
+
+def in_mode(mode: str) -> Image.Image:
+    """The ramp; white and black only where a mode has no more."""
+    if mode.startswith("I;16"):
+        return Image.frombytes(mode, (16, 8), WIDE.astype(">u2" if mode[-1] == "B" else "<u2"))
+    for step in {"La": ("LA",), "RGBa": ("RGBA",), "PA": ("P",), "HSV": ("RGB",)}.get(mode, ()):
+        return Image.fromarray(RAMP).convert(step).convert(mode)
+    return Image.fromarray(RAMP).convert(mode, dither=Image.Dither.NONE)
+
+
+@pytest.mark.parametrize("target", ["RGB", "L"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_picture_is_the_same_in_every_mode(mode: str, target: str) -> None:
+    found = images.read_picture(in_mode(mode), target)
+    assert found.mode == target
+    expected = np.where(RAMP < 128, 0, 255) if mode == "1" else RAMP
+    if target == "RGB":
+        expected = np.repeat(expected[..., None], 3, axis=-1)
+    off = np.abs(np.asarray(found).astype(int) - expected)
+    assert off.max() <= (6 if mode in ("P", "PA") else 2)  # a palette of 6 levels a channel
+
+
+@pytest.mark.parametrize(
+    ("name", "picture"),
+    [
+        ("wide.png", Image.fromarray(WIDE)),
+        ("wide.tif", Image.fromarray(WIDE)),
+        ("wide.jp2", Image.fromarray(WIDE)),
+        ("plain.webp", Image.fromarray(RAMP)),
+    ],
+)
+def test_files_of_many_bits(tmp_path: Path, name: str, picture: Image.Image) -> None:
+    options = {"lossless": True} if name.endswith("webp") else {}
+    picture.save(tmp_path / name, **options)
+    (tmp_path / name).rename(tmp_path / "any.name")  # the first bytes tell what it is
+    found = np.asarray(images.read_picture(tmp_path / "any.name", "L"))
+    assert np.abs(found.astype(int) - RAMP).max() <= 1
+
+
+def tiff(path: Path, pixels: np.ndarray, **tags: tuple[int, int]) -> None:
+    """A 16-bit TIFF, some of whose numbers (width, bits, white) are another one."""
+    Image.fromarray(pixels).save(path)
+    data = path.read_bytes()
+    for name, (old, new) in tags.items():
+        tag = {"width": 256, "bits": 258, "white": 262}[name]
+        kinds = [struct.pack("<HHIH", tag, kind, 1, old) for kind in (3, 4)]
+        entry = next(kind for kind in kinds if kind in data)
+        data = data.replace(entry, entry[:8] + struct.pack("<H", new))
+    path.write_bytes(data)
+
+
+def test_tiff_with_white_as_zero_and_with_12_bits(tmp_path: Path) -> None:
+    tiff(tmp_path / "white.tif", 65535 - WIDE, white=(1, 0))
+    assert np.array_equal(np.asarray(images.read_picture(tmp_path / "white.tif", "L")), RAMP)
+    twelve = RAMP.astype(int) * 4095 // 255
+    first, second = twelve[:, ::2], twelve[:, 1::2]  # in three bytes
+    packed = np.stack((first >> 4, (first & 15) << 4 | second >> 8, second & 255), -1)
+    rows = packed.astype(np.uint8).reshape(8, 24).view("<u2").astype(np.uint16)
+    tiff(tmp_path / "twelve.tif", rows, width=(12, 16), bits=(16, 12))
+    found = np.asarray(images.read_picture(tmp_path / "twelve.tif", "L"))
+    assert np.abs(found.astype(int) - RAMP).max() <= 1
+
+
+def hidden(mode: str) -> Image.Image:
+    """Left half visible and black, right half transparent."""
+    alpha = np.zeros((4, 8), np.uint8)
+    alpha[:, :4] = 255
+    picture = Image.new("LA" if "L" in mode else "RGBA", (8, 4), 0)
+    picture.putalpha(Image.fromarray(alpha))
+    return picture.convert(mode) if mode in ("La", "RGBa") else picture
+
+
+@pytest.mark.parametrize("mode", ["LA", "La", "RGBA", "RGBa"])
+def test_what_is_transparent_shows_the_background(mode: str) -> None:
+    picture = hidden(mode)
+    for background, value in (("white", 255), ("black", 0)):
+        for target in ("RGB", "L"):
+            found = np.asarray(images.read_picture(picture, target, background))
+            assert (found[:, :4] == 0).all()
+            assert (found[:, 4:] == value).all()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "key"),
+    [
+        (np.array([[0, 7]], np.uint8), 7),
+        (np.array([[0, 300]], np.uint16), 300),
+        (np.array([[[0, 0, 0], [1, 2, 3]]], np.uint8), (1, 2, 3)),
+    ],
+)
+def test_a_color_may_stand_for_transparent(tmp_path: Path, pixels: np.ndarray, key: object) -> None:
+    Image.fromarray(pixels).save(tmp_path / "x.png", transparency=key)
+    assert np.asarray(images.read_picture(tmp_path / "x.png", "L")).tolist() == [[0, 255]]
+    paletted = Image.fromarray(np.array([[0, 1]], np.uint8), "L").convert("P")
+    paletted.save(tmp_path / "x.gif", transparency=1)
+    assert np.asarray(images.read_picture(tmp_path / "x.gif", "L")).tolist() == [[0, 255]]
+
+
+@pytest.mark.parametrize("picture", [RAMP, WIDE], ids=["8", "16"])
+def test_pictures_are_upright(tmp_path: Path, picture: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    Image.fromarray(picture).save(tmp_path / "x.png", exif=exif)
+    for source in (tmp_path / "x.png", Image.open(tmp_path / "x.png")):
+        assert np.array_equal(np.asarray(images.read_picture(source, "L")), np.rot90(RAMP, -1))
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("F", "floating point"), ("I", "32-bit integers")])
+def test_a_range_that_is_not_known_is_refused(tmp_path: Path, mode: str, kind: str) -> None:
+    Image.new(mode, (4, 4)).save(tmp_path / "x.tif")
+    for source in (tmp_path / "x.tif", Image.new(mode, (4, 4))):
+        with pytest.raises(ValueError, match=f"its mode is '{mode}' .{kind}"):
+            images.read_picture(source)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "it is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "a Git LFS pointer"),
+        (b"\n<!DOCTYPE HTML><html>404</html>", "a web page"),
+        (b"<html>404</html>", "a web page"),
+        (b"\x89PNG\r\n\x1a\nhalf", "can't be read as an image"),
+        (b"words", "cannot identify image file"),
+        (None, "No such file"),
+    ],
+)
+def test_no_pictures_are_named(tmp_path: Path, data: bytes | None, reason: str) -> None:
+    if data is not None:
+        (tmp_path / "x.png").write_bytes(data)
+    with pytest.raises(ValueError, match=reason):
+        images.read_picture(tmp_path / "x.png")

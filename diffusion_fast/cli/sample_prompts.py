@@ -121,9 +121,13 @@ class PromptDrawing:
         guidance = _numbers("--guidance", self.guidance)
         if len(steps) > 1 and len(guidance) > 1:
             checks.fail("--steps, --guidance", "a list for one of them", "two lists")
-        names = {"image": self.image, "mask": self.mask}
         pictures: dict[str, Any] = {
-            name: _open(f"--{name}", path) for name, path in names.items() if path
+            name: _open(f"--{name}", path, *reading)
+            for name, path, *reading in (
+                ("image", self.image, "RGB"),
+                ("mask", self.mask, "L", "black"),
+            )
+            if path
         }
         return steps, guidance, None if self.size is None else _size(self.size), pictures
 
@@ -244,11 +248,10 @@ def _dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _open(option: str, path: str) -> Image:
-    from PIL import Image, ImageOps
+def _open(option: str, path: str, *reading: str) -> Image:
+    from ..images import read_picture
 
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)  # upright, as cameras mean it
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{option}: expected an image, got {path}: {error}") from error
+        return read_picture(path, *reading)
+    except ValueError as error:
+        raise ValueError(f"{option}: expected an image, got {path}, which {error}") from error

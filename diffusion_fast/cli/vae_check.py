@@ -104,13 +104,13 @@ def _read(path: Path, size: int | None, grain: int) -> Tensor:
     import torch
     from PIL import Image, ImageOps
 
+    from ..images import read_picture
     from ..ops import checks
 
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: can't be read as an image: {error}") from error
+        image = read_picture(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     width, height = (side // grain * grain for side in image.size)
     if size is not None:
         image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)

@@ -59,7 +59,8 @@ def image_tensor(image: Any, size: Size | None, grain: int) -> Tensor:
     """Images as [B, 3, H, W] in [-1, 1], float32.
 
     Args:
-        image: a PIL image, a list of them, or a tensor [3, H, W] or [B, 3, H, W] in [-1, 1].
+        image: a PIL image, a list of them, or a tensor [3, H, W] or [B, 3, H, W] in [-1, 1]. PIL
+            images are read by :func:`~diffusion_fast.images.read_picture`.
         size: to scale PIL images to (Lanczos); tensors must have it. None: as they are.
         grain: what height and width must be multiples of.
 
@@ -76,7 +77,8 @@ def image_tensor(image: Any, size: Size | None, grain: int) -> Tensor:
             checks.fail("image", "finite numbers", "NaN or infinity")
     else:
         several = image if isinstance(image, (list, tuple)) else [image]
-        x = _joined("image", [_pixels(_pil("image", one, "RGB", size)) for one in several]) * 2 - 1
+        x = _joined("image", [_pixels(_scaled(_pil("image", one), size)) for one in several])
+        x = x * 2 - 1
     _check_sides("image", x, size, grain)
     return x
 
@@ -85,10 +87,10 @@ def mask_tensor(mask: Any, original: Any, size: Size, count: int) -> Tensor:
     """A mask as [B, 1, H, W] of zeros and ones: 1 where to draw, 0 where to keep the image.
 
     Args:
-        mask: a PIL image (white is where to draw), a list of them, or a tensor [H, W], [1, H, W]
-            or [B, 1, H, W] in [0, 1]. Halves and more count as 1.
+        mask: a PIL image (white is where to draw; transparent is black), a list of them, or a
+            tensor [H, W], [1, H, W] or [B, 1, H, W] in [0, 1]. Halves and more count as 1.
         original: the image as it was given: the mask must be of its size.
-        size: to scale PIL masks to, like the image.
+        size: to scale PIL masks to, like the image: 1 wherever a pixel touches a 1.
         count: the number of images; B must be that, or 1.
 
     Raises:
@@ -98,29 +100,24 @@ def mask_tensor(mask: Any, original: Any, size: Size, count: int) -> Tensor:
         checks.tensor("mask", mask)
         x = mask.detach().float()
         x = x[(None,) * (4 - x.dim())] if x.dim() in (2, 3) else x
-        if x.dim() != 4 or x.shape[1] != 1:
+        if x.dim() != 4 or x.shape[1] != 1 or not x.numel():
             checks.fail("mask", "shape [H, W], [1, H, W] or [B, 1, H, W]", list(mask.shape))
         if not 0 <= x.min() <= x.max() <= 1:
             checks.fail("mask", "values in [0, 1]", f"{x.min():g} to {x.max():g}")
     else:
         several = mask if isinstance(mask, (list, tuple)) else [mask]
-        wanted = _sides(original)
-        pictures = [_pil("mask", one, "L", None) for one in several]
-        for picture in pictures:
-            if (picture.height, picture.width) != wanted:
-                got = f"{picture.width} x {picture.height}"
-                checks.fail("mask", f"the size of the image ({wanted[1]} x {wanted[0]})", got)
-        x = _joined("mask", [_pixels(_pil("mask", one, "L", size)) for one in pictures])
-    if tuple(x.shape[2:]) != size:
-        wanted_size, got = f"{size[1]} x {size[0]}", f"{x.shape[3]} x {x.shape[2]}"
-        checks.fail("mask", f"the size of the image ({wanted_size})", got)
+        x = _joined("mask", [_pixels(_pil("mask", one, "L", "black")) for one in several])
+    wanted = size if isinstance(mask, Tensor) else _sides(original)
+    if tuple(x.shape[2:]) != wanted:
+        got = f"{x.shape[3]} x {x.shape[2]}"
+        checks.fail("mask", f"the size of the image ({wanted[1]} x {wanted[0]})", got)
     check_batch("mask", x, count)
-    return (x >= 0.5).float()
+    return _touched((x >= 0.5).float(), size)
 
 
 def small_mask(mask: Tensor, grain: int) -> Tensor:
-    """A mask [B, 1, H, W] for latents, [B, 1, H / grain, W / grain]: nearest neighbours."""
-    return F.interpolate(mask, size=(mask.shape[2] // grain, mask.shape[3] // grain))
+    """A mask [B, 1, H, W] for latents, [B, 1, H / grain, W / grain]: 1 where any pixel is."""
+    return _touched(mask, (mask.shape[2] // grain, mask.shape[3] // grain))
 
 
 def absent(name: str, value: Any, without: str) -> None:
@@ -139,21 +136,40 @@ def _is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _pil(name: str, image: Any, mode: str, size: Size | None) -> Image:
+def _pil(name: str, image: Any, mode: str = "RGB", background: str = "white") -> Image:
     from PIL import Image
+
+    from ..images import read_picture
 
     if not isinstance(image, Image.Image):
         raise TypeError(f"{name}: expected PIL images or a tensor, got {type(image).__name__}")
-    image = image.convert(mode)
+    try:
+        return read_picture(image, mode, background)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _scaled(image: Image, size: Size | None) -> Image:
     if size is None or (image.height, image.width) == size:
         return image
-    return image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    from PIL.Image import Resampling
+
+    return image.resize((size[1], size[0]), Resampling.LANCZOS)
 
 
 def _sides(image: Any) -> Size:
+    """Height and width of an image as it was given, upright."""
     one = image[0] if isinstance(image, (list, tuple)) else image
-    height, width = one.shape[-2:] if isinstance(one, Tensor) else (one.height, one.width)
+    if not isinstance(one, Tensor):
+        picture = _pil("image", one)
+        return picture.height, picture.width
+    height, width = one.shape[-2:]
     return height, width
+
+
+def _touched(mask: Tensor, size: Size) -> Tensor:
+    """A mask [B, 1, H, W] of zeros and ones, scaled: 1 where it has a 1 anywhere in a pixel."""
+    return F.adaptive_max_pool2d(mask, size)
 
 
 def _pixels(image: Image) -> Tensor:

@@ -20,9 +20,6 @@ METADATA = "metadata.jsonl"
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _SHOWN = 5  # names in an error message
 
-# What Pillow raises for files that are not images, or only the first half of one.
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError)
-
 
 class ImageFolder(Dataset[Any]):
     """Images of one size in [-1, 1], read when they are asked for.
@@ -113,26 +110,23 @@ class ImageFolder(Dataset[Any]):
         """
         try:
             return self._read(self.files[index])
-        except _UNREADABLE as error:
+        except ValueError as error:
             self._report(self.files[index], error)
             return None
 
     def _read(self, path: Path) -> Tensor:
         from PIL import Image, ImageOps  # needed here only: importing the package stays light
 
+        from ..images import read_picture
+
         height, width = self.size
-        try:
-            with Image.open(path) as file:
-                mode = "RGB" if self.channels == 3 else "L"
-                upright = ImageOps.exif_transpose(file).convert(mode)
-        except Image.DecompressionBombError as error:
-            raise ValueError(str(error)) from error
-        fitted = ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
+        picture = read_picture(path, "RGB" if self.channels == 3 else "L")
+        fitted = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(fitted)).view(height, width, self.channels)
         return pixels.permute(2, 0, 1).float() / 127.5 - 1  # [C, H, W]
 
     def _report(self, path: Path, error: BaseException) -> None:
-        message = f"{path}: can't be read as an image: {error}"
+        message = f"{path}: {error}"
         if self.broken == "refuse":
             raise ValueError(message) from error
         if path not in self._reported:

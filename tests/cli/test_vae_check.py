@@ -69,6 +69,14 @@ def test_shows_the_psnr_of_each_image_and_the_mean(vae: Path, photos: Path) -> N
     )
 
 
+def test_16_bits_are_as_8(vae: Path, photos: Path) -> None:
+    grey = np.array(Image.open(photos / "more" / "b.jpg"))
+    Image.fromarray(grey).save("8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save("16.png")
+    rows = _rows(run("vae-check", "--model", vae, "8.png", "16.png").stdout)
+    assert rows["8.png"] == rows["16.png"]
+
+
 def test_size_scales_images(vae: Path, photos: Path) -> None:
     done = run("vae-check", "--model", vae, "--size", 24, photos / "a.png", photos / "more")
     assert done.returncode == 0, done.stderr

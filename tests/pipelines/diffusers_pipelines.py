@@ -56,9 +56,10 @@ def picture(height: int = 64, width: int = 80) -> Image.Image:
 
 
 def mask(height: int = 64, width: int = 80) -> Image.Image:
+    """Whole latent pixels, which diffusers takes by their first pixel alone."""
     pixels = np.zeros((height, width), np.uint8)
     pixels[8:48, 16:80] = 100  # dark, so to be kept
-    pixels[20:45, 30:70] = 255
+    pixels[24:48, 32:72] = 255
     pixels[48:, :16] = 140  # bright, so to be drawn
     return Image.fromarray(pixels)
 

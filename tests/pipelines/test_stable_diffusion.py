@@ -178,6 +178,49 @@ def test_images_and_masks_may_be_tensors(pipe: StableDiffusion) -> None:
     assert error(several.latents[:1], result.latents) < ROUNDING
 
 
+@pytest.mark.parametrize("kind", ["sd15", "inpainting"])
+def test_a_latent_pixel_is_drawn_where_a_mask_touches_it(tiny_folder: Folder, kind: str) -> None:
+    pipe = StableDiffusion.from_pretrained(tiny_folder(kind))
+    thin = np.zeros((64, 80), np.uint8)
+    thin[15, 9] = thin[20:60, 31] = 255  # one pixel, and a line of one pixel
+    touched = thin.reshape(8, 8, 10, 8).any((1, 3))
+    masks = [thin, np.kron(touched, np.full((8, 8), 255, np.uint8))]
+    if kind == "inpainting":  # it sees the mask alone, not the masked picture
+        with torch.no_grad():
+            pipe.unet.conv_in.weight[:, 5:] = 0
+        drawn = [draw(pipe, image=picture(), mask=Image.fromarray(one)).latents for one in masks]
+        assert torch.equal(*drawn)
+        return
+    hole = Image.fromarray(thin)
+    cat, dog = (draw(pipe, p, image=picture(), mask=hole).latents for p in ("a cat", "a dog"))
+    assert torch.equal((cat != dog).any(1)[0], torch.from_numpy(touched))
+
+
+def test_thin_lines_of_a_mask_survive_scaling(pipe: StableDiffusion) -> None:
+    thin = np.zeros((640, 800), np.uint8)
+    thin[:, 333] = 255
+    size, hole = (64, 80), Image.fromarray(thin)
+    start = {"image": picture(640, 800), "mask": hole, "size": size}
+    cat, dog = (draw(pipe, prompt, **start).latents for prompt in ("a cat", "a dog"))
+    assert (cat != dog).any(1)[0].any(0).nonzero().flatten().tolist() == [333 // 80]
+
+
+def test_images_of_other_modes(pipe: StableDiffusion) -> None:
+    """16 bits are scaled, transparent is white in an image and black in a mask."""
+    grey = np.linspace(0, 255, 64 * 64).round().astype(np.uint8).reshape(64, 64)
+    wide = Image.fromarray(grey.astype(np.uint16) * 257)
+    half = np.where(np.arange(64)[:, None] < 32, 255, 0).astype(np.uint8).repeat(64, 1)
+    clear = Image.merge("LA", (Image.new("L", (64, 64), 255), Image.fromarray(half)))
+    plain = draw(pipe, image=Image.fromarray(grey), mask=Image.fromarray(half)).latents
+    assert torch.equal(draw(pipe, image=wide, mask=clear).latents, plain)
+    white = draw(pipe, image=Image.new("RGB", (64, 64), "white")).latents
+    assert torch.equal(draw(pipe, image=Image.new("RGBA", (64, 64))).latents, white)
+    for name in ("image", "mask"):
+        pictures = {"image": wide, "mask": wide, name: Image.new("F", (64, 64))}
+        with pytest.raises(ValueError, match=f"{name}: can't be read.* mode is 'F'"):
+            draw(pipe, **pictures)
+
+
 def test_an_empty_prompt_is_fine(pipe: StableDiffusion) -> None:
     plain = draw(pipe, "", guidance_scale=1.0)
     assert torch.equal(
@@ -222,6 +265,7 @@ def test_an_empty_prompt_is_fine(pipe: StableDiffusion) -> None:
         ({"image": picture(), "mask": torch.zeros(8, 8)}, "mask: expected the size of the image"),
         ({"image": picture(), "mask": torch.full((64, 80), 3.0)}, r"mask: .*values in \[0, 1\]"),
         ({"image": picture(), "mask": 1}, "mask: expected PIL images or a tensor, got int"),
+        ({"image": picture(), "mask": torch.zeros(0, 0)}, r"mask: expected shape \[H, W\]"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )

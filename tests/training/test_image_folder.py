@@ -91,6 +91,16 @@ def test_orientation_is_respected(tmp_path: Path) -> None:
     assert (ImageFolder(tmp_path, 4)[0][:, 2:] == 1).all()
 
 
+def test_pictures_of_16_bits_and_with_alpha(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    Image.new("LA", (8, 8)).save(tmp_path / "b.png")  # transparent, so white
+    data = ImageFolder(tmp_path, 8, channels=1)
+    expected = torch.linspace(-1, 1, 64).view(1, 8, 8)
+    assert (data[0] - expected).abs().max() < 0.01
+    assert (data[1] == 1).all()
+
+
 @pytest.mark.parametrize("damage", ["cut short", "not an image", "empty"])
 def test_a_broken_file_is_refused_or_skipped(tmp_path: Path, damage: str) -> None:
     broken = classes(tmp_path) / "cat" / "1.png"
