@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all lint docs bench gpu dist clean
+.PHONY: help setup demo test test-compiles test-all lint docs bench gpu dist clean
 
 help:
 	@echo "make demo      train on real digits, sample them, draw the pictures in out/"
 	@echo "make test      the test suite (no GPU needed)"
-	@echo "make test-all  the same with the slow tests"
+	@echo "make test-compiles  what compiles kernels for GPUs (no GPU needed)"
+	@echo "make test-all  all of these and the slow tests"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     the benchmarks: each op, then whole models"
 	@echo "make gpu       all tests and benchmarks that need a GPU, into benchmarks/results/"
@@ -33,12 +34,19 @@ demo: setup
 	@echo "== training on digits, then sampling: pictures go to out/"
 	$(BIN)/python examples/digits.py --out out
 
+# A process for each core; files stay whole, since many share what they build.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
 test: setup
 	@echo "== tests"
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow and not compiles"
+
+test-compiles: setup
+	@echo "== tests that compile kernels for GPUs"
+	$(PYTEST) --dist worksteal -m "compiles and not slow"
 
 test-all: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -13,13 +13,10 @@ from pathlib import Path
 
 import pytest
 import triton
+from compilers import needs_nvcc
 
 from benchmarks import attention_resources as resources
 from diffusion_fast.ops import extension
-
-needs_nvcc = pytest.mark.skipif(
-    extension.find_nvcc() is None, reason="needs nvcc (the CUDA toolkit)"
-)
 
 # Spills that remain, and why. Empty: there are none.
 KNOWN_SPILLS: dict[tuple[str, str, int, int], str] = {}
@@ -142,7 +139,6 @@ def test_all_of_it_links_for_all_architectures(
     assert done.stdout == "[800, 900, 1000, 1200]\n"
 
 
-@needs_nvcc
 def test_ptxas_output_is_understood() -> None:
     log = """
 ptxas info    : Compiling entry function '_ZN14diffusion_fast15attention_shortINS_4HalfELi40ELi5EEEvNS_13ForwardParamsE' for 'sm_90a'

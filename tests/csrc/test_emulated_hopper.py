@@ -15,7 +15,10 @@ import torch
 from emulated_attention import HEAD_DIMS, HOPPER
 from test_emulated_attention import check_forward, inputs, strided
 
-pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="needs a C++ compiler (g++)")
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.skipif(emulated.compiler() is None, reason="needs a C++ compiler (g++)"),
+]
 
 # One tile and less, its edges, more tiles than the six (or four) that fit on chip.
 KEYS = (1, 77, 127, 128, 129, 256, 1000)

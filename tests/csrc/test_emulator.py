@@ -8,6 +8,7 @@ from pathlib import Path
 import emulated_attention as emulated
 import pytest
 import torch
+from compilers import needs_nvcc
 
 from diffusion_fast.ops import extension
 
@@ -99,11 +100,6 @@ def test_fragments_run_clean(emulated_fragments: torch.Tensor) -> None:
     results = emulated_fragments[:40]
     assert (results.count_nonzero(1) > 0).sum() == 40 - 2  # the two words of zero fill
     assert not emulated_fragments[40:].any()
-
-
-needs_nvcc = pytest.mark.skipif(
-    extension.find_nvcc() is None, reason="needs nvcc (the CUDA toolkit)"
-)
 
 
 def _compile_for_the_gpu(folder: Path, architecture: str) -> Path:

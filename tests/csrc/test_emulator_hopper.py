@@ -7,7 +7,10 @@ import subprocess
 import emulated_attention as emulated
 import pytest
 
-pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="needs a C++ compiler (g++)")
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.skipif(emulated.compiler() is None, reason="needs a C++ compiler (g++)"),
+]
 
 DEFECTS = {
     "barrier_not_shown": "has not been shown the mbarrier",

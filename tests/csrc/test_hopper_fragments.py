@@ -12,13 +12,14 @@ from pathlib import Path
 import emulated_attention as emulated
 import pytest
 import torch
+from compilers import needs_nvcc
 
 from diffusion_fast.ops import extension
 
-pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="needs a C++ compiler (g++)")
-needs_nvcc = pytest.mark.skipif(
-    extension.find_nvcc() is None, reason="needs nvcc (the CUDA toolkit)"
-)
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.skipif(emulated.compiler() is None, reason="needs a C++ compiler (g++)"),
+]
 
 HEAD_DIMS = (40, 32, 160, 64, 128)
 QUERIES, KEYS, HEADS, TILE = 50, 120, 2, 128

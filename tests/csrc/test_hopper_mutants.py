@@ -12,7 +12,10 @@ import torch
 from emulated_attention import HOPPER
 from test_mutants import HEAD_DIM, Case, build_mutant
 
-pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="needs a C++ compiler (g++)")
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.skipif(emulated.compiler() is None, reason="needs a C++ compiler (g++)"),
+]
 
 KERNEL = "attention_hopper.cuh"
 

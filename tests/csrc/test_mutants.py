@@ -17,7 +17,10 @@ from torch import Tensor
 
 from diffusion_fast.ops.attention import reference
 
-pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="needs a C++ compiler (g++)")
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.skipif(emulated.compiler() is None, reason="needs a C++ compiler (g++)"),
+]
 
 HEAD_DIM = 40  # an odd number of 16-byte pieces and an m16n8k8 tail
 ONE_CARD = (1, 99 << 10, 100 << 10)  # few blocks, so that each walks over many tiles

@@ -60,6 +60,7 @@ def test_no_more_shared_memory_than_a_consumer_gpu_has() -> None:
         assert int(row["shared"]) <= 99 * 1024, row
 
 
+@pytest.mark.compiles
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("arch", ["80", "90", "100", "120"])
 def test_every_kernel_compiles_at_the_models_shapes_without_new_spills(arch: str) -> None:

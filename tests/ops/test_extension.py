@@ -13,13 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from compilers import needs_nvcc
 
 from diffusion_fast.ops import extension
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_nvcc = pytest.mark.skipif(
-    extension.find_nvcc() is None, reason="needs nvcc (the CUDA toolkit)"
-)
 
 # A build that says when it starts, takes a while and leaves more than it is asked for.
 BUILDER = """
