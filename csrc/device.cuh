@@ -1,7 +1,7 @@
 // Every device-only instruction the kernels use, wrapped once, and the launch of a kernel.
 //
 // The `#if` below is the only one that tells nvcc from g++: under nvcc each name is one PTX instruction, under g++ the
-// same name comes from the emulator and the kernels run on the host (see emulator/README.md). Kernels therefore use
+// same name comes from the emulator and the kernels run on the host (tests/csrc/emulator/README.md). Kernels therefore use
 // nothing device-only but these names, threadIdx, blockIdx, gridDim, __syncthreads, __syncwarp, __shfl_xor_sync and the
 // C mathematics functions; shared memory is 32-bit addresses, never pointers.
 #pragma once

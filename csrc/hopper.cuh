@@ -1,4 +1,4 @@
-// Instructions of sm_90a, included by device.cuh for nvcc (the emulator's are in emulator/hopper.h): mbarriers, the copy
+// Instructions of sm_90a, included by device.cuh for nvcc (the emulator's are in tests/csrc/emulator/hopper.h): mbarriers, the copy
 // engine (TMA), warpgroup products (wgmma), register shares. Sections are those of the PTX ISA, version 9.0.
 #pragma once
 #include <cuda.h>

@@ -119,7 +119,7 @@ def _key(*parts: object) -> str:
     digest = hashlib.sha256(repr((parts, environment)).encode())
     folder = sources()
     for path in sorted(folder.rglob("*")):
-        if path.suffix in (".cu", ".cuh", ".h", ".cpp") and "emulator" not in path.parts:
+        if path.suffix in (".cu", ".cuh", ".h", ".cpp"):
             digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     return digest.hexdigest()[:20]
 

@@ -41,7 +41,7 @@ def compiler() -> str | None:
 def build(head_dim: int, dtype: torch.dtype, csrc: Path = CSRC) -> Path:
     """The binary for one head dim and type; ``csrc`` may be a mutant's copy of the sources."""
     name = DTYPES[dtype]
-    headers = sorted([*csrc.rglob("*.h"), csrc / "device.cuh", *HERE.glob("emulate*.h")])
+    headers = _headers(csrc)
     driver = _compile("driver", HERE / "emulate.cpp", (), csrc, headers)
     define = (f"-DTYPE={name}", f"-DHEAD_DIM={head_dim}")
     headers += sorted(csrc.rglob("attention/*.cuh"))
@@ -53,9 +53,14 @@ def build(head_dim: int, dtype: torch.dtype, csrc: Path = CSRC) -> Path:
 
 def build_program(name: str, options: tuple[str, ...] = ()) -> Path:
     """A program of its own among these files, ``emulator_test.cpp``."""
-    headers = sorted([*CSRC.rglob("*.h"), CSRC / "device.cuh"])
+    headers = _headers(CSRC)
     compiled = _compile(Path(name).stem, HERE / name, options, CSRC, headers)
     return _once(compiled.with_suffix(".program"), (str(compiled),))
+
+
+def _headers(csrc: Path) -> list[Path]:
+    """What every program here includes; kernels come on top."""
+    return sorted([*csrc.rglob("*.h"), csrc / "device.cuh", *HERE.rglob("*.h")])
 
 
 def _compile(
