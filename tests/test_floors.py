@@ -14,6 +14,8 @@ FLOORS = {
     "kernels": 0,
     "ops": 1,
     "hardware": 1,
+    "turns": 1,
+    "writes": 1,
     "images": 2,
     "models": 2,
     "schedule": 2,

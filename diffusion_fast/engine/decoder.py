@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -12,13 +11,15 @@ from torch import Tensor, nn
 
 from ..models import blocks as plain
 from ..models.vae import AutoencoderKL, Decoder, PixelAttention, UpBlock
+from ..models.vae_config import VAEConfig
 from ..ops import checks
 from ..ops.op import Site
+from ..turns import Turns
 from . import folding
 from .layers import Layer, Linear, is_plain
 from .plan import bypassed
 from .prepared_blocks import GroupNorm, On, ResBlock, Upsample, attend, image, pixels, same_conv
-from .staleness import Fingerprint, fingerprint
+from .staleness import Edit, Watch
 
 REWRITES = ("folded_upsample", "fused_qkv", "epilogues", "packed_weights", "removed_no_ops")
 
@@ -146,26 +147,28 @@ class FreshDecoder:
         self.vae = vae
         names = [rewrites] if isinstance(rewrites, str) else list(rewrites)
         self.rewrites = REWRITES if "all" in names else [n for n in names if n in REWRITES]
-        self._lock = threading.Lock()
+        self._turns = Turns("FreshDecoder")
         self._prepared: PreparedDecoder | None = None
-        self._seen: Fingerprint | None = None
-        self._identity: Any = None
+        self._watch = Watch()
+        self._config: VAEConfig | None = None  # of what was prepared
 
     def __call__(self, latents: Tensor) -> Tensor:
         """As :meth:`PreparedDecoder.__call__`."""
-        with self._lock:
-            if not self.rewrites or bypassed(self.vae.decoder) is not None:
-                self._prepared = None
-                return self.vae.decode(latents)
-            now = fingerprint(self.vae)
-            identity = now.identity, self.vae.config
-            if self._prepared is None or identity != self._identity:
-                self._prepared = None  # before the next one takes its memory
-                self._prepared = PreparedDecoder(self.vae, self.rewrites)
-            elif now != self._seen:
+        with self._turns:
+            edit = self._watch.look(self.vae)
+            if edit is Edit.MODEL or self.vae.config != self._config:
+                self._prepared = self._config = None  # before the next one takes its memory
+                if self.rewrites and bypassed(self.vae.decoder) is None:
+                    self._prepared = PreparedDecoder(self.vae, self.rewrites)
+                self._config = self.vae.config
+            elif edit is Edit.VALUES and self._prepared is not None:
+                self._config = None  # until it is done
                 self._prepared.refresh()
-            self._seen, self._identity = now, identity
-            return self._prepared(latents)
+                self._config = self.vae.config
+            return (self._prepared or self.vae.decode)(latents)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.vae, self.rewrites)
 
 
 def _linear(layer: nn.Linear, on: On) -> Linear:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,6 +17,7 @@ from ..conditioning import Context, Model, join_halves
 from ..ops import checks
 from ..samplers import make_table
 from ..schedule import DiffusionSchedule
+from ..turns import Turns
 from .buffers import Generators, Layout
 from .graph import Graphs
 from .inputs import check_extra, check_starts, checked_shape
@@ -24,7 +25,7 @@ from .loop import Loop
 from .placement import device_of, dtype_of, evaluating
 from .predictor import Predictor, predictor_for
 from .progress import Steps, check_finite, track
-from .staleness import Fingerprint, fingerprint
+from .staleness import Edit, Watch
 
 Callback = Callable[[int, float, Tensor], None]
 TABLE_KEYWORDS = inspect.signature(make_table).parameters.keys() - {"schedule"}
@@ -55,15 +56,16 @@ class Engine:
         rewrites: the exact rewrites of a U-Net to use: ``"all"``, ``"none"`` or their names.
         max_steps: how many model calls :meth:`configure` may ask for without new buffers; by
             default 100, and always those of the table.
-        verify: read all weights before each run, to see edits that PyTorch doesn't count; see
-            :meth:`refresh`.
+        verify: read all weights before each run, to see every single element that is written in
+            ways that PyTorch doesn't count; see :meth:`refresh`.
         device: where to sample; by default where the model's parameters are.
         progress: show a progress bar.
         table: everything else, as in :func:`diffusion_fast.samplers.make_table`: sampler, steps,
             timestep_spacing, steps_offset, final_alpha, prediction_type, variance, eta,
             clip_sample, strength, guidance_scale, guidance_interval, guidance_rescale.
 
-    Several threads may share an engine; their runs take turns.
+    Several threads may share an engine; their runs take turns. A callback can't use the engine that
+    calls it. A copy or pickle of an engine has one of the model too.
 
     Raises:
         ValueError: an argument that can't be; the message names it.
@@ -96,11 +98,10 @@ class Engine:
         self._asked_device = device
         self._graphs = Graphs(graph, model, device_of(model, device))
         self._by_step(None)
-        self._lock = threading.Lock()
+        self._turns = Turns("Engine")
         self._loops: OrderedDict[Layout, Loop] = OrderedDict()
         self._predictors: dict[tuple[Any, ...], Predictor] = {}
-        self._verify = verify
-        self._seen: Fingerprint | None = None
+        self._watch = Watch(verify)
         self._max_rows = max_steps or MAX_STEPS
         self._options: dict[str, Any] = {"sampler": "ddpm"}
         self.configure(**table)
@@ -117,7 +118,7 @@ class Engine:
         if unknown:
             known = ", ".join(sorted(TABLE_KEYWORDS))
             raise TypeError(f"{unknown[0]}: expected one of the keywords {known}")
-        with self._lock:
+        with self._turns:
             options = self._options | table
             self.table = make_table(schedule=self.schedule, **options)
             self._options, self._steps = options, Steps(self.table)
@@ -163,11 +164,12 @@ class Engine:
         Raises:
             ValueError: an argument that doesn't fit; TypeError: a model that returns no tensor.
             FloatingPointError: the model's output was not finite; names the first such step.
-            RuntimeError: the graph that was asked for by name can't be captured.
+            RuntimeError: the graph that was asked for by name can't be captured; or a callback, or
+                the model, calls its own engine.
         """
         shape = checked_shape(shape)
         check_extra(shape, extra_channels)
-        with self._lock, _plain_tensors(), evaluating(self.model):
+        with self._turns, _plain_tensors(), evaluating(self.model):
             from_image = self._options.get("strength") is not None
             check_starts(shape, x_T, x_0, mask, has_strength=from_image)
             self._notice_edits()
@@ -189,11 +191,13 @@ class Engine:
     def refresh(self) -> None:
         """Take the weights as they are now.
 
-        Edits that PyTorch counts (in place, by an optimizer, ``load_state_dict``, new tensors or
-        modules, ``.to()``, a merged or switched LoRA) are noticed without it. Writes through
-        ``.data`` are not counted: after those, call this, or make the engine with ``verify=True``.
+        Edits are noticed without it at the next run: in place, by any optimizer of PyTorch,
+        ``load_state_dict``, new tensors or modules, ``.to()``, a merged or switched LoRA. Of what
+        PyTorch doesn't count, writes through ``.data``, by NumPy or another process, only those of
+        whole tensors are noticed, by 64 spread elements of each. After single elements are written
+        so, call this, or make the engine with ``verify=True``.
         """
-        with self._lock, _plain_tensors():
+        with self._turns, _plain_tensors():
             self._refresh()
 
     def explain(self) -> dict[str, Any]:
@@ -212,6 +216,19 @@ class Engine:
             "sampler_step": step.backend,
             "rewrites": list(last.predictor.explain()) if last is not None else [],
         }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is an engine with these settings and buffers of its own."""
+        settings: dict[str, Any] = {
+            "graph": self._graphs.mode,
+            "rewrites": self.rewrites,
+            "max_steps": self._max_rows,
+            "verify": self._watch.verify,
+            "device": self._asked_device,
+            "progress": self.progress,
+        }
+        make = functools.partial(type(self), **settings, **self._options)
+        return make, (self.model, self.schedule)
 
     def _by_step(self, callback: Callback | None) -> str | None:
         """Why the host must see each step."""
@@ -235,19 +252,25 @@ class Engine:
 
     def _notice_edits(self) -> None:
         """Nothing that was captured or derived from other weights is used again."""
-        now, before = fingerprint(self.model, self._verify), self._seen
-        if before is not None and now.identity != before.identity:
-            self._loops.clear()
-            self._predictors.clear()
-            self._graphs.clear()
-        elif before is not None and now != before:
+        edit = self._watch.look(self.model)
+        if edit is Edit.MODEL:
+            self._forget()
+        elif edit is Edit.VALUES:
             self._refresh()
-        self._seen = now
 
     def _refresh(self) -> None:
         self._graphs.clear()
-        for predictor in self._predictors.values():
-            predictor.refresh()
+        try:
+            for predictor in self._predictors.values():
+                predictor.refresh()
+        except BaseException:  # some of what was derived is old
+            self._forget()
+            raise
+
+    def _forget(self) -> None:
+        self._loops.clear()
+        self._predictors.clear()
+        self._graphs.clear()
 
     def _placement(self) -> tuple[torch.device, torch.dtype, torch.dtype]:
         """Device, dtype of the model and dtype of the state, as the model is now."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import checks
+from ..writes import spread
 from .checkpoints import AnyPath
 from .lora_file import LoRALayer, read_lora
 
@@ -19,6 +20,14 @@ class _Changed:
 
     base: Tensor
     version: int
+    dtype: torch.dtype
+    sample: Tensor
+
+    def is_left(self, weight: Tensor) -> bool:
+        """Whether nobody wrote to the weight since; it may have been moved or cast."""
+        if weight._version != self.version:
+            return False
+        return weight.dtype != self.dtype or torch.equal(spread(weight).cpu(), self.sample)
 
 
 @dataclass
@@ -78,7 +87,7 @@ class LoRAs:
         scales = {name: float(scale) for name, scale in scales.items() if scale}
         wanted = {key for name in scales for key in self._loaded[name]}
         for key, changed in self._changed.items():
-            if self._weight(key)._version != changed.version:
+            if not changed.is_left(self._weight(key)):
                 raise RuntimeError(
                     f"{'.'.join(key)}: was edited while a LoRA was on it; take LoRAs off first"
                 )
@@ -109,4 +118,5 @@ class LoRAs:
                 delta = self._loaded[name][key].delta().to(total)
                 total = total + scale * delta.view(weight.shape)
         weight.copy_(total)
-        self._changed[key] = _Changed(base, weight._version)
+        sample = spread(weight).to("cpu", copy=True)
+        self._changed[key] = _Changed(base, weight._version, weight.dtype, sample)

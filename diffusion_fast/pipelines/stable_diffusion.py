@@ -4,7 +4,6 @@ arXiv:2307.01952): a prompt in, images out."""
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from ..models.text import TextStates
 from ..models.vae import AutoencoderKL
 from ..ops import checks
 from ..samplers import make_table
+from ..turns import Turns
 from . import inputs
 from .loading import Options, Parts, load
 from .result import Result
@@ -56,7 +56,7 @@ class StableDiffusion:
         self._graph, self._rewrites = graph, rewrites
         self._engine: Engine | None = None
         self._decode = FreshDecoder(self.vae, rewrites)
-        self._lock = threading.Lock()  # the engine's settings belong to one call
+        self._turns = Turns("StableDiffusion")  # the engine's settings belong to one call
 
     @classmethod
     def from_pretrained(
@@ -191,7 +191,7 @@ class StableDiffusion:
         generators = [torch.Generator().manual_seed(one) for one in seeds]
         shape = count, self.unet.config.out_channels, *self._small(height, width)
         ways: list[str] = []  # how the VAE ran
-        with self._lock:
+        with self._turns:
             latents = self._ready(table, progress).sample(
                 shape,
                 self._context(positive, batch, (height, width)),

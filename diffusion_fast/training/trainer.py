@@ -16,6 +16,7 @@ from ..conditioning import Context
 from ..models.checkpoints import AnyPath
 from ..ops import checks
 from ..schedule import DiffusionSchedule
+from ..turns import Turns
 from . import state
 from .batches import Batches
 from .checkpoint import Checkpoints, check_finite, read_checkpoint
@@ -135,6 +136,7 @@ class Trainer:
         self.batches = 0  # read in all runs
         self.losses: list[float] = []  # of this run
         self._resumed: str | None = None
+        self._turns = Turns("Trainer")
 
     @property
     def null_context(self) -> Context:
@@ -165,18 +167,19 @@ class Trainer:
             FloatingPointError: the loss stopped being finite; names the first such step and its
                 batch. Checkpoints saved before it are kept, and none is saved after it.
             KeyboardInterrupt: Ctrl-C; with ``checkpoints``, after the step was finished and saved.
+            RuntimeError: called from ``on_read``.
             ValueError: an empty dataloader, a batch that doesn't fit the model, or a folder of
                 checkpoints that holds newer ones.
         """
         checks.positive_int("steps", steps)
-        self._start(steps)
         callbacks = (on_read,) if callable(on_read) else tuple(on_read or ())
         was_training = self.model.training
-        self.model.train()
         pending: list[Tensor] = []
-        self._watch = Stopwatch()
         try:
-            with Interruption(self.checkpoints is not None) as interruption:
+            with self._turns, Interruption(self.checkpoints is not None) as interruption:
+                self._start(steps)
+                self.model.train()
+                self._watch = Stopwatch()
                 batches = self._batches()
                 while self.step < steps:
                     with self._watch.waiting():

@@ -76,9 +76,20 @@ def train(model: Model) -> None:
     optimizer.step()
 
 
+def train_fused(model: Model) -> None:
+    """PyTorch does not count what such an optimizer writes."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    for value in model.parameters():
+        value.grad = torch.ones_like(value)
+    optimizer.step()
+
+
 EDITS: dict[str, Callable[[Model], object]] = {
     "in place": in_place,
     "optimizer": train,
+    "fused optimizer": train_fused,
+    "through data": lambda m: m.mix.weight.data.mul_(0.5),
+    "a buffer through data": lambda m: m.offset.data.add_(1),
     "a new parameter": lambda m: setattr(
         m.mix, "weight", nn.Parameter(torch.randn_like(m.mix.weight))
     ),

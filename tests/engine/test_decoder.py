@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conv_model import train_fused
 from numerics import assert_close, error
 from prepared import LEVELS, randomize
 from torch import Tensor, nn
@@ -99,6 +100,8 @@ def test_refresh_keeps_the_addresses() -> None:
 EDITS: dict[str, Callable[[AutoencoderKL], object]] = {
     "none": lambda model: None,
     "weights": randomize,
+    "fused optimizer": lambda model: train_fused(model),
+    "through data": lambda model: model.decoder.conv_in.weight.data.mul_(2),
     "float64": lambda model: model.double(),
     "a new layer": lambda model: setattr(
         model.decoder, "conv_out", Conv2d(8, 3, 3, padding=1, dtype=torch.float32)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -32,6 +35,10 @@ class Linear(nn.Module):
             return out
         amount = context.to(x.dtype).mean((1, 2)).view(-1, 1, 1, 1)
         return out * (1 + amount) + amount
+
+
+def pickled(engine: df.Engine) -> df.Engine:
+    return pickle.loads(pickle.dumps(engine))
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -217,6 +224,44 @@ def test_two_threads_share_an_engine() -> None:
     for thread in threads:
         thread.join()
     assert all(torch.equal(got[i], want[i]) for i in range(4))
+
+
+INSIDE: dict[str, Callable[[df.Engine], object]] = {
+    "sample": lambda engine: engine.sample(SHAPE),
+    "configure": lambda engine: engine.configure(steps=3),
+    "refresh": lambda engine: engine.refresh(),
+}
+
+
+@pytest.mark.parametrize("call", INSIDE)
+@pytest.mark.parametrize("by", ["callback", "model"])
+def test_a_run_inside_its_own_is_refused(call: str, by: str) -> None:
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        if busy and by == "model":
+            INSIDE[call](engine)
+        return x
+
+    busy: list[bool] = []
+    engine = df.Engine(model, SCHEDULE, sampler="ddim", steps=4)
+    expected = engine.sample(SHAPE, generator=seeded())
+    busy.append(True)
+    callback = (lambda *_: INSIDE[call](engine)) if by == "callback" else None
+    with pytest.raises(RuntimeError, match="Engine: expected a callback, hook or model that"):
+        engine.sample(SHAPE, generator=seeded(), callback=callback)
+    busy.clear()
+    assert torch.equal(engine.sample(SHAPE, generator=seeded()), expected)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled], ids=str)
+def test_a_copy_is_an_engine_of_its_own(copied: Callable[[df.Engine], df.Engine]) -> None:
+    engine = df.Engine(Linear(), SCHEDULE, "off", sampler="ddim", steps=4, max_steps=50)
+    expected = engine.sample(SHAPE, generator=seeded())
+    other = copied(engine)
+    assert torch.equal(other.sample(SHAPE, generator=seeded()), expected)
+    assert other.explain() == engine.explain()
+    seen: list[Tensor] = []
+    engine.sample(SHAPE, callback=lambda *_: seen.append(other.sample(SHAPE, generator=seeded())))
+    assert torch.equal(seen[0], expected)
 
 
 def test_buffers_are_allocated_once_per_shape() -> None:

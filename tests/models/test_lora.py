@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -210,13 +211,23 @@ def test_switching_shows_in_the_weights_versions(
     assert len(seen) == 3
 
 
+def fused_step(weight: Tensor) -> None:
+    weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW([weight], lr=0.1, fused=True).step()
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [lambda weight: weight.mul_(2), lambda weight: weight.data.mul_(2), fused_step],
+    ids=["in place", "through data", "fused optimizer"],
+)
 def test_an_edit_under_a_lora_is_not_lost_silently(
-    plain: Pair, ours: dict[str, nn.Module], tmp_path: Path
+    plain: Pair, ours: dict[str, nn.Module], tmp_path: Path, edit: Callable[[Tensor], object]
 ) -> None:
     loras = LoRAs(ours)
     loras.load(saved(with_lora(plain, 1), tmp_path, "diffusers"), "style")
     with torch.no_grad():
-        ours["unet"].get_parameter("mid_block.resnets.0.conv1.weight").mul_(2)
+        edit(ours["unet"].get_parameter("mid_block.resnets.0.conv1.weight"))
     with pytest.raises(RuntimeError, match=r"mid_block\.resnets\.0\.conv1: was edited"):
         loras.set()
 

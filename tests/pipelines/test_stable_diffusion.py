@@ -162,6 +162,26 @@ def test_callback_and_progress(pipe: StableDiffusion, capfd: pytest.CaptureFixtu
     assert capfd.readouterr().err == ""
 
 
+def test_a_call_inside_its_own_is_refused(pipe: StableDiffusion) -> None:
+    expected = draw(pipe).images
+    with pytest.raises(RuntimeError, match="StableDiffusion: expected a callback"):
+        draw(pipe, callback=lambda *_: draw(pipe))
+    assert torch.equal(draw(pipe).images, expected)
+
+
+def test_a_copy_draws_the_same_and_has_its_own_weights(pipe: StableDiffusion) -> None:
+    """Nothing that is derived from weights follows those of the other pipeline."""
+    expected = draw(pipe, output="tensor").images
+    other = copy.deepcopy(pipe)
+    assert torch.equal(draw(other, output="tensor").images, expected)
+    for part in (other.unet, other.vae.decoder):
+        before = draw(other, output="tensor").images
+        with torch.no_grad():
+            part.conv_in.weight.mul_(2)
+        assert not torch.equal(draw(other, output="tensor").images, before)
+        assert torch.equal(draw(pipe, output="tensor").images, expected)
+
+
 def test_pil_images_are_scaled_to_the_size(pipe: StableDiffusion) -> None:
     small = picture().resize((40, 48), Image.Resampling.LANCZOS)
     ready = draw(pipe, image=small, mask=Image.new("L", (40, 48), 255))

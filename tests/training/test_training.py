@@ -170,6 +170,14 @@ def test_progress_is_read_every_few_steps_and_at_the_end() -> None:
     assert [p.loss for p in read] == [losses[3], losses[7], losses[9]]
 
 
+def test_a_run_inside_its_own_is_refused() -> None:
+    trainer = Trainer(Tiny(), loader(), SCHEDULE)
+    with pytest.raises(RuntimeError, match="Trainer: expected a callback"):
+        trainer.fit(2, on_read=lambda _: trainer.fit(2))
+    assert trainer.step == 2
+    assert len(trainer.fit(2)) == 2
+
+
 def test_the_mode_of_the_model_is_restored() -> None:
     model = Tiny().eval()
     Trainer(model, loader(), SCHEDULE).fit(1)
