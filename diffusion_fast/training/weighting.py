@@ -6,12 +6,14 @@ theirs for one prediction type; since the same error in x_0 shows up as
 .. math:: \lVert \epsilon - \hat\epsilon \rVert^2 = SNR \, \lVert x_0 - \hat x_0 \rVert^2, \qquad
           \lVert v - \hat v \rVert^2 = (SNR + 1) \, \lVert x_0 - \hat x_0 \rVert^2,
 
-each is kept here as a weight of the error in x_0 and divided by what the network's target makes of
-it. So a weighting is one and the same objective, whatever the network predicts.
+each is kept here as a weight of the error in epsilon and multiplied by what the network's target
+makes of it. So a weighting is one and the same objective, whatever the network predicts, also at an
+SNR of zero, where the error in x_0 has no weight.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,10 +55,10 @@ class MinSNR:
         """Weights of the squared error of the network's output, float32 [T].
 
         Raises:
-            ValueError: an unknown prediction type, or a schedule with zero terminal SNR.
+            ValueError: an unknown prediction type.
         """
-        snr = _snr(schedule)
-        return _for_target(np.minimum(snr, self.gamma), snr, prediction_type)
+        gamma = self.gamma
+        return _table(schedule, prediction_type, lambda snr: gamma / np.maximum(snr, gamma))
 
 
 @dataclass(frozen=True)
@@ -83,21 +85,20 @@ class P2:
         """Weights of the squared error of the network's output, float32 [T].
 
         Raises:
-            ValueError: an unknown prediction type, or a schedule with zero terminal SNR.
+            ValueError: an unknown prediction type.
         """
-        snr = _snr(schedule)
-        return _for_target(snr / (self.k + snr) ** self.gamma, snr, prediction_type)
+        return _table(schedule, prediction_type, lambda snr: (self.k + snr) ** -self.gamma)
 
 
-def _snr(schedule: DiffusionSchedule) -> FloatArray:
-    if schedule.alpha_bar[-1] == 0:
-        # The error in x_0 has no weight there, and it is where sampling starts.
-        checks.fail("schedule", "an SNR above 0 for a weighting by SNR", "zero terminal SNR")
-    snr: FloatArray = schedule.alpha_bar / (1 - schedule.alpha_bar)
-    return snr
-
-
-def _for_target(weight_of_x_0: FloatArray, snr: FloatArray, prediction_type: str) -> Tensor:
+def _table(
+    schedule: DiffusionSchedule,
+    prediction_type: str,
+    of_epsilon: Callable[[FloatArray], FloatArray],
+) -> Tensor:
+    """Weights by the SNR of the error in epsilon, for another target."""
     checks.one_of("prediction_type", prediction_type, TARGETS)
-    grows = {"epsilon": snr, "v_prediction": snr + 1, "sample": np.ones_like(snr)}
-    return torch.from_numpy((weight_of_x_0 / grows[prediction_type]).astype(np.float32))
+    snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
+    weight = of_epsilon(snr)
+    if prediction_type != "epsilon":
+        weight = weight * (snr if prediction_type == "sample" else schedule.alpha_bar)
+    return torch.from_numpy(weight.astype(np.float32))

@@ -55,6 +55,17 @@ def test_the_prediction_type_does_not_change_the_objective(
     torch.testing.assert_close(*costs, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("weighting", [MinSNR(), P2(), P2(0.0)], ids=repr)
+def test_at_an_snr_of_zero_the_error_in_x_0_has_no_weight(weighting: LossWeighting) -> None:
+    zero = df.DiffusionSchedule(timesteps=10, zero_terminal_snr=True)
+    tables = {kind: weighting.table(zero, kind) for kind in TYPES}
+    assert all(table.isfinite().all() for table in tables.values())
+    assert [tables[kind][-1].item() for kind in TYPES] == [1, 0, 0]
+    snr = zero.alphas_cumprod / (1 - zero.alphas_cumprod)
+    assert error(tables["sample"], tables["epsilon"] * snr) < 1e-5
+    assert error(tables["v_prediction"], tables["sample"] / (1 + snr)) < 1e-5
+
+
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="gamma: expected a positive number, got 0"):
         MinSNR(0)
@@ -64,6 +75,3 @@ def test_bad_input() -> None:
         P2(gamma=-1)
     with pytest.raises(ValueError, match="prediction_type: expected one of epsilon"):
         MinSNR().table(SCHEDULE, "noise")
-    zero = df.DiffusionSchedule(timesteps=10, zero_terminal_snr=True)
-    with pytest.raises(ValueError, match="schedule: expected an SNR above 0"):
-        P2().table(zero, "v_prediction")
