@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
+import random
 from collections.abc import Iterator, Sized
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 from ..ops import checks
 from .distributed import Processes
 
-_ORDER, _FLIPS = 0, 1  # streams of random numbers that must not meet
+_ORDER, _FLIPS, _ITEMS, _WORKERS = range(4)  # streams of random numbers that must not meet
 Request = tuple[int, list[int]]  # number of the batch, and which items this process reads
 
 
@@ -26,12 +26,16 @@ class Batches:
     that it would have seen, without reading those before; and so several processes can each read
     their part of it. Items left over at the end of a pass are left out of it.
 
+    What a data set draws while an item is read (random crops, noise) depends on the seed, the pass
+    and the item alone, as long as it draws from the global generators of PyTorch (on the CPU),
+    NumPy and ``random``. These are afterwards as they were before.
+
     Args:
-        dataset: with ``len()`` and items x_0, (x_0,) or (x_0, context), as tensors or numbers.
+        dataset: data with ``len()`` and items x_0, (x_0,) or (x_0, context), tensors or numbers.
         batch_size: items per batch, of all processes together.
-        seed: of the order and the flips.
+        seed: random seed of the order, the flips and what the data set draws.
         flip: mirror half of the images left to right, chosen at random.
-        workers: processes that read ahead; 0 reads in this one.
+        workers: number of processes that read ahead; 0 reads in this one.
 
     Raises:
         ValueError: a data set that is empty or smaller than a batch, or one with a false attribute
@@ -59,8 +63,8 @@ class Batches:
             checks.fail("flip", wanted, flip)
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.flip, self.workers, self._count = flip, workers, len(dataset)
-        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
-        self._passes = itertools.count()
+        self._passes = 0  # begun by iterating
+        self._drawn: tuple[int, Tensor, Tensor] | None = None  # a pass: number, order, flips
 
     def __len__(self) -> int:
         """Batches in a pass."""
@@ -68,7 +72,8 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         """One pass, the next one each time."""
-        first = next(self._passes) * len(self)
+        self._passes += 1
+        first = (self._passes - 1) * len(self)
         return itertools.islice(self.starting_at(first), len(self))
 
     def starting_at(self, number: int, processes: Processes | None = None) -> Iterator[Any]:
@@ -79,7 +84,7 @@ class Batches:
         """
         processes = processes or Processes()
         self.check_shared(processes)
-        fetch, requests = _Fetch(self, processes), _Requests(self, number, processes)
+        fetch, requests = _Fetch(self), _Requests(self, number, processes)
         if not self.workers:
             return (fetch[request] for request in requests)
         return iter(
@@ -90,7 +95,7 @@ class Batches:
                 num_workers=self.workers,
                 pin_memory=torch.cuda.is_available(),
                 # Its own: a draw from the global one would change what follows.
-                generator=torch.Generator(),
+                generator=self._generator(_WORKERS, number, processes.rank),
             )
         )
 
@@ -102,14 +107,42 @@ class Batches:
 
     def items(self, number: int) -> list[int]:
         """Which items of the data set make up batch ``number``."""
-        turn, place = divmod(number, len(self))
-        start = place * self.batch_size
-        items: list[int] = self._order(turn)[start : start + self.batch_size].tolist()
+        order, _ = self._draw(number)
+        start = number % len(self) * self.batch_size
+        items: list[int] = order[start : start + self.batch_size].tolist()
         return items
 
     def flips(self, number: int) -> Tensor:
         """Which images of batch ``number`` are mirrored, bool [B]."""
-        return torch.rand(self.batch_size, generator=self._generator(_FLIPS, number)) < 0.5
+        return self._draw(number)[1][self.items(number)]
+
+    def read(self, number: int, items: list[int]) -> Any:
+        """Some of the items of batch ``number``, stacked."""
+        if type(self.dataset) is TensorDataset:
+            batch = self.dataset[items]  # all at once
+        else:
+            batch = _collated(self._read_each(number // len(self), items), items)
+        if not self.flip:
+            return batch
+        x_0, *rest = batch if isinstance(batch, tuple) else (batch,)
+        flips = self._draw(number)[1][items].view(-1, *(1,) * (x_0.dim() - 1))
+        return torch.where(flips, x_0.flip(-1), x_0), *rest
+
+    def _read_each(self, turn: int, items: list[int]) -> list[Any]:
+        """Items one by one, each with generators of its own; the global ones are left alone."""
+        values, kept = [], (torch.get_rng_state(), np.random.get_state(), random.getstate())
+        try:
+            for item in items:
+                seed = self._seed(_ITEMS, turn, item)
+                torch.default_generator.manual_seed(seed)
+                np.random.seed(seed)
+                random.seed(seed)
+                values.append(self.dataset[item])
+        finally:
+            torch.set_rng_state(kept[0])
+            np.random.set_state(kept[1])
+            random.setstate(kept[2])
+        return values
 
     def settings(self) -> dict[str, Any]:
         """What the order depends on, as JSON can hold it."""
@@ -120,12 +153,20 @@ class Batches:
             "flip": self.flip,
         }
 
-    def _shuffled(self, turn: int) -> Tensor:
-        return torch.randperm(self._count, generator=self._generator(_ORDER, turn))
+    def _draw(self, number: int) -> tuple[Tensor, Tensor]:
+        """Order of the items in the pass of batch ``number``, and by item whether to mirror it."""
+        turn, drawn = number // len(self), self._drawn
+        if drawn is None or drawn[0] != turn:
+            order = torch.randperm(self._count, generator=self._generator(_ORDER, turn))
+            flips = torch.rand(self._count, generator=self._generator(_FLIPS, turn)) < 0.5
+            self._drawn = drawn = turn, order, flips
+        return drawn[1:]
 
-    def _generator(self, stream: int, number: int) -> torch.Generator:
-        mixed = np.random.SeedSequence([self.seed % 2**64, stream, number]).generate_state(1)
-        return torch.Generator().manual_seed(int(mixed[0]))
+    def _generator(self, *key: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self._seed(*key))
+
+    def _seed(self, *key: int) -> int:
+        return int(np.random.SeedSequence([self.seed % 2**64, *key]).generate_state(1)[0])
 
 
 class _Requests(Sampler[Request]):
@@ -144,22 +185,11 @@ class _Requests(Sampler[Request]):
 class _Fetch(Dataset[Any]):
     """A data set of whole batches."""
 
-    def __init__(self, batches: Batches, processes: Processes) -> None:
-        self.batches, self.processes = batches, processes
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
 
     def __getitem__(self, request: Request) -> Any:
-        number, items = request
-        dataset = self.batches.dataset
-        if isinstance(dataset, TensorDataset):
-            batch = dataset[items]  # all at once
-        else:
-            batch = _collated([dataset[i] for i in items], items)
-        if not self.batches.flip:
-            return batch
-        x_0, *rest = batch if isinstance(batch, tuple) else (batch,)
-        flips = self.processes.part(self.batches.flips(number))
-        flips = flips.view(-1, *(1,) * (x_0.dim() - 1))
-        return torch.where(flips, x_0.flip(-1), x_0), *rest
+        return self.batches.read(*request)
 
 
 def _collated(values: list[Any], items: list[int]) -> Any:

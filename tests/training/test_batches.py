@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import pickle
+import random
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from numerics import error
@@ -92,6 +97,99 @@ def test_workers_read_the_same() -> None:
     here, there = Batches(points(), 8, flip=True), Batches(points(), 8, flip=True, workers=2)
     for a, b in zip(first(here, 4, 2), first(there, 4, 2), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+class Augmented(Dataset[Tensor]):
+    """Items that draw from each of the global generators."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.tensor([i, torch.rand(()), np.random.rand(), random.random()])
+
+
+def by_item(data: Batches, start: int, count: int, processes: int = 1) -> dict[float, Tensor]:
+    """What some batches, of one pass, drew for each item."""
+    rows = []
+    for rank in range(processes):
+        own = data.starting_at(start, Processes(rank, processes))
+        rows += [row for batch in itertools.islice(own, count) for row in batch]
+    return {row[0].item(): row[1:] for row in rows}
+
+
+def test_what_is_drawn_depends_on_seed_pass_and_item_alone() -> None:
+    def of(batch_size: int = 4, seed: int = 1, **options: int) -> Batches:
+        return Batches(Augmented(), batch_size, seed=seed, **options)
+
+    passes = [by_item(of(), start, 3) for start in (0, 3)]
+    assert [len(found) for found in passes] == [12, 12]
+    other = [by_item(of(seed=2), 0, 3), by_item(of(), 6, 3)]
+    for column in range(3):
+        drawn = [row[column].item() for found in passes + other for row in found.values()]
+        assert len(set(drawn)) == 4 * 12
+    for same in (
+        by_item(of(workers=2), 3, 3),
+        by_item(of(), 3, 3, processes=2),
+        by_item(of(2), 6, 6),
+        by_item(of(12), 1, 1),
+        by_item(of(), 3, 1) | by_item(of(workers=1), 4, 2),
+    ):
+        assert same.keys() == passes[1].keys()
+        assert all(torch.equal(row, passes[1][item]) for item, row in same.items())
+
+
+def test_reading_leaves_the_global_generators_alone() -> None:
+    def state() -> list[object]:
+        return [torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()]
+
+    def seed() -> None:
+        torch.manual_seed(5)
+        np.random.seed(5)
+        random.seed(5)
+
+    seed()
+    undisturbed = state()
+    seed()
+    first(Batches(Augmented(), 4), 3)
+    assert state() == undisturbed
+
+
+def test_a_data_set_of_tensors_with_a_transform_is_asked_item_by_item() -> None:
+    class Noisy(TensorDataset):
+        def __getitem__(self, i: int) -> tuple[Tensor, ...]:
+            (x,) = super().__getitem__(i)
+            return (x + torch.rand(()),)
+
+    (x,) = first(Batches(Noisy(torch.zeros(12, 1)), 12), 1)[0]
+    assert len(x.unique()) == 12
+
+
+def test_batches_are_pickled_as_they_are() -> None:
+    data = Batches(points(), 8, seed=3, flip=True)
+    next(iter(data))
+    again = pickle.loads(pickle.dumps(data))
+    for a, b in zip(first(data, 4, 2), first(again, 4, 2), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert torch.equal(next(iter(data))[0], next(iter(again))[0])  # of the second pass
+
+
+@pytest.mark.slow  # each worker imports torch anew
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_can_be_started_in_any_way(method: str) -> None:
+    code = f"""
+import torch, numpy
+from torch.utils.data import TensorDataset
+from diffusion_fast.training import Batches
+if __name__ == "__main__":
+    torch.multiprocessing.set_start_method({method!r})
+    data = TensorDataset(torch.arange(8.0))
+    here, there = Batches(data, 4, seed=1), Batches(data, 4, seed=1, workers=1)
+    print(torch.equal(torch.cat([x for x, in here]), torch.cat([x for x, in there])))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout.strip() == "True", done.stderr
 
 
 def test_flips_mirror_about_half_of_the_images() -> None:
