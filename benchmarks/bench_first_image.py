@@ -143,7 +143,7 @@ def main() -> None:
         return
     from diffusion_fast.benchmarks.environment import GPU, environment
     from diffusion_fast.benchmarks.networks import KINDS
-    from diffusion_fast.models.checkpoints import write_json
+    from diffusion_fast.files import write_json
 
     ways = given.ways.split(",")
     for option, values, known in (("--model", [given.model], KINDS), ("--ways", ways, WAYS)):

@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from diffusion_fast.files import write_json
 from diffusion_fast.models import UNet2DCondition, UNetConfig
-from diffusion_fast.models.checkpoints import CONFIG, INDEX, WEIGHTS, write_json
+from diffusion_fast.models.checkpoints import CONFIG, INDEX, WEIGHTS
 from diffusion_fast.models.compvis_unet import unet_name
 
 LIMIT = 1.2  # times the model

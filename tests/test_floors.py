@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "_version": 0,
+    "files": 0,
     "kernels": 0,
     "ops": 1,
     "hardware": 1,

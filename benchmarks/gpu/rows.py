@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion_fast.models.checkpoints import read_json, staged
+from diffusion_fast.files import read_json, staged
 
 NAME = "ops.csv"
 

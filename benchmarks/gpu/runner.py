@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from diffusion_fast.models.checkpoints import read_json, write_json
+from diffusion_fast.files import read_json, write_json
 
 STATE = "run.json"
 PASSED, FAILED, TIMED_OUT, RUNNING = "passed", "failed", "timed out", "running"

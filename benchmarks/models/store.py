@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion_fast.models.checkpoints import flush, read_json, write_json
+from diffusion_fast.files import flush, read_json, write_json
 
 from .environment import identity
 

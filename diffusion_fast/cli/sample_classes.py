@@ -87,8 +87,8 @@ class ClassDrawing:
         import torch
 
         from ..engine import Engine
+        from ..files import read_json
         from ..models import UNet2DCondition
-        from ..models.checkpoints import read_json
         from ..ops import checks
 
         check_device(self.device)

@@ -25,11 +25,12 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         ValueError: a file that can't be read, or holds no prompt.
     """
+    from ..files import read_lines
     from ..ops import checks
 
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_lines(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"--prompts: expected a text file, got {path}: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:

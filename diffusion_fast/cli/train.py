@@ -82,8 +82,8 @@ def train(
     """
     import torch
 
+    from ..files import staged, write_json
     from ..models import UNet2DCondition
-    from ..models.checkpoints import staged, write_json
     from ..ops import checks
     from ..schedule import DiffusionSchedule
     from ..training import (

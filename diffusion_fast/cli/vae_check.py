@@ -82,6 +82,7 @@ def _autoencoder(model: str, device: str) -> AutoencoderKL:
 
 def _files(paths: list[Path]) -> list[Path]:
     """The images named, and those in the folders named."""
+    from ..files import visible_files
     from ..ops import checks
     from ..training.image_folder import SUFFIXES
 
@@ -91,7 +92,7 @@ def _files(paths: list[Path]) -> list[Path]:
             checks.fail("IMAGES", "images or folders", f"{path}, which does not exist")
         found = [path]
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            found = visible_files(path, SUFFIXES)
             if not found:
                 checks.fail("IMAGES", f"images ({' '.join(SUFFIXES)}) in {path}", "none")
         files += found

@@ -1,6 +1,6 @@
 """The networks: their configs, blocks and checkpoints."""
 
-from .checkpoints import CheckpointError
+from ..files import CheckpointError
 from .config import UNetConfig
 from .unet import UNet2DCondition
 from .vae import AutoencoderKL

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
-from .tensors import CheckpointError
+from ..files import AnyPath, CheckpointError, json_text, read_json, save_tensors, whole
 
 CONFIG = "config.json"
 STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
 
-AnyPath = str | os.PathLike[str]
 Config = TypeVar("Config")
 
 
@@ -59,21 +51,6 @@ def read_config(folder: Path, parse: Callable[[dict[str, Any]], Config]) -> Conf
         return parse(values)
     except ValueError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: it can't be read, or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: can't be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
 
 
 def weight_files(
@@ -140,70 +117,7 @@ def save_model(model: nn.Module, config: Mapping[str, Any], folder: AnyPath) -> 
         OSError: the folder can't be written; no part of a file is left.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    names = (CONFIG, WEIGHTS)
-    temporary = [folder / f".{name}.{os.getpid()}.tmp" for name in names]
-    try:
-        temporary[0].write_text(text, encoding="utf-8")
-        save_file(state, temporary[1], metadata={"format": "pt"})
-        for path in temporary:
-            flush(path)
-        for path, name in zip(temporary, names, strict=True):
-            os.replace(path, folder / name)
-        (folder / INDEX).unlink(missing_ok=True)  # of weights saved earlier, in several files
-        flush(folder)
-    except SafetensorError as error:  # its way to say that the disk is full
-        raise OSError(f"{folder}: can't be written: {error}") from error
-    finally:
-        for path in temporary:
-            path.unlink(missing_ok=True)
-
-
-def write_json(value: Mapping[str, Any], path: AnyPath) -> None:
-    """Write a JSON file, whole or not at all.
-
-    Raises:
-        OSError: it can't be written; what was there before still is.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        flush(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def staged(folder: AnyPath) -> Iterator[Path]:
-    """A folder to write files to, which move to ``folder`` when all of them are on the disk.
-
-    Raises:
-        OSError: something can't be written; ``folder`` is as it was.
-    """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield temporary
-        for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-            target = folder / path.relative_to(temporary)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
-    except OSError as error:
-        raise OSError(f"{folder}: can't be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file's contents, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with whole(folder / CONFIG, folder / WEIGHTS) as (config_file, weights_file):
+        config_file.write_text(json_text(config), encoding="utf-8")
+        save_tensors(model.state_dict(), weights_file)
+    (folder / INDEX).unlink(missing_ok=True)  # of weights saved earlier, in several files

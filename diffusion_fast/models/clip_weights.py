@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .checkpoints import CONFIG, weight_files, write_json
-from .tensors import CheckpointError, read, stored
+from ..files import CheckpointError, write_json
+from .checkpoints import CONFIG, weight_files
+from .tensors import read, stored
 
 _OPTIONAL = re.compile(r"(^|\.)(text_model|vision_model)(?=\.)")
 _UNUSED = ("position_ids", "logit_scale")  # of older files, and of whole CLIP models

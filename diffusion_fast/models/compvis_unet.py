@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..files import CheckpointError
 from .config import UNetConfig
-from .tensors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..files import AnyPath
 from ..ops import checks
 from ..writes import spread
-from .checkpoints import AnyPath
 from .lora_file import LoRALayer, read_lora
 
 

@@ -13,10 +13,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .checkpoints import AnyPath
+from ..files import AnyPath, CheckpointError
 from .compvis_unet import unet_name
 from .config import UNetConfig
-from .tensors import CheckpointError, read, stored
+from .tensors import read, stored
 
 METADATA = "lora_adapter_metadata"  # diffusers' key for PEFT's settings
 KOHYA = {

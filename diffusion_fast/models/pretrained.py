@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..files import AnyPath, CheckpointError
 from . import hub, single_file
-from .checkpoints import CONFIG, AnyPath, Config, find_model, read_config, weight_files
-from .tensors import CheckpointError, Rename, Source, stored
+from .checkpoints import CONFIG, Config, find_model, read_config, weight_files
+from .tensors import Rename, Source, stored
 
 
 def find_pretrained(

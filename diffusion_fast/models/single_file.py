@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .checkpoints import AnyPath
+from ..files import AnyPath, CheckpointError
 from .compvis_text import clip_tensors, open_clip_tensors, text_config
 from .compvis_unet import unet_config, unet_name
 from .compvis_vae import vae_config, vae_name
 from .config import UNetConfig
-from .tensors import CheckpointError, Source, Stored, read, stored
+from .tensors import Source, Stored, read, stored
 from .vae_config import VAEConfig
 
 SUPPORTED = "SD 1.x, SD 2.x and SDXL base"

@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..files import CheckpointError
+
 Rename = Callable[[str], str | None]  # a name in a file -> the model's name; None: not read
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -23,10 +25,6 @@ _CHUNK = 2**22  # elements
 
 Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
-
-
-class CheckpointError(ValueError):
-    """A file is missing, damaged, or belongs to another model; the message names it."""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files import AnyPath, CheckpointError, read_json
 from ..ops import checks
-from .checkpoints import AnyPath, CheckpointError, read_json
 from .clip_weights import assemble, read_states, save
 from .prompt import tokenize
 from .single_file import TextState

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..files import AnyPath
 from ..ops import checks
 from .blocks import (
     Conv2d,
@@ -20,7 +21,7 @@ from .blocks import (
     Upsample,
     timestep_embedding,
 )
-from .checkpoints import AnyPath, save_model
+from .checkpoints import save_model
 from .config import UNetConfig
 from .pretrained import find_pretrained
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..files import AnyPath
 from ..ops import checks
 from .blocks import Conv2d, Downsample, GroupNorm, Linear, ResBlock, Upsample
-from .checkpoints import AnyPath, save_model
+from .checkpoints import save_model
 from .pretrained import find_pretrained
 from .vae_config import VAEConfig
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..files import AnyPath, CheckpointError, read_json
 from ..models import UNet2DCondition
-from ..models.checkpoints import CONFIG, AnyPath, CheckpointError, read_json
+from ..models.checkpoints import CONFIG
 from ..models.hub import model_files, pipeline_files, resolve
 from ..models.single_file import SUPPORTED as FILES
 from ..models.single_file import Kind, identify, scaling_factor

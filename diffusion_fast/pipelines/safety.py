@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..files import CheckpointError, read_json
 from ..images import to_pil
-from ..models.checkpoints import CONFIG, CheckpointError, read_json
+from ..models.checkpoints import CONFIG
 from ..models.clip_weights import assemble, read_states, save
 
 CONCEPTS, SPECIAL = 17, 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..models.checkpoints import AnyPath, staged, write_json
+from ..files import AnyPath, staged, write_json
 from .scheduler_config import write_scheduler
 
 if TYPE_CHECKING:

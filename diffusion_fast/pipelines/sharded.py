@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..models.checkpoints import AnyPath
+from ..files import AnyPath
 from ..ops import checks
 
 if TYPE_CHECKING:

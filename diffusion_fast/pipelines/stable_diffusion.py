@@ -13,8 +13,8 @@ from torch import Tensor
 from ..engine import Engine
 from ..engine.decoder import FreshDecoder
 from ..engine.engine import Callback
+from ..files import AnyPath
 from ..models import vae_memory
-from ..models.checkpoints import AnyPath
 from ..models.lora import LoRAs
 from ..models.text import TextStates
 from ..models.vae import AutoencoderKL

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ..files import AnyPath, staged, write_json
 from ..models import UNet2DCondition, UNetConfig
-from ..models.checkpoints import AnyPath, staged, write_json
 from ..models.clip_weights import save
 from ..models.vae import AutoencoderKL
 from ..models.vae_config import VAEConfig

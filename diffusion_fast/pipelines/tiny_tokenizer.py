@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..models.checkpoints import write_json
+from ..files import write_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LENGTH = 77

@@ -2,31 +2,42 @@
 
 A checkpoint is a folder ``step_00001000`` of safetensors files and one ``state.json``. It is
 written under another name, brought onto the disk, renamed, and only then gets its mark
-``complete.json``, which lists its files and their sizes. A folder without a mark is what an
-interruption left and is never read; one with a mark whose files are not what it lists is damaged
-and named.
+``complete.json``, which lists its files, their sizes and checksums (CRC-32). A folder without a
+mark is what an interruption left and is never read; one with a mark whose files are not what it
+lists is damaged and named.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import contextlib
 import os
 import shutil
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..models.checkpoints import AnyPath, CheckpointError, flush, read_json
+from ..files import (
+    AnyPath,
+    CheckpointError,
+    flush,
+    json_text,
+    read_json,
+    read_tensors,
+    save_tensors,
+    write_json,
+)
 from ..ops import checks
 
 MARK = "complete.json"
 STATE = "state.json"
+_COMPLEX = "#complex"  # behind the name of a tensor kept as pairs of real numbers
+_CHUNK = 2**20  # bytes
 
 Groups = Mapping[str, Mapping[str, Tensor]]  # one safetensors file each
 
@@ -63,8 +74,11 @@ class Checkpoints:
 
     def best(self) -> Path | None:
         """The one with the lowest validation loss, None if there was no validation."""
-        losses = {path: read_json(path / MARK).get("validation_loss") for path in self.all()}
-        known = {path: loss for path, loss in losses.items() if loss is not None}
+        known: dict[Path, float] = {}
+        for path in self.all():
+            with contextlib.suppress(CheckpointError):  # damaged, which resuming it names
+                loss = _read_mark(path).get("validation_loss")
+                known |= {} if loss is None else {path: loss}
         return min(known, key=lambda path: known[path], default=None)
 
     def save(
@@ -98,11 +112,11 @@ class Checkpoints:
         temporary = target.with_name(f".{target.name}.tmp")
         try:
             temporary.mkdir()
-            sizes = _write(temporary, groups, state)
+            mark = _write(temporary, groups, state)
             os.rename(temporary, target)
             flush(target.parent)
-            _write_mark(target, {"files": sizes, "validation_loss": validation_loss})
-        except SafetensorError as error:  # its way to say that the disk is full
+            _write_mark(target, {**mark, "validation_loss": validation_loss})
+        except (SafetensorError, OSError) as error:
             raise OSError(f"{target}: can't be written: {error}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -137,20 +151,24 @@ def read_checkpoint(path: AnyPath) -> tuple[dict[str, dict[str, Tensor]], dict[s
     if not (path / MARK).is_file():
         what = f"unfinished, it has no {MARK}" if path.is_dir() else "no such folder"
         raise CheckpointError(f"{path}: expected a checkpoint, but it is {what}")
-    sizes = read_json(path / MARK).get("files", {})
-    for name, size in sizes.items():
+    mark = _read_mark(path)
+    checksums = mark.get("checksums", {})  # older ones have none
+    for name, size in mark["files"].items():
         file = path / name
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             got = "it is missing" if found is None else f"got {found}: the file is cut short"
             raise CheckpointError(f"{file}: expected {size} bytes, {got}")
-    groups = {}
-    for name in sizes:
-        if name != STATE:
-            try:
-                groups[name.removesuffix(".safetensors")] = load_file(path / name)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path / name}: damaged: {error}") from error
+        if name in checksums and _checksum(file) != checksums[name]:
+            raise CheckpointError(f"{file}: damaged, its checksum is not {checksums[name]}")
+    groups = {
+        name.removesuffix(".safetensors"): {
+            key.removesuffix(_COMPLEX): torch.view_as_complex(v) if key.endswith(_COMPLEX) else v
+            for key, v in read_tensors(path / name).items()
+        }
+        for name in mark["files"]
+        if name != STATE
+    }
     return groups, read_json(path / STATE)
 
 
@@ -162,27 +180,47 @@ def check_finite(groups: Groups) -> None:
     """
     for group, tensors in groups.items():
         for name, value in tensors.items():
-            # The sum of finite numbers may overflow, so only a suspicious one is looked into.
-            if not math.isfinite(value.double().sum().item()) and not value.isfinite().all():
+            if not value.isfinite().all():
                 raise FloatingPointError(f"{group}: expected finite numbers, got others in {name}")
 
 
-def _write(folder: Path, groups: Groups, state: Mapping[str, Any]) -> dict[str, int]:
-    """All files, on the disk when this returns; their sizes."""
+def _write(folder: Path, groups: Groups, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring all files onto the disk; what their mark says of them."""
     for group, tensors in groups.items():
-        whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        save_file(whole, folder / f"{group}.safetensors", metadata={"format": "pt"})
-    text = json.dumps(state, indent=2, sort_keys=True) + "\n"
-    (folder / STATE).write_text(text, encoding="utf-8")
+        complex_ones = {key: v.detach() for key, v in tensors.items() if v.is_complex()}
+        real = {key: v for key, v in tensors.items() if key not in complex_ones}
+        real |= {f"{key}{_COMPLEX}": torch.view_as_real(v) for key, v in complex_ones.items()}
+        save_tensors(real, folder / f"{group}.safetensors")
+    (folder / STATE).write_text(json_text(state), encoding="utf-8")
     files = sorted(folder.iterdir())
     for path in [*files, folder]:
         flush(path)
-    return {path.name: path.stat().st_size for path in files}
+    return {
+        "files": {path.name: path.stat().st_size for path in files},
+        "checksums": {path.name: _checksum(path) for path in files},
+    }
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        crc = 0
+        while chunk := file.read(_CHUNK):
+            crc = zlib.crc32(chunk, crc)
+    return f"{crc:08x}"
 
 
 def _write_mark(folder: Path, mark: Mapping[str, Any]) -> None:
-    temporary = folder / f".{MARK}.tmp"
-    temporary.write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
-    flush(temporary)
-    os.replace(temporary, folder / MARK)
-    flush(folder)
+    own = f"{zlib.crc32(json_text(mark).encode()):08x}"
+    write_json({**mark, "checksum": own}, folder / MARK)
+
+
+def _read_mark(folder: Path) -> dict[str, Any]:
+    """The files of a checkpoint, their sizes and checksums, and its validation loss."""
+    mark = read_json(folder / MARK)
+    own = mark.pop("checksum", None)
+    new = own is not None or "checksums" in mark  # older ones have neither
+    if new and own != f"{zlib.crc32(json_text(mark).encode()):08x}":
+        raise CheckpointError(f"{folder / MARK}: damaged, its checksum is not {own}")
+    if not isinstance(mark.get("files"), dict):
+        raise CheckpointError(f"{folder / MARK}: damaged, it lists no files")
+    return mark

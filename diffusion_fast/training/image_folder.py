@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..models.checkpoints import AnyPath
+from ..files import AnyPath, is_visible, read_lines, visible_files
 from ..ops import checks
 
 METADATA = "metadata.jsonl"
@@ -30,6 +30,8 @@ class ImageFolder(Dataset[Any]):
       the datasets library): (image, encode(caption));
     - subfolders with images, one for each class: (image, number of the class);
     - only images: the image.
+
+    Hidden files and folders (``.ipynb_checkpoints``, ``._a.png``) are no data.
 
     Args:
         root: the folder.
@@ -72,9 +74,7 @@ class ImageFolder(Dataset[Any]):
             checks.fail("channels", "1 or 3", channels)
         checks.one_of("broken", broken, ("refuse", "skip"))
         self.channels, self.encode, self.broken = channels, encode, broken
-        self.files = sorted(
-            path for path in self.root.rglob("*") if path.suffix.lower() in SUFFIXES
-        )
+        self.files = visible_files(self.root, SUFFIXES)
         if not self.files:
             checks.fail("root", f"images ({' '.join(SUFFIXES)}) in {self.root}", "none")
         self.classes: list[str] | None = None
@@ -82,15 +82,21 @@ class ImageFolder(Dataset[Any]):
         self.labels: list[int] | None = None
         if (self.root / METADATA).is_file():
             self._read_captions(self.root / METADATA, caption)
-        elif any(path.is_dir() for path in self.root.iterdir()):
-            self._find_classes()
+        elif folders := self._folders():
+            self._find_classes(folders)
         self._reported: set[Path] = set()
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Any:
-        """The item of image ``index``, or with ``broken="skip"`` of the next that can be read."""
+        """The item of image ``index``, or with ``broken="skip"`` of the next that can be read.
+
+        Raises:
+            IndexError: there is no such image, which ends a loop over the data set.
+            ValueError: it can't be read, or no image can.
+        """
+        index = range(len(self))[index]
         for offset in range(len(self)):
             i = (index + offset) % len(self)
             image = self.pixels(i)
@@ -133,11 +139,14 @@ class ImageFolder(Dataset[Any]):
             self._reported.add(path)
             warnings.warn(f"{message}; skipped", stacklevel=3)
 
-    def _find_classes(self) -> None:
+    def _folders(self) -> list[str]:
+        return sorted(p.name for p in self.root.iterdir() if p.is_dir() and is_visible(p.name))
+
+    def _find_classes(self, folders: list[str]) -> None:
         beside = [path for path in self.files if path.parent == self.root]
         if beside:
             checks.fail("root", "images in class folders only", _some(beside, "images beside them"))
-        self.classes = sorted(path.name for path in self.root.iterdir() if path.is_dir())
+        self.classes = folders
         names = [path.relative_to(self.root).parts[0] for path in self.files]
         empty = [self.root / name for name in self.classes if name not in set(names)]
         if empty:
@@ -149,7 +158,7 @@ class ImageFolder(Dataset[Any]):
         if self.encode is None:
             checks.fail("encode", f"a function of a caption, because there is {path}", None)
         captions: dict[Path, str] = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_lines(path), 1):
             if line.strip():
                 name, text = _caption(line, key, f"{path}, line {number}")
                 if self.root / name in captions:
@@ -168,7 +177,7 @@ class ImageFolder(Dataset[Any]):
 def _caption(line: str, key: str, where: str) -> tuple[str, str]:
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: can't be read as JSON: {error}") from error
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(entry).__name__}")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..conditioning import Context
-from ..models.checkpoints import AnyPath, CheckpointError, flush
+from ..files import AnyPath, CheckpointError, flush
 from ..ops import checks
 from .distributed import Processes
 from .image_folder import ImageFolder

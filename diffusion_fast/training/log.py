@@ -13,7 +13,7 @@ import torch
 
 from ..conditioning import Context
 from ..engine import Engine
-from ..models.checkpoints import AnyPath
+from ..files import AnyPath
 from ..ops import checks
 from .sharding import is_sharded
 from .trainer import Progress, Trainer

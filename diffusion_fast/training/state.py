@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..models.checkpoints import CheckpointError
+from ..files import CheckpointError
 from ..ops import checks
 from .batches import Batches
 from .ema import named_tensors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..models.checkpoints import AnyPath
+from ..files import AnyPath
 from .trainer import Progress
 
 if TYPE_CHECKING:

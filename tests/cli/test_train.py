@@ -27,7 +27,7 @@ def test_a_full_disk_leaves_the_model_that_was_there(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("diffusion_fast.models.checkpoints.write_json", full)
+    monkeypatch.setattr("diffusion_fast.files.write_json", full)
     done = run("train", "--out", model, "--steps", 2, "--batch-size", 8)
     assert done.returncode == 1
     assert f"error: {model}: can't be written" in done.stderr

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from small_unets import TEXT_TIME, small_config
 from unet_parity import ask_diffusers, inputs, twins
 
+from diffusion_fast.files import write_json
 from diffusion_fast.models import CheckpointError, UNet2DCondition
-from diffusion_fast.models.checkpoints import CONFIG, INDEX, WEIGHTS, write_json
+from diffusion_fast.models.checkpoints import CONFIG, INDEX, WEIGHTS
 
 load = UNet2DCondition.from_pretrained
 

@@ -61,7 +61,7 @@ def between_update_and_average(trainer: Trainer) -> None:
 
 def in_a_file(trainer: Trainer) -> None:
     # The second file of the second checkpoint.
-    checkpoint.save_file = at_call(8, checkpoint.save_file, half_a_file)
+    checkpoint.save_tensors = at_call(8, checkpoint.save_tensors, half_a_file)
 
 
 def before_the_rename(trainer: Trainer) -> None:

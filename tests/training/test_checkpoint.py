@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from diffusion_fast.models.checkpoints import CheckpointError
+from diffusion_fast import files
+from diffusion_fast.files import CheckpointError
 from diffusion_fast.training import Checkpoints, checkpoint
 from diffusion_fast.training.checkpoint import MARK, check_finite, read_checkpoint
 
@@ -86,11 +89,65 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str, damage: str) -
         read_checkpoint(path)
 
 
-def test_a_scrambled_header_is_named(tmp_path: Path) -> None:
-    file = save(tmp_path, 1).path(1) / "model.safetensors"
-    file.write_bytes(b"\xff" * file.stat().st_size)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged"):
-        read_checkpoint(file.parent)
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_changed_byte_is_named(saved: Path, data: st.DataObject) -> None:
+    """Any byte of any file, the mark's own included, changed to any other."""
+    file = data.draw(st.sampled_from(sorted(saved.iterdir())))
+    before = file.read_bytes()
+    place = data.draw(st.integers(0, len(before) - 1))
+    changed = data.draw(st.integers(0, 255).filter(lambda byte: byte != before[place]))
+    file.write_bytes(before[:place] + bytes([changed]) + before[place + 1 :])
+    try:
+        refused = refusal(saved)
+    finally:
+        file.write_bytes(before)
+    # White space between the values of the mark alone changes nothing.
+    assert file.name in refused or (file.name == MARK and not refused)
+
+
+def refusal(path: Path) -> str:
+    """What reading a checkpoint says; nothing if it is the one that was saved."""
+    try:
+        groups, state = read_checkpoint(path)
+    except CheckpointError as error:
+        return str(error)
+    assert state == {"step": 1}
+    assert all(torch.equal(groups[g][name], v) for g in GROUPS for name, v in GROUPS[g].items())
+    return ""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("saved"), 1).path(1)
+
+
+def test_a_damaged_mark_does_not_stop_the_next_checkpoint(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step, loss in ((1, 0.1), (2, 0.5)):
+        checkpoints.save(step, GROUPS, {}, loss)
+    mark = checkpoints.path(1) / MARK
+    mark.write_text(mark.read_text().replace("0.1", "0.2"))
+    checkpoints.save(3, GROUPS, {}, 0.6)
+    assert checkpoints.best() == checkpoints.path(2)
+    assert names(tmp_path) == ["step_00000002", "step_00000003"]
+
+
+def test_a_checkpoint_of_the_first_format_is_read(tmp_path: Path) -> None:
+    """Its mark holds sizes, but no checksums."""
+    path = save(tmp_path, 1).path(1)
+    mark = json.loads((path / MARK).read_text())
+    old = {"files": mark["files"], "validation_loss": None}
+    (path / MARK).write_text(json.dumps(old, indent=2) + "\n")
+    assert read_checkpoint(path)[1] == {"step": 1}
+
+
+def test_complex_numbers_are_kept(tmp_path: Path) -> None:
+    values = {str(d): torch.randn(3).to(d) * 1j for d in (torch.complex64, torch.complex128)}
+    path = Checkpoints(tmp_path).save(1, {"model": values}, {})
+    found = read_checkpoint(path)[0]["model"]
+    assert found.keys() == values.keys()
+    assert all(torch.equal(found[name], value) for name, value in values.items())
 
 
 def test_no_checkpoint_there(tmp_path: Path) -> None:
@@ -114,7 +171,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     checkpoints.save(2, large, {})
 
 
-@pytest.mark.parametrize("function", ["_write", "_write_mark", "flush"])
+@pytest.mark.parametrize("function", ["_write", "_write_mark", "flush", "write_json"])
 def test_no_space_at_any_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
@@ -134,13 +191,15 @@ def test_the_order_in_which_things_reach_the_disk(
 ) -> None:
     """Every file before the rename, the rename before the mark, the mark before its name."""
     done: list[str] = []
-    flush, rename, replace = checkpoint.flush, os.rename, os.replace
+    flush, rename, replace = files.flush, os.rename, os.replace
     target = tmp_path / "step_00000001"
 
     def note(verb: str, path: Path) -> None:
-        done.append(f"{verb} {Path(path).relative_to(tmp_path.parent).name}")
+        name = Path(path).relative_to(tmp_path.parent).name
+        done.append(f"{verb} {name.replace(f'.{os.getpid()}', '')}")
 
-    monkeypatch.setattr(checkpoint, "flush", lambda p: (note("flush", p), flush(p)))
+    for module in (files, checkpoint):
+        monkeypatch.setattr(module, "flush", lambda p: (note("flush", p), flush(p)))
     monkeypatch.setattr(os, "rename", lambda a, b: (note("rename", b), rename(a, b)))
     monkeypatch.setattr(os, "replace", lambda a, b: (note("mark", b), replace(a, b)))
     Checkpoints(tmp_path).save(1, GROUPS, {})

@@ -65,6 +65,46 @@ def test_captions(tmp_path: Path) -> None:
     assert context.shape == (2, 1)
 
 
+@pytest.mark.parametrize("character", [*"\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"])
+def test_a_caption_is_one_line_whatever_it_holds(tmp_path: Path, character: str) -> None:
+    draw(tmp_path / "a.png")
+    text = f"a{character}dog"
+    line = json.dumps({"file_name": "a.png", "text": text}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n\r\n")
+    if character < " ":  # JSON itself has these escaped
+        line = json.dumps({"file_name": "a.png", "text": text})
+        (tmp_path / "metadata.jsonl").write_text(f"\n{line}\n")
+    assert ImageFolder(tmp_path, 4, encode=length).captions == [text]
+
+
+def test_captions_that_are_not_utf_8(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png")
+    line = json.dumps({"file_name": "a.png", "text": "é"}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_bytes(line.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"metadata\.jsonl: expected UTF-8 text"):
+        ImageFolder(tmp_path, 4, encode=length)
+
+
+def test_hidden_files_and_folders_are_no_data(tmp_path: Path) -> None:
+    root = classes(tmp_path / ".data")
+    draw(root / ".ipynb_checkpoints" / "0-checkpoint.png")
+    draw(root / "cat" / "._0.png")
+    draw(root / "cat" / ".thumbnails" / "0.png")
+    (root / "__MACOSX").mkdir()
+    data = ImageFolder(root, 4)
+    assert data.classes == ["cat", "dog"]
+    assert len(data) == 6
+
+
+def test_a_loop_over_it_ends(tmp_path: Path) -> None:
+    data = ImageFolder(classes(tmp_path), 4)
+    assert [label for _, label in data] == [0, 0, 0, 1, 1, 1]
+    assert torch.equal(data[-1][0], data[5][0])
+    for index in (6, -7):
+        with pytest.raises(IndexError):
+            data[index]
+
+
 def test_plain_images(tmp_path: Path) -> None:
     draw(tmp_path / "a.webp")
     (tmp_path / "notes.txt").write_text("not an image")

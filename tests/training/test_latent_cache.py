@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import diffusion_fast as df
-from diffusion_fast.models.checkpoints import CheckpointError
+from diffusion_fast.files import CheckpointError
 from diffusion_fast.models.text import TextStates
 from diffusion_fast.models.vae import AutoencoderKL
 from diffusion_fast.models.vae_config import VAEConfig
