@@ -9,19 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import checks
-from .sharding import local
+from .sharding import fill_local, local
 
 
 class EMA:
     """Keeps ``average <- decay * average + (1 - decay) * weight`` for parameters and buffers.
 
     The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that a short run is not
-    dominated by its random start. Integer buffers are copied as they are. Of a sharded model each
-    process averages its own part.
+    dominated by its random start. Averages of half precision are kept in float32, where a small
+    step is not rounded away. Integers are copied, and so are elements that are not finite, such as
+    those of a mask. Of a sharded model each process averages its own part.
 
     Args:
-        model: whose parameters to follow.
-        decay: in [0, 1).
+        model: network whose parameters to follow.
+        decay: share of the average that is kept at each step, in [0, 1).
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
@@ -29,18 +30,32 @@ class EMA:
             checks.fail("decay", "a number in [0, 1)", decay)
         self.decay, self.updates = decay, 0
         self._live = named_tensors(model)
-        self._average = {name: value.detach().clone() for name, value in self._live.items()}
+        self._average = {n: v.detach().to(_wide(v), copy=True) for n, v in self._live.items()}
+        self._trained = {  # averaged in one launch
+            name
+            for name, value in self._live.items()
+            if value.requires_grad and value.dtype == _wide(value) and is_finite(value)
+        }
 
     @torch.no_grad()
     def update(self) -> None:
         """Follow the model by one step."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        average, live = self._floating(self._average), self._floating(self._live)
-        torch._foreach_lerp_(average, live, 1 - decay)
-        for mine, theirs in self._pairs():
+        trained: tuple[list[Tensor], list[Tensor]] = [], []
+        for name, live in self._live.items():
+            mine, theirs = _real(local(self._average[name])), _real(local(live))
             if not mine.is_floating_point():
                 mine.copy_(theirs)
+            elif name in self._trained:
+                trained[0].append(mine)
+                trained[1].append(theirs)
+            else:
+                theirs = theirs.to(mine.dtype)
+                moved = mine.lerp(theirs, weight)
+                mine.copy_(torch.where(moved.isfinite(), moved, theirs))
+        if self._trained:
+            torch._foreach_lerp_(*trained, weight)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The average by the names of parameters and buffers; ``updates`` is apart."""
@@ -49,28 +64,36 @@ class EMA:
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Inside the block the model has the averaged weights; afterwards its own again."""
-        self._swap()
+        own = {name: local(value).detach().clone() for name, value in self._live.items()}
         try:
+            self._write({name: local(value) for name, value in self._average.items()})
             yield
         finally:
-            self._swap()
+            self._write(own)
 
     @torch.no_grad()
-    def _swap(self) -> None:
-        for mine, theirs in self._pairs():
-            kept = mine.clone()
-            mine.copy_(theirs)
-            theirs.copy_(kept)
-
-    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        pairs = zip(self._average.values(), self._live.values(), strict=True)
-        return ((local(mine), local(theirs)) for mine, theirs in pairs)
-
-    @staticmethod
-    def _floating(values: dict[str, Tensor]) -> list[Tensor]:
-        return [local(value) for value in values.values() if value.is_floating_point()]
+    def _write(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            fill_local(local(self._live[name]), value)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, each once, also those that a state_dict leaves out."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether all numbers that this process has of a tensor are finite."""
+    return bool(local(value).isfinite().all())
+
+
+def _wide(value: Tensor) -> torch.dtype:
+    """The dtype that an average of these numbers is kept in."""
+    if value.is_floating_point() and value.itemsize < 4:
+        return torch.float32
+    return torch.complex64 if value.dtype == torch.complex32 else value.dtype
+
+
+def _real(value: Tensor) -> Tensor:
+    """Complex numbers as pairs, in the same memory."""
+    return torch.view_as_real(value) if value.is_complex() else value

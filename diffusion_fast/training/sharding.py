@@ -84,4 +84,13 @@ def fill(target: Any, value: Tensor) -> None:
             value.to(target.device), target.device_mesh, target.placements, src_data_rank=None
         )
         target, value = target.to_local(), spread.to_local()
+    fill_local(target, value)
+
+
+@torch.no_grad()
+def fill_local(target: Tensor, value: Tensor) -> None:
+    """Copy a tensor into one that may be expanded: its first rows then stand for all."""
+    for dim, stride in enumerate(target.stride()):
+        if stride == 0 and target.shape[dim] > 1:
+            target, value = target.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
     target.copy_(value)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conditioning import Context
-from ..models.checkpoints import AnyPath
+from ..files import AnyPath
 from ..ops import checks
 from ..schedule import DiffusionSchedule
 from ..turns import Turns
@@ -21,7 +21,7 @@ from . import state
 from .batches import Batches
 from .checkpoint import Checkpoints, check_finite, read_checkpoint
 from .distributed import Processes
-from .ema import EMA, named_tensors
+from .ema import EMA, is_finite, named_tensors
 from .interruption import Interruption
 from .objective import Objective
 from .options import TrainingOptions
@@ -128,9 +128,10 @@ class Trainer:
             [p for p in model.parameters() if p.requires_grad],  # sharded by now, if they are
             lr=self.options.learning_rate,
             weight_decay=self.options.weight_decay,
-            fused=True,
+            fused=all(p.is_floating_point() for p in parameters),
         )
         self.ema = EMA(model, decay) if (decay := self.options.ema_decay) is not None else None
+        self._finite = {n for n, value in named_tensors(model).items() if is_finite(value)}
         self.validation, self.checkpoints = validation, checkpoints
         self.step, self.steps = 0, 0  # done in this run, and all of it
         self.batches = 0  # read in all runs
@@ -340,13 +341,15 @@ class Trainer:
         return self.checkpoints.path(self.step)
 
     def _check_finite(self) -> None:
-        """Each process looks at the weights that it has, and all stop together."""
+        """What was finite at the start still is; all processes stop together."""
         groups = {"model": named_tensors(self.model)}
         if self.ema is not None:
             groups["ema"] = self.ema.state_dict()
         error: FloatingPointError | None = None
         try:
-            check_finite({g: {n: local(v) for n, v in t.items()} for g, t in groups.items()})
+            check_finite(
+                {g: {n: local(t[n]) for n in t if n in self._finite} for g, t in groups.items()}
+            )
         except FloatingPointError as found:
             error = found
         if self.processes.any(error is not None, self.device):

@@ -15,7 +15,7 @@ from tiny import SCHEDULE, STEPS, Points, batches, full_trainer, points
 from torch import Tensor
 
 import diffusion_fast as df
-from diffusion_fast.models.checkpoints import CheckpointError
+from diffusion_fast.files import CheckpointError
 from diffusion_fast.training import P2, Batches, Checkpoints, ImportanceSampler, Trainer, state
 
 HERE = Path(__file__).parent
@@ -236,6 +236,47 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         trainer.resume(ignore=["model"])
     with pytest.raises(ValueError, match=r"model: 'Points, .* parameters' there"):
         trainer.resume()
+
+
+class Odd(Points):
+    """Tensors that training leaves alone and that a file of tensors can't hold as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(10.0))
+        self.register_buffer("low", self.table[:5])
+        self.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+        self.register_buffer("same", torch.ones(1).expand(4))
+        self.gain = torch.nn.Parameter(torch.ones(2, dtype=torch.complex128))
+        self.tied = self.net[0]
+        self.idle = torch.nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        return super().forward(x, t, context) * (self.gain * self.gain.conj()).real.to(x.dtype)
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_a_model_of_odd_tensors_is_saved_and_resumed(
+    tmp_path: Path, ema_decay: float | None
+) -> None:
+    def make(folder: Path) -> Trainer:
+        torch.manual_seed(0)
+        saved = Checkpoints(folder, every=2)
+        options = {"ema_decay": ema_decay, "seed": 0, "learning_rate": 0.01}
+        return Trainer(Odd(), batches(), SCHEDULE, checkpoints=saved, **options)
+
+    whole = make(tmp_path / "whole")
+    whole.fit(4)
+    make(tmp_path / "parts").fit(2)
+    resumed = make(tmp_path / "parts")
+    with torch.no_grad():
+        resumed.model.gain.fill_(0)
+        resumed.model.table.fill_(0)
+    assert resumed.resume() == 2
+    resumed.fit(4)
+    for name, value in whole.weights().items():
+        assert torch.equal(resumed.weights()[name], value), name
+    assert (whole.model.gain != 1).all()
 
 
 def test_a_checkpoint_cut_short_is_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -102,6 +103,78 @@ def test_ema_follows_with_its_warm_up_and_swaps_both_ways() -> None:
         assert model.scale.item() == pytest.approx(expected, rel=1e-5)
         assert model.count == 30
     assert model.weight.item() == 29
+
+
+def averaged(model: nn.Module, change: Callable[[], object], decay: float = 0.9) -> EMA:
+    ema = EMA(model, decay)
+    with torch.no_grad():
+        change()
+    ema.update()
+    return ema
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_an_average_of_any_precision_moves_by_small_steps(dtype: torch.dtype) -> None:
+    model = nn.Linear(4, 4).to(dtype)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    ema = EMA(model, 0.999)
+    ema.updates = 10_000  # past its warm-up
+    with torch.no_grad():
+        model.weight.fill_(1.25)
+    for _ in range(1000):
+        ema.update()
+    expected = 1.25 - 0.25 * 0.999**1000
+    assert ema.state_dict()["weight"].mean().item() == pytest.approx(expected, rel=1e-4)
+    average = ema.state_dict()["weight"].clone()
+    with ema.applied():
+        assert torch.equal(model.weight, average.to(dtype))
+    assert (model.weight == 1.25).all()
+    assert torch.equal(ema.state_dict()["weight"], average)
+
+
+class Constants(nn.Module):
+    """Tensors that training leaves alone, and one that it changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        infinite = torch.full((3, 3), -torch.inf).triu(1)
+        self.register_buffer("mask", infinite)
+        self.register_buffer("unknown", torch.tensor([float("nan"), 1.0]))
+        self.register_buffer("same", torch.full((1,), 0.1).expand(5))
+        self.register_buffer("low", self.mask[:2])
+        self.frozen = nn.Parameter(infinite.clone(), requires_grad=False)
+        self.bias = nn.Parameter(infinite.clone())
+        self.rough = nn.Parameter(infinite.half())
+        self.turn = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+
+
+def test_constants_are_kept_bit_for_bit() -> None:
+    model = Constants()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ema = averaged(model, lambda: model.turn.fill_(1j))
+    for _ in range(5):
+        ema.update()
+    for name, value in before.items():
+        if name != "turn":
+            found = ema.state_dict()[name]
+            assert torch.equal(found.nan_to_num(7), value.to(found.dtype).nan_to_num(7)), name
+    with ema.applied():
+        assert torch.equal(model.mask, before["mask"])
+    assert (model.turn == 1j).all()
+
+
+def test_complex_parameters_are_averaged() -> None:
+    model = Constants()
+    ema = averaged(model, lambda: model.turn.fill_(1j))
+    assert torch.allclose(ema.state_dict()["turn"], torch.tensor(0.1 + 0.9j))
+
+
+def test_a_mask_that_changes_is_followed() -> None:
+    model = Constants()
+    assert (averaged(model, lambda: model.mask.fill_(0)).state_dict()["mask"] == 0).all()
+    opened = averaged(model, lambda: model.mask.fill_(-torch.inf)).state_dict()["mask"]
+    assert (opened == -torch.inf).all()
 
 
 def test_train_diffusion_learns_a_point_cloud() -> None:
