@@ -17,6 +17,9 @@ from torch import Tensor
 from .ops import checks
 
 SETTINGS = "diffusion_fast"  # the PNG text chunk that holds the settings as JSON
+PARAMETERS = "parameters"  # the one that holds them as AUTOMATIC1111's web UI writes them
+FORMATS = {"": "PNG", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_DESCRIPTION, _EXIF_IFD, _USER_COMMENT = 0x010E, 0x8769, 0x9286  # EXIF tags
 BETWEEN = 64  # the grey between the images of a grid
 LINE = 14  # pixels of a line of headings
 _BITS, _PHOTOMETRIC = 258, 262  # TIFF tags
@@ -142,38 +145,80 @@ def grid(
     return picture
 
 
-def save_png(image: Image.Image, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
-    """Write a PNG that carries what made it; a full disk leaves no broken file behind.
+def file_format(path: str | os.PathLike[str]) -> str:
+    """The format that a file's suffix asks for: ``"PNG"`` (also none), ``"JPEG"`` or ``"WEBP"``.
 
     Raises:
+        ValueError: another suffix.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        known = ", ".join(filter(None, FORMATS))
+        raise ValueError(f"expected a name of PNG, JPEG or WebP ({known}), got {path}")
+    return FORMATS[suffix]
+
+
+def save_picture(
+    image: Image.Image, path: str | os.PathLike[str], settings: Mapping[str, Any] | None
+) -> None:
+    """Write a picture that carries what made it; a full disk leaves no broken file behind.
+
+    Args:
+        image: the picture. A text ``image.info["parameters"]``, such as that of
+            :func:`~diffusion_fast.pipelines.infotext.infotext`, is written as other programs do.
+        path: the file; its suffix decides the format.
+        settings: JSON types; None writes neither settings nor text.
+
+    Raises:
+        ValueError: another suffix, settings that are too long for the format.
         OSError: the file can't be written.
     """
     path = Path(path)
+    kind = file_format(path)
+    options: dict[str, Any] = {} if kind == "PNG" else {"quality": 95}
+    if settings is not None:
+        options |= _carried(kind, json.dumps(dict(settings)), image.info.get(PARAMETERS, ""))
     path.parent.mkdir(parents=True, exist_ok=True)
-    info = PngInfo()
-    info.add_text(SETTINGS, json.dumps(dict(settings)))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        image.save(temporary, format="PNG", pnginfo=info)
+        image.save(temporary, format=kind, **options)
         os.replace(temporary, path)
+    except ValueError as error:  # EXIF has at most 64 KiB in a JPEG
+        raise ValueError(f"{path}: can't hold its settings ({error}); a PNG can") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _carried(kind: str, settings: str, text: str) -> dict[str, Any]:
+    """Keywords that make Pillow write settings and text: chunks of a PNG, EXIF of the others."""
+    if kind == "PNG":
+        info = PngInfo()
+        info.add_text(SETTINGS, settings)
+        if text:
+            info.add_itxt(PARAMETERS, text)
+        return {"pnginfo": info}
+    exif = Image.Exif()
+    exif[_DESCRIPTION] = settings
+    if text:
+        exif[_EXIF_IFD] = {_USER_COMMENT: b"UNICODE\0" + text.encode("utf-16-be")}
+    return {"exif": exif}
+
+
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What :func:`save_png` wrote into a PNG.
+    """What :func:`save_picture` wrote into a file.
 
     Raises:
-        ValueError: no image, or one without settings.
+        ValueError: no picture, or one without settings.
     """
     try:
         with Image.open(path) as image:
-            settings = json.loads(image.info[SETTINGS])
-    except (OSError, SyntaxError, ValueError, KeyError) as error:
-        message = f"{path}: expected a PNG that carries its settings"
+            text = image.info.get(SETTINGS) or image.getexif().get(_DESCRIPTION)
+            settings = json.loads(text) if text else None
+    except Exception as error:  # damaged files make Pillow raise nearly any class
+        message = f"{path}: expected a picture that carries its settings"
         raise ValueError(f"{message}, got {type(error).__name__}: {error}") from error
     if not isinstance(settings, dict):
-        checks.fail(str(path), "a JSON object as its settings", type(settings).__name__)
+        checks.fail(str(path), "a picture that carries its settings, a JSON object", settings)
     return settings
 
 

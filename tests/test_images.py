@@ -26,14 +26,47 @@ def test_a_grid_puts_every_image_in_its_place() -> None:
 
 def test_the_file_carries_its_settings(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "x.png"
-    images.save_png(images.grid(torch.zeros(1, 1, 4, 4), 1), path, {"seed": 3})
+    images.save_picture(images.grid(torch.zeros(1, 1, 4, 4), 1), path, {"seed": 3})
     assert json.loads(Image.open(path).text[images.SETTINGS]) == {"seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("a.png", "PNG"), ("b", "PNG"), ("c.jpg", "JPEG"), ("d.JPEG", "JPEG"), ("e.webp", "WEBP")],
+)
+def test_the_suffix_decides_the_format(tmp_path: Path, name: str, kind: str) -> None:
+    picture = images.grid(torch.zeros(1, 3, 16, 16), 1)
+    picture.info[images.PARAMETERS] = "a cät \U0001f431\nSteps: 2"
+    settings = {"seed": 3, "prompt": ["ü", "\udce4"]}
+    images.save_picture(picture, tmp_path / name, settings)
+    with Image.open(tmp_path / name) as found:
+        assert found.format == kind
+        assert np.abs(np.asarray(found).astype(int) - np.asarray(picture)).max() < 20
+        comment = found.getexif().get_ifd(0x8769).get(0x9286, b"UNICODE\0")
+        text = found.info.get("parameters") or comment[8:].decode("utf-16-be")
+        assert text == picture.info[images.PARAMETERS]
+    assert images.read_settings(tmp_path / name) == settings
+    images.save_picture(picture, tmp_path / name, None)
+    with pytest.raises(ValueError, match="carries its settings"):
+        images.read_settings(tmp_path / name)
+    with Image.open(tmp_path / name) as found:
+        assert not found.getexif()
+        assert "parameters" not in found.info
+
+
+def test_other_suffixes_and_too_long_settings(tmp_path: Path) -> None:
+    picture = images.grid(torch.zeros(1, 3, 16, 16), 1)
+    with pytest.raises(ValueError, match=r"expected a name of PNG, JPEG or WebP .* got .*x\.tga"):
+        images.save_picture(picture, tmp_path / "x.tga", {})
+    with pytest.raises(ValueError, match=r"x\.jpg: can't hold its settings .*; a PNG can"):
+        images.save_picture(picture, tmp_path / "x.jpg", {"prompt": "a" * 70_000})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.png"
     picture = images.grid(torch.zeros(1, 1, 4, 4), 1)
-    images.save_png(picture, path, {})
+    images.save_picture(picture, path, {})
     before = path.read_bytes()
 
     def full(self: Image.Image, target: Path, **_: object) -> None:
@@ -42,7 +75,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(OSError, match="No space"):
-        images.save_png(picture, path, {})
+        images.save_picture(picture, path, {})
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["x.png"]
 
@@ -82,7 +115,7 @@ def test_a_file_without_settings(tmp_path: Path, settings: str | None) -> None:
     with pytest.raises(ValueError, match="settings"):
         images.read_settings(tmp_path / "x.png")
     (tmp_path / "y.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"y\.png: expected a PNG that carries its settings"):
+    with pytest.raises(ValueError, match=r"y\.png: expected a picture that carries its settings"):
         images.read_settings(tmp_path / "y.png")
 
 

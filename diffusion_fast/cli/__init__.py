@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from typing import Annotated
 
 import typer
 
 from .bench import bench
+from .common import in_options, options_of
 from .doctor import doctor
 from .sample import sample
 from .train import train
@@ -38,18 +40,28 @@ for command in (train, sample, bench, vae_check, doctor):
 
 
 def main() -> None:
-    """Run the command line; an error is one line, with ``--debug`` a traceback before it."""
+    """Run the command line; an error is one line, with ``--debug`` a traceback before it.
+
+    Errors and warnings name options, such as --steps, where Python's name arguments.
+    """
     debug = "--debug" in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    group = typer.main.get_command(app)
+    options = options_of(group, arguments)
     try:
-        app(args=arguments, prog_name="diffusion-fast")
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: typer.echo(
+                f"warning: {in_options(str(message), options)}", err=True
+            )
+            group(args=arguments, prog_name="diffusion-fast")
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         sys.exit(130)
     except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
         if debug:
             traceback.print_exc()
-        lines = str(error).splitlines() or [type(error).__name__]
+        message = in_options(str(error) or type(error).__name__, options)
+        lines = message.splitlines()
         if len(lines) > MOST_LINES and not debug:
             lines[MOST_LINES:] = [f"  and {len(lines) - MOST_LINES} more, --debug shows them"]
         typer.echo("error: " + "\n".join(lines), err=True)

@@ -20,7 +20,9 @@ def sample(
     prompt: Annotated[
         list[str] | None, typer.Argument(help="What to draw; several prompts in one picture.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The PNG to write.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The picture to write: .png, .jpg or .webp.")
+    ] = None,
     out_dir: Annotated[
         Path | None,
         typer.Option(help="A folder for one PNG of each image, made by all processes of torchrun."),
@@ -36,11 +38,15 @@ def sample(
         ),
     ] = None,
     again: Annotated[
-        Path | None, typer.Option(help="Make this PNG of `sample` again, from its settings.")
+        Path | None, typer.Option(help="Make this picture of `sample` again, from its settings.")
     ] = None,
     negative: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    metadata: Annotated[
+        bool, typer.Option(help="Write the settings, with paths as given, into the picture.")
+    ] = True,
     seed: Annotated[
-        int | None, typer.Option(help="Of the first image, the next has the next seed; default 0.")
+        int | None,
+        typer.Option(help="Random seed of the first image, the next has the next; default 0."),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Images of each prompt.", min=1)] = None,
     size: Annotated[
@@ -55,13 +61,28 @@ def sample(
     guidance: Annotated[
         str | None,
         typer.Option(
-            help="How closely to follow prompt or class, 1: as trained; default 7.5 for prompts,"
-            " 1.5 for classes. A list makes a column of each."
+            help="How closely to follow prompt or class, 1 and less: as trained; default 7.5 for"
+            " prompts, 1.5 for classes. A list makes a column of each."
         ),
+    ] = None,
+    guidance_interval: Annotated[
+        str | None, typer.Option(help="LOW,HIGH: guide at these noise levels (sigma) only.")
+    ] = None,
+    guidance_rescale: Annotated[
+        float | None, typer.Option(help="Bring guided contrast back to normal, up to 1.")
+    ] = None,
+    clip_skip: Annotated[
+        int | None, typer.Option(help="Layers of the text encoder to leave out at its end.", min=0)
     ] = None,
     eta: Annotated[float | None, typer.Option(help="Noise of ddim: 0 none, 1 as ddpm.")] = None,
     spacing: Annotated[
         str | None, typer.Option(help="Timesteps: leading, trailing, linspace or karras.")
+    ] = None,
+    steps_offset: Annotated[
+        int | None, typer.Option(help="Added to each timestep of leading spacing.", min=0)
+    ] = None,
+    final_alpha: Annotated[
+        str | None, typer.Option(help="Noise after the last step: one (none), or first (of t = 0).")
     ] = None,
     image: Annotated[Path | None, typer.Option(help="Start from this image.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Draw where this is white.")] = None,
@@ -79,6 +100,16 @@ def sample(
         str | None,
         typer.Option(help="epsilon or v_prediction, for single files of SD 2.x, which don't tell."),
     ] = None,
+    safety_checker: Annotated[
+        bool | None, typer.Option(help="Use the safety checker that some models have; default on.")
+    ] = None,
+    zero_snr: Annotated[
+        bool | None, typer.Option(help="Scale the noise schedule to end in pure noise, or don't.")
+    ] = None,
+    graph: Annotated[str | None, typer.Option(help="CUDA graphs: auto, loop, step or off.")] = None,
+    rewrites: Annotated[
+        str | None, typer.Option(help="Exact rewrites of the U-Net: all, none or names.")
+    ] = None,
     variant: Annotated[str | None, typer.Option(help="Which weights, such as fp16.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     classes: Annotated[
@@ -90,8 +121,9 @@ def sample(
 ) -> None:
     """Draw prompts (or classes) into one PNG, or many into a folder. Files carry their settings."""
     given = {name: value for name, value in locals().items() if value is not None}
-    for name in ("out", "out_dir", "again"):
+    for name in ("out", "out_dir", "again", "metadata"):
         given.pop(name, None)
+    from ..images import file_format, save_picture
     from ..ops import checks
 
     if (out is None) == (out_dir is None):
@@ -100,17 +132,22 @@ def sample(
         check_folder("--out-dir", out_dir)
         if again is not None:
             checks.fail("--again", "no --out-dir beside it", out_dir)
+        if not metadata:
+            expected = "no --out-dir beside it, where a restart compares the settings in the files"
+            checks.fail("--no-metadata", expected, out_dir)
         _new(given).draw_many(out_dir)
         return
     assert out is not None
     if out.is_dir():
         checks.fail("--out", "a file to write, such as out.png", f"the folder {out}")
+    try:
+        file_format(out)
+    except ValueError as error:
+        raise ValueError(f"--out: {error}") from error
     check_folder("--out", out.parent)
     drawing = _again(again, given) if again is not None else _new(given)
     picture, settings, done = drawing.draw()
-    from ..images import save_png
-
-    save_png(picture, out, {"kind": drawing.KIND, **settings})
+    save_picture(picture, out, {"kind": drawing.KIND, **settings} if metadata else None)
     typer.echo(f"wrote {out}: {done}")
 
 
@@ -132,6 +169,7 @@ def _new(given: dict[str, Any]) -> Drawing:
         given["device"] = str(local_device())
     folder = Path(given["model"])
     classes = folder.is_dir() and not (folder / "model_index.json").is_file()
+    classes = classes and ((folder / "unet").is_dir() or "prompt" not in given)
     kind = ClassDrawing if classes else PromptDrawing
     fields = {field.name for field in dataclasses.fields(kind)}
     for name in given.keys() - fields:
@@ -147,17 +185,29 @@ def _again(path: Path, given: dict[str, Any]) -> Drawing:
 
     if given:
         names = ", ".join(sorted(given))
-        checks.fail("--again", "no other option but --out: the PNG holds them all", names)
+        checks.fail("--again", "no other option but --out: the picture holds them all", names)
     settings = read_settings(path)
     kind = KINDS.get(str(settings.get("kind")))
     if kind is None or "model" not in settings:
-        checks.fail("--again", "a PNG of `sample --out`, or of prompts and --out-dir", path)
+        checks.fail("--again", "a picture of `sample --out`, or of prompts and --out-dir", path)
     if isinstance(settings.get("prompt"), str):  # --out-dir: one prompt a file
         settings["prompt"] = [settings["prompt"]]
     hints = get_type_hints(kind)
     own = {f.name: settings[f.name] for f in dataclasses.fields(kind) if f.name in settings}
     for name, value in own.items():  # somebody may have edited them
-        types = get_args(hints[name]) if isinstance(hints[name], UnionType) else [hints[name]]
-        if not isinstance(value, tuple(get_origin(one) or one for one in types)):
+        if not _fits(value, hints[name]):
             checks.fail("--again", f"{path} with settings of `sample`", f"{name}={value!r:.60}")
     return kind(**own)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of the type of a drawing's field."""
+    if isinstance(hint, UnionType):
+        return any(_fits(value, one) for one in get_args(hint))
+    if isinstance(value, (list, dict)):
+        items = value.items() if isinstance(value, dict) else ((one,) for one in value)
+        kinds = get_args(hint)
+        return type(value) is get_origin(hint) and all(
+            _fits(one, kind) for item in items for one, kind in zip(item, kinds, strict=True)
+        )
+    return type(value) is hint

@@ -108,7 +108,7 @@ class ClassDrawing:
             eta=self.eta,
             timestep_spacing=self.spacing,
             prediction_type=config.get("prediction_type", "epsilon"),
-            guidance_scale=one_number("--guidance", self.guidance),
+            guidance_scale=max(one_number("--guidance", self.guidance), 1.0),
         )
         side = unet.config.sample_size or 8
         height, width = side if isinstance(side, tuple) else (side, side)

@@ -41,6 +41,11 @@ class PromptDrawing:
     guidance: str = "7.5"
     eta: float | None = None
     spacing: str | None = None
+    steps_offset: int | None = None
+    final_alpha: str | None = None
+    guidance_interval: str | None = None
+    guidance_rescale: float | None = None
+    clip_skip: int = 0
     image: str | None = None
     mask: str | None = None
     strength: float | None = None
@@ -50,6 +55,10 @@ class PromptDrawing:
     prediction_type: str | None = None
     variant: str | None = None
     dtype: str | None = None
+    safety_checker: bool = True
+    zero_snr: bool | None = None
+    graph: str = "auto"
+    rewrites: str = "all"
     device: str = "cpu"
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -58,7 +67,7 @@ class PromptDrawing:
         import torch
 
         from .._version import __version__
-        from ..images import grid, to_pil
+        from ..images import PARAMETERS, grid, to_pil
 
         steps, guidance, size, pictures = self._checked()
         digests = self._digests()
@@ -73,6 +82,7 @@ class PromptDrawing:
             columns = self.batch if self.batch > 1 else len(self.prompt)
         flat = images.flatten(0, 1)  # rows are images, columns the values of a sweep
         picture = to_pil(flat)[0] if len(flat) == 1 else grid(flat, columns, headings=headings)
+        picture.info[PARAMETERS] = self._text(results[0])
         settings = dataclasses.asdict(self) | {
             "digests": digests,
             "seeds": results[0].seeds,
@@ -86,6 +96,7 @@ class PromptDrawing:
 
     def draw_many(self, folder: Path) -> None:
         """One file for each image, by all processes of torchrun."""
+        from ..images import PARAMETERS
         from ..ops import checks
         from .sample_many import many_prompts
 
@@ -98,9 +109,10 @@ class PromptDrawing:
 
         def one(prompt: str, seed: int) -> Image:
             single = dataclasses.replace(self, prompt=[prompt], seed=seed, batch=1)
-            images = single._run(pipe, steps[0], guidance[0], size, pictures, "pil").images
-            assert isinstance(images, list)
-            return images[0]
+            result = single._run(pipe, steps[0], guidance[0], size, pictures, "pil")
+            assert isinstance(result.images, list)
+            result.images[0].info[PARAMETERS] = single._text(result)
+            return result.images[0]
 
         prompts = [prompt for prompt in self.prompt for _ in range(self.batch)]
         if pipe.random_weights:
@@ -153,6 +165,10 @@ class PromptDrawing:
             vae=self.vae,
             tokenizer=self.tokenizer,
             prediction_type=self.prediction_type,
+            safety_checker=self.safety_checker,
+            zero_terminal_snr=self.zero_snr,
+            graph=self.graph,
+            rewrites=_words(self.rewrites),
             variant=self.variant,
             dtype=None if self.dtype is None else _dtype(self.dtype),
             device=self.device,
@@ -170,7 +186,15 @@ class PromptDrawing:
         pictures: dict[str, Any],
         output: str = "tensor",
     ) -> Result:
-        table: dict[str, Any] = {"eta": self.eta, "timestep_spacing": self.spacing}
+        interval = self.guidance_interval
+        table: dict[str, Any] = {
+            "eta": self.eta,
+            "timestep_spacing": self.spacing,
+            "steps_offset": self.steps_offset,
+            "final_alpha": self.final_alpha,
+            "guidance_interval": interval and tuple(_numbers("--guidance-interval", interval)),
+            "guidance_rescale": self.guidance_rescale,
+        }
         return pipe(
             self.prompt,
             self.negative,
@@ -181,10 +205,24 @@ class PromptDrawing:
             size=size,
             batch=self.batch,
             strength=self.strength,
+            clip_skip=self.clip_skip,
             output=output,
             progress=sys.stderr.isatty(),
             **pictures,
             **{name: value for name, value in table.items() if value is not None},
+        )
+
+    def _text(self, result: Result) -> str:
+        """Settings of the first image as other programs read them."""
+        from ..pipelines.infotext import infotext
+
+        return infotext(
+            result.settings,
+            result.seeds[0],
+            self.prompt[0],
+            self.negative,
+            model=self.model,
+            loras=dict(map(_lora, self.lora)),
         )
 
 
@@ -231,12 +269,17 @@ def _lora(text: str) -> tuple[str, float]:
     from ..ops import checks
 
     path, equals, scale = text.rpartition("=")
-    if not equals:
+    if not equals or Path(text).exists():  # names of files may have a = too
         return text, 1.0
     try:
         return path, float(scale)
     except ValueError:
         checks.fail("--lora", "a file, or FILE=SCALE such as style.safetensors=0.8", repr(text))
+
+
+def _words(text: str) -> str | list[str]:
+    """``all``, ``none``, or names such as ``fused_qkv,cached_context``."""
+    return text if text in ("all", "none") else text.split(",")
 
 
 def _dtype(name: str) -> torch.dtype:

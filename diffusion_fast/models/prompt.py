@@ -1,70 +1,121 @@
-"""Prompts: weights written into the text, and chunks for what is longer than an encoder reads."""
+"""Prompts: weights written into the text, and chunks for what is longer than an encoder reads.
+
+The syntax is that of AUTOMATIC1111's web UI. What it has beyond weights and ``BREAK``, and what
+other programs write into prompts, is refused by name: read as words, it would spoil pictures in
+silence.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ops import checks
+
 STRONGER = 1.1  # (word); [word] is divided by it
-_CLOSES = {")": "(", "]": "["}
+MOST = 1000.0  # a weight's size: states times more overflow in half precision
+_NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
 _TOKEN = re.compile(
     r"\\[()\[\]\\]"  # an escaped bracket or backslash
-    r"|:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)"  # a weight and its closing parenthesis
+    rf"|:\s*(?:{_NUMBER}|[+-]?(?:nan|inf|infinity))\s*\)"  # a weight and its closing parenthesis
     r"|[()\[\]]"
-    r"|[^\\()\[\]:]+"
+    r"|\bBREAK\b"
+    r"|(?:(?!\bBREAK\b)[^\\()\[\]:])+"
     r"|[\\:]"
 )
+_WHEN = re.compile(rf"\s*{_NUMBER}(?:[eE][+-]?\d+)?\s*")
+_FOREIGN = {  # what other programs read, and what to use instead
+    r"<(?i:lora|lyco|hypernet)\s*:[^<>]*>": "load it with pipe.loras.load(file, name, scale)",
+    r"(?<!\w)embedding:[^\s,()\[\]]+": "textual inversion embeddings are not supported yet",
+    r"\bAND\b": "prompts are not composed; join them by a comma, or write 'and'",
+    r"\{[^{}|]*\|[^{}]*\}": "no choice is made; write one of them",
+    r"\.(?:and|blend|swap)\(": "prompts are not composed; weights are written (word:1.3)",
+    r"\)(?:\d*\.\d+|\++)(?=[\s,)]|$)": "weights are written (word:1.3)",
+}
+
+Piece = tuple[str, float]  # a text and its weight
 
 
-@dataclass
-class _Piece:
-    text: str
-    weight: float = 1.0
-
-
-def parse(prompt: str) -> list[tuple[str, float]]:
-    r"""A prompt as pieces of text with their weights.
+def parse(prompt: str, name: str = "prompt") -> list[list[Piece]]:
+    r"""A prompt as pieces of text with their weights, in sections that begin a chunk of their own.
 
     ``(word)`` has weight 1.1, ``[word]`` 1 / 1.1 and ``(word:1.3)`` 1.3; nested brackets multiply.
     ``\(``, ``\)``, ``\[``, ``\]`` and ``\\`` stand for the characters themselves, and so does a
-    bracket without its partner. Neighbours of the same weight are one piece.
+    bracket without its partner. Neighbours of the same weight are one piece. The word ``BREAK``
+    stands between sections.
+
+    Args:
+        name: what to call the prompt in errors.
+
+    Raises:
+        ValueError: a weight that isn't finite, or beyond 1000; syntax that isn't supported, such
+            as ``[from:to:0.5]``, ``[a|b]``, ``AND`` or ``<lora:x:0.8>``; a lone surrogate.
     """
-    pieces: list[_Piece] = []
-    opened: list[int] = []  # indices of pieces that hold an opening bracket
-    for token in _TOKEN.findall(prompt):
-        if token in ("(", "["):
-            opened.append(len(pieces))
-        elif (start := _partner(pieces, opened, token)) is not None:
-            weight = {")": STRONGER, "]": 1 / STRONGER}.get(token)
-            weight = float(token[1:-1]) if weight is None else weight
-            pieces[start].text = ""
-            for piece in pieces[start + 1 :]:
-                piece.weight *= weight
+    for pattern, instead in _FOREIGN.items():
+        if found := re.search(pattern, prompt):
+            checks.fail(name, f"none of other programs' syntax ({instead})", repr(found[0]))
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        checks.fail(name, "text that UTF-8 can hold", ascii(prompt)[:60])
+    tokens = _TOKEN.findall(prompt)
+    factors = _factors(tokens, name)
+    sections: list[list[Piece]] = [[]]
+    weights = [1.0]  # a factor is None where its bracket closes
+    for i, token in enumerate(tokens):
+        if i in factors:
+            factor = factors[i]
+            weights.pop() if factor is None else weights.append(weights[-1] * factor)
+            if not abs(weights[-1]) <= MOST:
+                checks.fail(name, f"weights of at most {MOST:g}", f"{weights[-1]:g}")
+        elif token == "BREAK":
+            sections.append([])
+        else:
+            text = token[1:] if token[0] == "\\" and len(token) > 1 else token
+            if sections[-1] and sections[-1][-1][1] == weights[-1]:
+                text = sections[-1].pop()[0] + text
+            sections[-1].append((text, weights[-1]))
+    return sections
+
+
+def _factors(tokens: Sequence[str], name: str) -> dict[int, float | None]:
+    """For each bracket that has its partner: what it multiplies weights by, None if it closes.
+
+    A closing bracket takes the newest opening one of its kind; those opened since stay text.
+    """
+    factors: dict[int, float | None] = {}
+    opened: list[int] = []
+    unclosed = {"(": 0, "[": 0}
+    bar = -1  # the newest token with a | in it
+    for i, token in enumerate(tokens):
+        bar = i if "|" in token else bar
+        if token in unclosed:
+            opened.append(i)
+            unclosed[token] += 1
+        kind = {")": "(", "]": "["}.get(token[-1]) if token[0] != "\\" else None
+        if kind is None or not unclosed[kind]:
             continue
-        pieces.append(_Piece(token[1:] if token[0] == "\\" and len(token) > 1 else token))
-    merged: list[_Piece] = []
-    for piece in pieces:
-        if merged and merged[-1].weight == piece.weight:
-            merged[-1].text += piece.text
-        elif piece.text:
-            merged.append(piece)
-    return [(piece.text, piece.weight) for piece in merged]
+        start = -1
+        while start < 0 or tokens[start] != kind:
+            start = opened.pop()
+            unclosed[tokens[start]] -= 1
+        if kind == "[" and (bar > start or _scheduled(tokens[start + 1 : i][-2:])):
+            what = "[a|b] (words in turn)" if bar > start else "[a:b:0.5] (words for some steps)"
+            expected = rf"no {what}, a prompt is the same at all steps; or \[ for the letter"
+            checks.fail(name, expected, repr("".join(tokens[start : i + 1])[:60]))
+        factors[start] = (
+            {"(": STRONGER, "[": 1 / STRONGER}[kind] if len(token) == 1 else float(token[1:-1])
+        )
+        factors[i] = None
+    return factors
 
 
-def _partner(pieces: list[_Piece], opened: list[int], token: str) -> int | None:
-    """The newest opening bracket that ``token`` closes; those inside it stay text."""
-    kind = _CLOSES.get(token[-1]) if token[0] != "\\" else None
-    for depth in reversed(range(len(opened)) if kind else ()):
-        if pieces[opened[depth]].text == kind:
-            start = opened[depth]
-            del opened[depth:]
-            return start
-    return None
+def _scheduled(end: Sequence[str]) -> bool:
+    """Whether brackets end in a colon and a number."""
+    return len(end) == 2 and end[0] == ":" and _WHEN.fullmatch(end[1]) is not None
 
 
 @dataclass(frozen=True)
@@ -79,33 +130,53 @@ def tokenize(prompts: Sequence[str], tokenizer: Any, length: int = 77) -> Tokens
     """Prompts as chunks that a text encoder reads, all with the same number of chunks.
 
     Each chunk is the start token, up to ``length - 2`` tokens of the prompt, the end token and
-    padding. A prompt of one chunk and no weights has the ids that the tokenizer itself gives it; an
-    empty one, or one shorter than the longest, is filled up with empty chunks.
+    padding. A word that doesn't fit into what is left of a chunk begins the next one. A prompt of
+    one chunk and no weights has the ids that the tokenizer itself gives it; an empty one, or one
+    shorter than the longest, is filled up with empty chunks.
 
     Args:
         prompts: B texts, weighted as :func:`parse` describes.
         tokenizer: a CLIP tokenizer of ``transformers``.
         length: tokens of a chunk.
     """
-    room = length - 2
-    split = [_tokens(prompt, tokenizer) for prompt in prompts]
-    count = max(1, *(-(-len(tokens) // room) for tokens in split))
-    shape = len(split), count, length
+    split = [_chunks(prompt, tokenizer, length - 2) for prompt in prompts]
+    shape = len(split), max(map(len, split)), length
     ids = torch.full(shape, tokenizer.pad_token_id, dtype=torch.int64)
     weights = torch.ones(shape)
     ids[..., 0] = tokenizer.bos_token_id
-    for i, tokens in enumerate(split):
-        for k in range(count):
-            part = tokens[k * room : (k + 1) * room]
-            ids[i, k, len(part) + 1] = tokenizer.eos_token_id
-            for j, (token, weight) in enumerate(part, 1):
+    ids[..., 1] = tokenizer.eos_token_id
+    for i, chunks in enumerate(split):
+        for k, chunk in enumerate(chunks):
+            ids[i, k, len(chunk) + 1] = tokenizer.eos_token_id
+            for j, (token, weight) in enumerate(chunk, 1):
                 ids[i, k, j], weights[i, k, j] = token, weight
     return Tokens(ids, weights)
 
 
-def _tokens(prompt: str, tokenizer: Any) -> list[tuple[int, float]]:
-    return [
-        (token, weight)
-        for text, weight in parse(prompt)
-        for token in tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    ]
+def _chunks(prompt: str, tokenizer: Any, room: int) -> list[list[tuple[int, float]]]:
+    """Tokens and weights of a prompt, at most ``room`` in a chunk."""
+    chunks = []
+    for section in parse(prompt):
+        chunks.append([])
+        for word in _words(section, tokenizer):
+            if len(chunks[-1]) + len(word) > room >= len(word):
+                chunks.append([])
+            while word:  # one longer than a chunk is cut
+                part, word = word[: room - len(chunks[-1])], word[room - len(chunks[-1]) :]
+                chunks[-1] += part
+                if word:
+                    chunks.append([])
+    return chunks
+
+
+def _words(section: Sequence[Piece], tokenizer: Any) -> Iterator[list[tuple[int, float]]]:
+    """The tokens of each word, with its weight."""
+    for text, weight in section:
+        word = []
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        for one, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
+            word.append((one, weight))
+            if token.endswith("</w>"):  # as CLIP marks the end of a word
+                yield word
+                word = []
+        yield word

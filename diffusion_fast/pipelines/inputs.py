@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..models.prompt import parse
 from ..ops import checks
 
 if TYPE_CHECKING:
@@ -21,14 +23,37 @@ def prompt_list(name: str, value: Any) -> list[str]:
     """One prompt or several, as a list.
 
     Raises:
-        TypeError: something else than strings; ValueError: an empty list.
+        TypeError: something else than strings; ValueError: an empty list, a prompt that
+            :func:`~diffusion_fast.models.prompt.parse` refuses.
     """
     prompts = [value] if isinstance(value, str) else value
     if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
         raise TypeError(f"{name}: expected a string or a list of strings, got {value!r:.60}")
     if not prompts:
         checks.fail(name, "at least one prompt", prompts)
+    for prompt in prompts:
+        parse(prompt, name)
     return list(prompts)
+
+
+def plain(value: Any) -> Any:
+    """Numbers and arrays of numpy as those of Python, also inside of lists and tuples."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value)) if type(value) in (list, tuple) else list(value)
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def guidance(scale: Any) -> Any:
+    """Guidance scales: at most 1 is the plain conditional model, as in diffusers."""
+    if isinstance(scale, (list, tuple)):
+        return [guidance(one) for one in scale]
+    off = isinstance(scale, (int, float)) and -math.inf < scale <= 1
+    return 1.0 if off else scale
+
+
+def guided(scale: Any) -> bool:
+    """Whether scales of :func:`guidance` need the negative prompt at any step."""
+    return any(map(guided, scale)) if isinstance(scale, list) else scale != 1
 
 
 def seed_list(seed: int | Sequence[int], count: int) -> list[int]:
@@ -123,7 +148,7 @@ def small_mask(mask: Tensor, grain: int) -> Tensor:
 def absent(name: str, value: Any, without: str) -> None:
     """Refuse an argument that needs another one."""
     if value is not None:
-        checks.fail(name, f"None without {without}", repr(value)[:60])
+        checks.fail(name, f"None without {without}=", repr(value)[:60])
 
 
 def check_batch(name: str, x: Tensor, count: int) -> None:

@@ -92,7 +92,7 @@ def make_missing(
         ValueError: an image that is there was made with other settings; nothing is overwritten.
         OSError: a file can't be written.
     """
-    from ..images import save_png  # imports Pillow
+    from ..images import save_picture  # imports Pillow
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def make_missing(
         if missing:  # the unit is made whole: its images may depend on one another's rounding
             for job, image in zip(unit, draw(unit), strict=True):
                 if job.name in missing:
-                    save_png(image, folder / f"{job.name}.png", wanted[job.name])
+                    save_picture(image, folder / f"{job.name}.png", wanted[job.name])
                     new += 1
     return Made(new, len(there))
 

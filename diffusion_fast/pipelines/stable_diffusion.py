@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from ..models.lora import LoRAs
 from ..models.text import TextStates
 from ..models.vae import AutoencoderKL
 from ..ops import checks
+from ..prediction import PREDICTION_TYPES
 from ..samplers import make_table
+from ..schedule import DiffusionSchedule
 from ..turns import Turns
 from . import inputs
 from .loading import Options, Parts, load
@@ -70,6 +73,7 @@ class StableDiffusion:
         tokenizer: AnyPath | None = None,
         safety_checker: bool = True,
         prediction_type: str | None = None,
+        zero_terminal_snr: bool | None = None,
         graph: str = "auto",
         rewrites: str | Sequence[str] = "all",
     ) -> StableDiffusion:
@@ -91,6 +95,8 @@ class StableDiffusion:
                 unsafe turn black, and the result says which. False leaves it out.
             prediction_type: ``"epsilon"`` or ``"v_prediction"``, where a single file doesn't say:
                 one of SD 2.x is either, and None warns and takes epsilon.
+            zero_terminal_snr: scale the noise schedule so that its last timestep is pure noise (Lin
+                et al. 2023, arXiv:2305.08891), or don't; None for what the model says.
             graph: how to capture CUDA graphs, see :class:`~diffusion_fast.Engine`.
             rewrites: which exact rewrites of the U-Net to use, see there; the VAE's decoder uses
                 those of them that apply to it.
@@ -99,8 +105,15 @@ class StableDiffusion:
             CheckpointError: no model there, or an unsupported or damaged one.
             ValueError: parts that don't fit together.
         """
+        if prediction_type is not None:
+            checks.one_of("prediction_type", prediction_type, PREDICTION_TYPES)
         options = Options(vae, dtype, device, variant, tokenizer, safety_checker, prediction_type)
-        return cls(load(path, options), graph, rewrites)
+        parts = load(path, options)
+        if zero_terminal_snr is not None:
+            config = parts.scheduler.config | {"rescale_betas_zero_snr": zero_terminal_snr}
+            schedule = DiffusionSchedule.from_config(config)
+            parts.scheduler = replace(parts.scheduler, schedule=schedule, config=config)
+        return cls(parts, graph, rewrites)
 
     def save_pretrained(self, folder: AnyPath) -> None:
         """Write a folder that :meth:`from_pretrained` and diffusers load.
@@ -148,13 +161,16 @@ class StableDiffusion:
         what it would be if it were made alone, and on any device.
 
         Args:
-            prompt: one or several. ``(word:1.3)``, ``(word)`` and ``[word]`` change weights (see
-                :func:`diffusion_fast.models.prompt.parse`); any length.
+            prompt: one or several. ``(word:1.3)``, ``(word)`` and ``[word]`` change weights,
+                ``BREAK`` begins a new chunk (see :func:`diffusion_fast.models.prompt.parse`); any
+                length.
             negative_prompt: what to guide away from, one for all or one for each prompt.
-            steps: of the sampler.
-            guidance_scale: 1 is the plain conditional model, at about half the cost.
+            steps: number of the sampler's steps.
+            guidance_scale: how closely to follow the prompt. 1 and less (SDXL Turbo's 0) is the
+                plain conditional model, at about half the cost; the negative prompt is not used.
             sampler: see :func:`diffusion_fast.sample`; None for the model's own scheduler.
-            seed: of the first image, the next ones have ``seed + 1`` and so on; or one for each.
+            seed: random seed of the first image, the next ones have ``seed + 1`` and so on; or one
+                for each.
             size: (height, width) or one number for both, multiples of 8; by default what the model
                 was trained at, or the size of ``image``.
             image: image-to-image: start from this image (PIL, or a tensor [3, H, W] or
@@ -164,7 +180,7 @@ class StableDiffusion:
                 1 with a mask. ``int(steps * strength)`` steps are run.
             clip_skip: layers to leave out at the text encoders' ends, for both prompts.
             output: ``"pil"``, ``"tensor"`` or ``"latent"``.
-            callback: ``callback(step, t, latents)`` after each step.
+            callback: ``callback(step, t, latents)`` after each step, with a copy of the latents.
             progress: show a progress bar.
             table: what else :class:`~diffusion_fast.Engine` takes, such as ``eta``,
                 ``timestep_spacing``, ``guidance_rescale`` or ``guidance_interval``.
@@ -175,6 +191,8 @@ class StableDiffusion:
             FloatingPointError: the U-Net's output was not finite.
         """
         prompts = inputs.prompt_list("prompt", prompt)
+        batch, steps, seed, size = inputs.plain((batch, steps, seed, size))
+        guidance_scale, strength, clip_skip = inputs.plain((guidance_scale, strength, clip_skip))
         checks.positive_int("batch", batch)
         checks.positive_int("steps", steps)
         checks.one_of("output", output, OUTPUTS)
@@ -187,7 +205,9 @@ class StableDiffusion:
         elif strength is None:
             strength = 1.0 if masks is not None else 0.8
         table = self._table(sampler, steps, guidance_scale, strength, masks is not None, table)
-        positive, negative = self._text(prompts, negative_prompt, clip_skip)
+        positive, negative = self._text(
+            prompts, negative_prompt, clip_skip, inputs.guided(table["guidance_scale"])
+        )
         generators = [torch.Generator().manual_seed(one) for one in seeds]
         shape = count, self.unet.config.out_channels, *self._small(height, width)
         ways: list[str] = []  # how the VAE ran
@@ -195,7 +215,7 @@ class StableDiffusion:
             latents = self._ready(table, progress).sample(
                 shape,
                 self._context(positive, batch, (height, width)),
-                self._context(negative, batch, (height, width)),
+                negative and self._context(negative, batch, (height, width)),
                 callback=callback,
                 generator=generators,
                 **self._start(shape, images, masks, table["strength"], generators, ways),
@@ -268,9 +288,9 @@ class StableDiffusion:
         return {
             **DEFAULTS,
             **self.scheduler.table(sampler),
-            **changes,
+            **{name: inputs.plain(value) for name, value in changes.items()},
             "steps": steps,
-            "guidance_scale": guidance_scale,
+            "guidance_scale": inputs.guidance(guidance_scale),
             "strength": None if inpainting and strength == 1 else strength,
         }
 
@@ -287,9 +307,12 @@ class StableDiffusion:
         return engine
 
     def _text(
-        self, prompts: list[str], negative_prompt: Any, clip_skip: int
-    ) -> tuple[TextStates, TextStates]:
-        """States of the prompts and of the negative ones, equally many and equally long."""
+        self, prompts: list[str], negative_prompt: Any, clip_skip: int, guided: bool
+    ) -> tuple[TextStates, TextStates | None]:
+        """States of the prompts and of the negative ones, equally many and equally long.
+
+        Without guidance there are no negative ones.
+        """
         if negative_prompt is None:
             negatives = [""] * len(prompts)
         else:
@@ -298,6 +321,8 @@ class StableDiffusion:
                 expected = f"one, or one for each of {len(prompts)} prompts"
                 checks.fail("negative_prompt", expected, len(negatives))
             negatives *= len(prompts) // len(negatives)
+        if not guided:
+            return self.text.encode(prompts, clip_skip), None
         distinct = list(dict.fromkeys([*prompts, *negatives]))
         states = self.text.encode(distinct, clip_skip)
         positive = states[[distinct.index(one) for one in prompts]]

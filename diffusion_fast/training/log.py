@@ -139,10 +139,10 @@ class SampleGrids:
             )
         if not trainer.processes.first:
             return
-        from ..images import grid, save_png  # imports Pillow, which is needed here only
+        from ..images import grid, save_picture  # imports Pillow, which is needed here only
 
         path = self.folder / f"step_{progress.step:08d}.png"
         picture = grid(images, self.columns)
-        save_png(picture, path, {"step": progress.step, "seed": self.seed})
+        save_picture(picture, path, {"step": progress.step, "seed": self.seed})
         if self.on_drawn is not None:
             self.on_drawn(progress.step, picture)

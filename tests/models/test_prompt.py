@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mutations import deadline, survives
 
 from diffusion_fast.models.prompt import parse, tokenize
 
 UP, DOWN = 1.1, 1 / 1.1
+CLOSE = {"(": ")", "[": "]"}
 
 
 @pytest.mark.parametrize(
@@ -36,28 +38,116 @@ UP, DOWN = 1.1, 1 / 1.1
     ],
 )
 def test_weights(prompt: str, pieces: list[tuple[str, float]]) -> None:
-    found = parse(prompt)
+    [found] = parse(prompt)
     assert [text for text, _ in found] == [text for text, _ in pieces]
     assert [w for _, w in found] == pytest.approx([w for _, w in pieces])
 
 
-@given(st.text(alphabet="ab ()[]\\:1.5,", max_size=30))
-def test_any_text_is_a_prompt(prompt: str) -> None:
-    found = parse(prompt)
-    assert all(text for text, _ in found)
-    weights = [weight for _, weight in found]
-    assert all(a != b for a, b in itertools.pairwise(weights))
-    escaped = re.sub(r"([()\[\]\\])", r"\\\1", prompt)
-    assert parse(escaped) == ([(prompt, 1.0)] if prompt else [])
+def escaped(text: str) -> str:
+    return re.sub(r"([()\[\]\\])", r"\\\1", text)
+
+
+@given(st.text(alphabet="ab ()[]\\:1.5,|", max_size=30))
+def test_any_text_is_a_prompt_or_refused(prompt: str) -> None:
+    found = survives(lambda: parse(prompt)[0], (ValueError,), ["prompt: expected "], prompt)
+    if found is not None:
+        assert all(text for text, _ in found)
+        assert all(a != b for (_, a), (_, b) in itertools.pairwise(found))
+    if not re.search(r"\)(\d*\.\d+)", prompt):
+        assert parse(escaped(prompt)) == [[(prompt, 1.0)] if prompt else []]
+
+
+@st.composite
+def written(draw: st.DrawFn, depth: int = 3) -> tuple[str, list[tuple[str, float]]]:
+    """A prompt, and the weights of its words."""
+    kinds = ("(", "[", ":", "", "") if depth else ("",)
+    text, words = "", []
+    for _ in range(draw(st.integers(1, 3))):
+        kind = draw(st.sampled_from(kinds))
+        if not kind:
+            word = draw(st.text(alphabet="abc()[]\\,é", min_size=1, max_size=4))
+            text += f"{escaped(word)} "
+            words.append((word, 1.0))
+            continue
+        inner, inside = draw(written(depth=depth - 1))
+        factor = draw(st.sampled_from([0.0, 0.5, 1.2, -1.5])) if kind == ":" else UP
+        text += f"({inner}: {factor})" if kind == ":" else f"{kind}{inner}{CLOSE[kind]}"
+        words += [(w, x * (1 / UP if kind == "[" else factor)) for w, x in inside]
+    return text, words
+
+
+@given(written())
+def test_nested_weights_multiply(case: tuple[str, list[tuple[str, float]]]) -> None:
+    prompt, words = case
+    [pieces] = parse(prompt)
+    found = [(word, weight) for text, weight in pieces for word in text.split()]
+    assert [word for word, _ in found] == [word for word, _ in words]
+    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in words])
+
+
+def test_sections() -> None:
+    assert parse("a BREAK b") == [[("a ", 1.0)], [(" b", 1.0)]]
+    assert parse("BREAKS aBREAK break BRE(AK:1)") == [[("BREAKS aBREAK break BREAK", 1.0)]]
+    assert parse("(a BREAK b:2)BREAK") == [[("a ", 2.0)], [(" b", 2.0)], []]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("a [cat:dog:0.5]", r"\[a:b:0.5\].* got '\[cat:dog:0.5\]'"),
+        ("[cat:10]", r"\[a:b:0.5\]"),
+        ("[(cat:1.2) b :: .5 ]", r"\[a:b:0.5\]"),
+        ("[a:1e1]", r"\[a:b:0.5\]"),
+        ("x (a [cat|dog] b)", r"\[a\|b\] .*got '\[cat\|dog\]'"),
+        ("[a (b [c|]:1.2)]", r"\[a\|b\]"),
+        ("a cat AND a dog :0.5", "expected none of .*'and'.* got 'AND'"),
+        ("a <lora:style:0.8>", "pipe.loras.load.* got '<lora:style:0.8>'"),
+        ("<LyCo:x>", "pipe.loras.load"),
+        ("(embedding:bad-hands:1.2)", "embedding"),
+        ("{a|b} cat", "write one of them"),
+        ('("a", "b").blend(0.5, 0.5)', "not composed"),
+        ("a (cat)1.3, b", r"written \(word:1.3\)"),
+        ("(cat)++", r"written \(word:1.3\)"),
+        (f"(cat:{'9' * 42})", "weights of at most 1000, got 1e"),
+        ("(cat:nan)", "weights of at most 1000, got nan"),
+        ("[a (cat: -inf )]", "weights of at most 1000, got -inf"),
+        ("((a:900):1.2)", "weights of at most 1000, got 1080"),
+        ("(" * 100 + "a" + ")" * 100, "weights of at most 1000"),
+        ("a \ud83d", "text that UTF-8 can hold"),
+    ],
+)
+def test_what_is_not_read_is_named(prompt: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"negative_prompt: {message}|prompt: .*{message}"):
+        parse(prompt)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["[a: cat]", "a | b", r"\[cat:dog:0.5\] \[a|b\]", "sand AND_x LAND", "a < lora > b", "{cat}"],
+)
+def test_what_is_words_is_read_as_words(prompt: str) -> None:
+    assert len(parse(prompt)[0]) == 1
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["(" * 50_000, "(" * 50_000 + "]" * 50_000, "[a" * 20_000 + ":" * 20_000, ":1" * 50_000],
+)
+def test_long_prompts_take_no_time_to_speak_of(prompt: str) -> None:
+    with deadline(10):
+        assert len(parse(prompt)[0]) == 1
 
 
 class Letters:
-    """A tokenizer with a token for each letter."""
+    """A tokenizer with a token for each letter; small ones end a word."""
 
     bos_token_id, eos_token_id, pad_token_id = 1000, 1001, 7
 
     def __call__(self, text: str, **_: object) -> object:
         return type("Encoding", (), {"input_ids": [ord(letter) for letter in text]})
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [chr(one) + "</w>" * chr(one).islower() for one in ids]
 
 
 def test_chunks() -> None:
@@ -72,6 +162,23 @@ def test_chunks() -> None:
     weights = torch.ones(3, 2, 6)
     weights[1, 1, 1:3] = 2
     assert torch.equal(tokens.weights, weights)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chunks"),
+    [
+        ("abXYzc", ["ab", "XYzc"]),
+        ("abcXyd", ["abc", "Xyd"]),
+        ("aVWXYZb", ["aVWX", "YZb"]),
+        ("abcd BREAK e".replace(" ", ""), ["abcd", "BREA", "Ke"]),
+        ("a(b:1) BREAK BREAK c", ["ab ", " ", " c"]),
+        ("abX", ["abX"]),
+    ],
+)
+def test_words_are_whole(prompt: str, chunks: list[str]) -> None:
+    ids = tokenize([prompt], Letters(), length=6).ids[0]
+    found = ["".join(chr(one) for one in row if one not in (1000, 1001, 7)) for row in ids.tolist()]
+    assert found == chunks
 
 
 @pytest.mark.parametrize(("letters", "chunks"), [(0, 1), (4, 1), (5, 2), (8, 2), (9, 3)])

@@ -249,6 +249,50 @@ def test_an_empty_prompt_is_fine(pipe: StableDiffusion) -> None:
     assert error(draw(pipe, "", guidance_scale=9.0).latents, plain.latents) < ROUNDING
 
 
+@pytest.mark.parametrize("scale", [0.0, 1, -2.0, 0.5, [0.0, 1.0, -1.0]])
+def test_a_guidance_scale_of_at_most_1_is_the_conditional_model(
+    pipe: StableDiffusion, scale: Any
+) -> None:
+    """So is diffusers', whose call for SDXL Turbo has 0; the negative prompt says nothing."""
+    plain = draw(pipe, "a cat", guidance_scale=1.0)
+    for negative in (None, "a very " * 60 + "long one"):
+        result = draw(pipe, "a cat", negative_prompt=negative, guidance_scale=scale)
+        assert torch.equal(result.latents, plain.latents)
+    assert not torch.equal(draw(pipe, "a dog", guidance_scale=scale).latents, plain.latents)
+
+
+def test_guidance_for_some_steps(pipe: StableDiffusion) -> None:
+    result = draw(pipe, guidance_scale=[7.0, 0.0, 3.0])
+    assert torch.equal(result.latents, draw(pipe, guidance_scale=[7.0, 1.0, 3.0]).latents)
+
+
+def test_numbers_of_numpy(pipe: StableDiffusion) -> None:
+    same = {"steps": 2, "batch": 2, "seed": [0, 1], "size": (64, 72), "clip_skip": 1, "eta": 0.5}
+    theirs = {
+        "steps": np.int64(2),
+        "batch": np.int32(2),
+        "seed": np.arange(2),
+        "size": (np.int64(64), np.int16(72)),
+        "clip_skip": np.uint8(1),
+        "eta": np.float32(0.5),
+    }
+    expected = draw(pipe, guidance_scale=5.0, **same)
+    result = draw(pipe, guidance_scale=np.float32(5), **theirs)
+    assert torch.equal(result.latents, expected.latents)
+    assert json.loads(json.dumps(result.settings)) == json.loads(json.dumps(expected.settings))
+
+
+def test_zero_terminal_snr(tiny_folder: Folder) -> None:
+    folder = tiny_folder("sd21")
+    pipe = StableDiffusion.from_pretrained(folder, zero_terminal_snr=True)
+    assert pipe.scheduler.schedule.alphas_cumprod[-1] == 0
+    trailing = {"timestep_spacing": "trailing"}
+    other = draw(StableDiffusion.from_pretrained(folder), **trailing)
+    assert error(draw(pipe, **trailing).latents, other.latents) > 0.01
+    pipe = StableDiffusion.from_pretrained(folder, zero_terminal_snr=False)
+    assert torch.equal(draw(pipe, **trailing).latents, other.latents)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -256,6 +300,8 @@ def test_an_empty_prompt_is_fine(pipe: StableDiffusion) -> None:
         ({"prompt": ["a", 3]}, "prompt: expected a string or a list of strings"),
         ({"prompt": []}, "prompt: expected at least one"),
         ({"negative_prompt": 3}, "negative_prompt: expected a string"),
+        ({"prompt": "a AND b"}, "^prompt: expected none .* got 'AND'"),
+        ({"negative_prompt": "[a|b]"}, "^negative_prompt: expected no .* got '"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt: expected one, or one for each of 1"),
         ({"steps": 0}, "steps: expected a positive integer, got 0"),
         ({"steps": -3}, "steps: expected a positive integer, got -3"),
