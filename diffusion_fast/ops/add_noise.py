@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, triton_backend
+from . import autocast, checks, triton_backend
 from . import philox as _philox
 from .op import Op
 from .philox import Philox
@@ -37,6 +37,8 @@ def add_noise(
         target: ``"epsilon"`` (the noise), ``"sample"`` (x_0) or ``"v_prediction"``
             (sqrt(abar) noise - sqrt(1 - abar) x_0; Salimans & Ho 2022, appendix D).
 
+    Under autocast ``x_0`` and ``noise`` of two dtypes are promoted.
+
     Returns:
         ``x_t`` and the target, both like ``x_0``. For ``"epsilon"`` and ``"sample"`` the target is
         the argument itself, not a copy; noise that was drawn is returned for ``"epsilon"``.
@@ -46,6 +48,8 @@ def add_noise(
             (On a GPU the values of ``t`` are not read on the host: they stay the caller's duty.)
     """
     checks.one_of("target", target, TARGETS)
+    if autocast.enabled(x_0):
+        (x_0, noise), _ = autocast.promoted(x_0, noise)
     checks.floating("x_0", x_0)
     if x_0.dim() < 1:
         checks.fail("x_0", "shape [B, ...]", list(x_0.shape))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import attention_cuda, attention_onednn, checks, onednn
+from . import attention_cuda, attention_onednn, autocast, backend, checks, onednn
 from .op import Op
 
 
@@ -34,6 +34,10 @@ def attention(
         key_lengths: int32 or int64 [B], values in [1, Sk]: item b sees its first
             key_lengths[b] keys.
 
+    A query whose keys are all masked, by a bias of -inf, gets zeros and passes no gradient on.
+
+    Under autocast the tensors are cast to its dtype, as PyTorch's SDPA casts them.
+
     Returns:
         [B, Sq, H, D], contiguous.
 
@@ -41,16 +45,13 @@ def attention(
         ValueError: shapes, dtypes or devices that don't match, no keys, a head dim of 0, lengths
             out of range (values are read on the host for CPU tensors only).
     """
+    if autocast.enabled(q):
+        q, k, v, bias = autocast.cast(q.device, q, k, v, bias)
     _check(q, k, v, bias, key_lengths)
-    if scale is None:
-        scale = 1 / math.sqrt(q.shape[-1])
-    checks.finite("scale", scale)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else checks.finite("scale", scale)
     if not q.numel():
         return q.clone(memory_format=torch.contiguous_format)  # empty, and still differentiable
-    inputs = (q, k, v, bias)
-    differentiable = torch.is_grad_enabled() and any(
-        value is not None and value.requires_grad for value in inputs
-    )
+    differentiable = backend.needs_gradient(q, k, v, bias)
     # Native code is differentiated by autograd itself, everything else needs the log-sum-exp.
     save_lse = differentiable and (
         torch.compiler.is_compiling()
@@ -97,10 +98,7 @@ def _check(q: Any, k: Any, v: Any, bias: Any, key_lengths: Any) -> None:
             checks.fail("key_lengths", "dtype torch.int32 or torch.int64", key_lengths.dtype)
         checks.shape("key_lengths", key_lengths, (batch,), "[B]")
         checks.same_device("key_lengths", key_lengths, "q", q)
-        if key_lengths.device.type == "cpu" and batch and not torch.compiler.is_compiling():
-            low, high = (int(n) for n in torch.aminmax(key_lengths))
-            if low < 1 or high > keys:
-                checks.fail("key_lengths", f"values in [1, {keys}]", f"values in [{low}, {high}]")
+        checks.values_between("key_lengths", key_lengths, 1, keys, f"[1, {keys}]")
 
 
 def _mask(
@@ -120,12 +118,24 @@ def _mask(
 
 def _scores(
     q: Tensor, k: Tensor, scale: float, bias: Tensor | None, key_lengths: Tensor | None
-) -> Tensor:
-    """[B, H, Sq, Sk], at least float32 after the product."""
+) -> tuple[Tensor, Tensor | None]:
+    """Scores [B, H, Sq, Sk], at least float32 after the product, and which queries see no key.
+
+    These are bool [B or 1, H or 1, Sq or 1, 1], or None without a mask. Their scores are 0, as -inf
+    alone in a row would make NaN of it.
+    """
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k.expand(q.shape[0], -1, -1, -1))
     scores = scores.to(_statistics(q)) * scale
     mask = _mask(q, k, bias, key_lengths, scores.dtype)
-    return scores if mask is None else scores + mask
+    if mask is None:
+        return scores, None
+    blind = (mask == -math.inf).all(-1, keepdim=True)
+    return (scores + mask).masked_fill(blind, 0.0), blind
+
+
+def _where_seen(value: Tensor, blind: Tensor | None, other: float = 0.0) -> Tensor:
+    """``value`` [B, H, Sq, ...], and ``other`` for queries that see no key."""
+    return value if blind is None else value.masked_fill(blind, other)
 
 
 def reference(
@@ -137,10 +147,10 @@ def reference(
     key_lengths: Tensor | None,
     save_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    scores = _scores(q, k, scale, bias, key_lengths)
-    weights = torch.softmax(scores, dim=-1).to(q.dtype)
+    scores, blind = _scores(q, k, scale, bias, key_lengths)
+    weights = _where_seen(torch.softmax(scores, dim=-1), blind).to(q.dtype)
     out = torch.einsum("bhqk,bkhd->bqhd", weights, v.expand(q.shape[0], -1, -1, -1))
-    return out.contiguous(), _lse(scores, save_lse)
+    return out.contiguous(), _lse(scores, blind) if save_lse else scores.new_empty(0)
 
 
 def _statistics(q: Tensor) -> torch.dtype:
@@ -148,9 +158,9 @@ def _statistics(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _lse(scores: Tensor, save: bool) -> Tensor:
-    """log sum exp of the scores, [B, H, Sq], natural logarithm; empty when nobody needs it."""
-    return torch.logsumexp(scores, dim=-1) if save else scores.new_empty(0)
+def _lse(scores: Tensor, blind: Tensor | None) -> Tensor:
+    """log sum exp of the scores, [B, H, Sq], natural logarithm; -inf where no key is seen."""
+    return _where_seen(torch.logsumexp(scores, dim=-1, keepdim=True), blind, -math.inf)[..., 0]
 
 
 def sdpa(
@@ -172,7 +182,7 @@ def sdpa(
         mask = mask.expand(batch, q.shape[2], q.shape[1], k.shape[1])
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     if save_lse:
-        lse = _lse(_scores(q, k, scale, bias, key_lengths), True)
+        lse = _lse(*_scores(q, k, scale, bias, key_lengths))
     else:
         lse = torch.empty(0, dtype=_statistics(q), device=q.device)
     return out.transpose(1, 2).contiguous(), lse
@@ -195,7 +205,8 @@ def reference_backward(
     """
     compute = _statistics(q)
     batch = q.shape[0]
-    weights = torch.exp(_scores(q, k, scale, bias, key_lengths) - lse[..., None])  # [B, H, Sq, Sk]
+    scores, blind = _scores(q, k, scale, bias, key_lengths)
+    weights = _where_seen(torch.exp(scores - lse[..., None]), blind)  # [B, H, Sq, Sk]
     grad, value = grad.to(compute), v.to(compute).expand(batch, -1, -1, -1)
     delta = (grad * out.to(compute)).sum(-1).transpose(1, 2)[..., None]  # [B, H, Sq, 1]
     dscores = weights * (torch.einsum("bqhd,bkhd->bhqk", grad, value) - delta)
@@ -249,7 +260,7 @@ _OP = Op(
     reference,
     _fake,
 )
-_OP.add("sdpa", sdpa, unsupported=_sdpa_unsupported, native=True)
+_OP.add("sdpa", sdpa, unsupported=_sdpa_unsupported, native=True, composite=True)
 _OP.add(
     "onednn",
     attention_onednn.forward,

@@ -32,6 +32,7 @@ class Implementation:
     ``unavailable()`` says why this machine can't run it (None: it can) and ``unsupported(*args)``
     why it can't run this very call. ``native`` marks what needs no registration to be called
     eagerly: differentiable PyTorch operations, or code that refuses calls which need a gradient.
+    ``composite`` marks the first of these, which torch.func can transform.
     """
 
     backend: str
@@ -39,6 +40,7 @@ class Implementation:
     unavailable: Callable[[], str | None]
     unsupported: Callable[..., str | None]
     native: bool = False
+    composite: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -56,29 +57,57 @@ def one_of(argument: str, value: object, known: Iterable[str]) -> None:
         fail(argument, f"one of {', '.join(known)}", repr(value))
 
 
-def positive_int(argument: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        fail(argument, "a positive integer", repr(value))
+def whole(argument: str, value: Any, expected: str, least: int = 0) -> int:
+    """An integer of at least ``least``, of Python or NumPy, as an int; no bool.
+
+    ``expected`` says so in words, for the message.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        fail(argument, expected, repr(value))
+    return int(value)
 
 
-def finite(argument: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+def positive_int(argument: str, value: Any) -> int:
+    """A positive integer of Python or NumPy, as an int."""
+    return whole(argument, value, "a positive integer", 1)
+
+
+def finite(argument: str, value: Any) -> float:
+    """A finite number of Python or NumPy, as a float."""
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
         fail(argument, "a finite number", repr(value))
+    return float(value)
 
 
-def not_negative(argument: str, value: object) -> None:
-    finite(argument, value)
-    if value < 0:  # type: ignore[operator]
+def not_negative(argument: str, value: Any) -> float:
+    """A finite number of at least 0, as a float."""
+    if finite(argument, value) < 0:
         fail(argument, "a number of at least 0", value)
+    return float(value)
 
 
 def timesteps(argument: str, t: Any, batch: int, count: int) -> None:
-    """int64 [B] with values in [0, count). The values are read on the host only for CPU tensors."""
+    """int64 [B] with values in [0, count), which are read on the host only for CPU tensors."""
     tensor(argument, t)
     if t.dtype != torch.int64:
         fail(argument, "dtype torch.int64", t.dtype)
     shape(argument, t, (batch,), "[B]")
-    if t.device.type == "cpu" and batch and not torch.compiler.is_compiling():
-        low, high = (int(v) for v in torch.aminmax(t))
-        if low < 0 or high >= count:
-            fail(argument, f"values in [0, {count})", f"values in [{low}, {high}]")
+    values_between(argument, t, 0, count - 1, f"[0, {count})")
+
+
+def values_between(argument: str, value: Tensor, low: int, high: int, meaning: str) -> None:
+    """Integers in [low, high], looked at where that costs no transfer and no trace depends on it.
+
+    ``meaning`` is the range as the message prints it.
+    """
+    if value.device.type != "cpu" or not value.numel() or torch.compiler.is_compiling():
+        return
+    if not transformed():
+        least, most = (int(v) for v in torch.aminmax(value))
+        if least < low or most > high:
+            fail(argument, f"values in {meaning}", f"values in [{least}, {most}]")
+
+
+def transformed() -> bool:
+    """Whether torch.func (vmap, grad, ...) is at work, whose tensors have no numbers to look at."""
+    return torch._C._functorch.maybe_current_level() is not None

@@ -49,10 +49,8 @@ def conv2d(
         ValueError: shapes, dtypes or devices that don't match, a stride below 1, a negative
             padding, or an image smaller than the window.
     """
-    checks.floating("x", x)
-    args = _OP.cast(x, weight, bias, stride, pads_of(padding), x2, add, residual, packed)
-    _check(*args)
-    return _OP(*args)
+    stride, pads = checks.positive_int("stride", stride), pads_of(padding)
+    return _OP(x, weight, bias, stride, pads, x2, add, residual, packed)
 
 
 def _cast(
@@ -65,19 +63,20 @@ def _cast(
     add: Any,
     residual: Any,
     packed: Any,
-) -> tuple[Any, ...]:
+) -> autocast.Policy:
     own = weight.dtype
     x, weight, bias, x2, add, residual = autocast.cast(x.device, x, weight, bias, x2, add, residual)
     packed = packed if weight.dtype == own else None  # it holds the weight as it was
-    return x, weight, bias, stride, pads, x2, add, residual, packed
+    return (x, weight, bias, stride, pads, x2, add, residual, packed), None
 
 
 def pads_of(padding: Any) -> list[int]:
     """[left, right, top, bottom], as F.pad counts them."""
-    pads = [padding] * 4 if isinstance(padding, int) else list(padding)
-    if len(pads) != 4 or any(not isinstance(p, int) or p < 0 for p in pads):
-        checks.fail("padding", "an integer of at least 0, or four of them", padding)
-    return pads
+    expected = "an integer of at least 0, or four of them"
+    pads = padding if isinstance(padding, (list, tuple)) else [padding] * 4
+    if len(pads) != 4:
+        checks.fail("padding", expected, padding)
+    return [checks.whole("padding", pad, expected) for pad in pads]
 
 
 def _check(
@@ -91,6 +90,7 @@ def _check(
     residual: Any,
     packed: Any,
 ) -> None:
+    checks.floating("x", x)
     checks.tensor("weight", weight)
     if x.dim() != 4:
         checks.fail("x", "shape [B, C, H, W]", list(x.shape))
@@ -105,7 +105,6 @@ def _check(
             checks.tensor(name, value)
             checks.same_dtype(name, value, "x", x)
             checks.same_device(name, value, "x", x)
-    checks.positive_int("stride", stride)
     batch, channels, height, width = x.shape
     if x2 is not None:
         if x2.dim() != 4:
@@ -140,6 +139,8 @@ def _output_size(
 
 def _channels_last(value: Tensor) -> bool:
     """As PyTorch sees it: where one channel or one pixel fits both layouts, strides decide."""
+    if checks.transformed():  # then a tensor won't say, and nobody sees the layout
+        return False
     if value.shape[1:].numel() == 1 or not value.is_contiguous(memory_format=torch.channels_last):
         return False
     return value.stride(1) == 1 and value.stride(3) == value.shape[1]
@@ -198,6 +199,7 @@ _OP = Op(
     " Tensor? residual, Tensor[]? packed) -> Tensor",
     reference,
     _fake,
+    _check,
     _cast,
 )
 

@@ -25,10 +25,13 @@ def geglu(x: Tensor) -> Tensor:
     Raises:
         ValueError: not a floating tensor with an even last dimension.
     """
+    return _OP(x)
+
+
+def _check(x: Any) -> None:
     checks.floating("x", x)
     if x.dim() < 1 or x.shape[-1] % 2:
         checks.fail("x", "shape [..., 2C] with an even last dimension", list(x.shape))
-    return _OP(x)
 
 
 def reference(x: Tensor) -> Tensor:
@@ -49,6 +52,7 @@ _OP = Op(
     "(Tensor x) -> Tensor",
     reference,
     lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
+    _check,
 )
 _BACKWARD = Op(
     "geglu_backward",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import checks, norm_checks, triton_backend
+from . import autocast, checks, norm_checks, triton_backend
 from .op import Op
 
 
@@ -44,23 +44,48 @@ def group_norm_silu(
             [R, B or 1, C], of which this row is read (the step of a sampling loop, counted on the
             device). On a GPU nobody checks that it is one of the R.
 
+    Under autocast tensors of several dtypes are promoted and the result has the dtype that
+    F.group_norm and the arithmetic around it would give.
+
     Returns:
         [B, C, ...], in the memory format of ``x``.
 
     Raises:
         ValueError: shapes, dtypes or devices that don't match, or groups that don't divide C.
     """
-    _check(x, num_groups, weight, bias, eps, (add, scale, shift), x2, row)
+    num_groups = checks.positive_int("num_groups", num_groups)
+    eps = checks.not_negative("eps", eps)
     return _OP(x, num_groups, weight, bias, eps, silu, add, scale, shift, x2, row)
+
+
+def _under_autocast(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool,
+    add: Any,
+    scale: Any,
+    shift: Any,
+    x2: Any,
+    row: Any,
+) -> autocast.Policy:
+    values, dtype = autocast.norm(x, (x, x2, add, scale, shift), (weight, bias))
+    x, x2, add, scale, shift, weight, bias = values
+    return (x, num_groups, weight, bias, eps, silu, add, scale, shift, x2, row), dtype
 
 
 def _check(
     x: Any,
-    num_groups: Any,
+    num_groups: int,
     weight: Any,
     bias: Any,
-    eps: Any,
-    tables: tuple[Any, Any, Any],
+    eps: float,
+    silu: Any,
+    add: Any,
+    scale: Any,
+    shift: Any,
     x2: Any,
     row: Any,
 ) -> None:
@@ -74,15 +99,13 @@ def _check(
             checks.fail("x2", f"{x.dim()} dimensions, as x has", x2.dim())
         norm_checks.beside("x2", x2, (batch, x2.shape[1], *x.shape[2:]), "[B, C2, ...]", x)
         channels += x2.shape[1]
-    checks.positive_int("num_groups", num_groups)
-    checks.not_negative("eps", eps)
     if channels % num_groups:
         checks.fail("num_groups", f"a divisor of the {channels} channels of x", num_groups)
     norm_checks.beside("weight", weight, (channels,), "[C]", x)
     norm_checks.beside("bias", bias, (channels,), "[C]", x)
     if row is not None:
         norm_checks.row("row", row, x)
-    for name, value in zip(("add", "scale", "shift"), tables, strict=True):
+    for name, value in (("add", add), ("scale", scale), ("shift", shift)):
         if value is not None and row is None:
             norm_checks.beside(name, value, (batch, channels), "[B, C]", x)
         elif value is not None:
@@ -101,6 +124,8 @@ def _picked(row: Tensor, *tables: Tensor | None) -> list[Tensor | None]:
 
 def _layout(x: Tensor) -> torch.memory_format:
     """The layout of the result: channels_last stays, everything else becomes contiguous."""
+    if checks.transformed():  # then a tensor won't say, and nobody sees the layout
+        return torch.contiguous_format
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
@@ -126,14 +151,40 @@ def reference(
         x = torch.cat((x, x2), 1)
     if add is not None:
         x = x + _per_channel(add, x)
-    x = torch.group_norm(x, num_groups, weight, bias, eps)
+    x = _normalized(x, num_groups, weight, bias, eps)
     if scale is not None:
         x = x * (1 + _per_channel(scale, x))
     if shift is not None:
         x = x + _per_channel(shift, x)
-    if silu:
-        x = F.silu(x, inplace=not x.requires_grad)  # autograd would keep the SiLU's input
+    if silu:  # autograd would keep the SiLU's input
+        x = F.silu(x, inplace=not (x.requires_grad or checks.transformed()))
     return x.contiguous(memory_format=layout)
+
+
+def _normalized(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The norm alone.
+
+    On a CPU PyTorch makes the variance of channels_last from sums of squares, which cancel beside a
+    large mean. There it is made here, in two passes, as PyTorch does in every other layout.
+    """
+    if x.device.type != "cpu" or x.dim() < 4 or x.stride(1) > x.stride(-1):
+        return torch.group_norm(x.contiguous(), groups, weight, bias, eps)
+    space = tuple(range(2, x.dim()))
+
+    def of_group(value: Tensor) -> Tensor:
+        """The mean of [B, C, ...] over each group, at each of its channels [B, C, 1, ...]."""
+        channels = value.mean(space, keepdim=True)
+        grouped = channels.reshape(len(x), groups, -1)
+        return grouped.mean(2, keepdim=True).expand_as(grouped).reshape(channels.shape)
+
+    compute = torch.promote_types(x.dtype, torch.float32)
+    wide = x.to(compute)
+    deviation = wide - of_group(wide)
+    rest = of_group(deviation)  # what the mean's own rounding has left
+    variance = (of_group(deviation.square()) - rest.square()).clamp_min(0)
+    rstd = (variance + eps).rsqrt()
+    w, b = (value.to(compute).view(-1, *(1,) * len(space)) for value in (weight, bias))
+    return torch.addcmul(b - rest * rstd * w, deviation, rstd * w).to(x.dtype)
 
 
 def reference_backward(
@@ -226,7 +277,14 @@ _SCHEMA = (
     "Tensor x, int num_groups, Tensor weight, Tensor bias, float eps, bool silu,"
     " Tensor? add, Tensor? scale, Tensor? shift, Tensor? x2=None"
 )
-_OP = Op("group_norm_silu", f"({_SCHEMA}, Tensor? row=None) -> Tensor", reference, _fake)
+_OP = Op(
+    "group_norm_silu",
+    f"({_SCHEMA}, Tensor? row=None) -> Tensor",
+    reference,
+    _fake,
+    _check,
+    _under_autocast,
+)
 _BACKWARD = Op(
     "group_norm_silu_backward",
     f"(Tensor grad, {_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

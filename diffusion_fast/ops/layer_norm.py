@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, norm_checks, triton_backend
+from . import autocast, checks, norm_checks, triton_backend
 from .op import Op
 
 
@@ -19,19 +19,29 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
         weight, bias: [C], of the dtype and device of ``x``.
         eps: added to the variance.
 
+    Under autocast tensors of several dtypes are promoted and the result has the dtype that
+    F.layer_norm would give.
+
     Returns:
         Like ``x``, contiguous.
 
     Raises:
         ValueError: shapes, dtypes or devices that don't match.
     """
+    return _OP(x, weight, bias, checks.not_negative("eps", eps))
+
+
+def _under_autocast(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> autocast.Policy:
+    (x, weight, bias), dtype = autocast.norm(x, (x,), (weight, bias))
+    return (x, weight, bias, eps), dtype
+
+
+def _check(x: Any, weight: Any, bias: Any, eps: float) -> None:
     checks.floating("x", x)
     if x.dim() < 1:
         checks.fail("x", "shape [..., C]", list(x.shape))
     norm_checks.beside("weight", weight, x.shape[-1:], "[C]", x)
     norm_checks.beside("bias", bias, x.shape[-1:], "[C]", x)
-    checks.not_negative("eps", eps)
-    return _OP(x, weight, bias, eps)
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -61,7 +71,12 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
 
 
 _OP = Op(
-    "layer_norm", "(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor", reference, _fake
+    "layer_norm",
+    "(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
+    reference,
+    _fake,
+    _check,
+    _under_autocast,
 )
 _BACKWARD = Op(
     "layer_norm_backward",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import autocast, backend, checks, onednn, triton_backend
+from . import autocast, checks, onednn, triton_backend
 from .geglu import geglu as gate
 from .geglu import reference as _gated
 from .geglu import reference_backward as _gated_backward
@@ -53,25 +53,17 @@ def linear(
     Raises:
         ValueError: shapes, dtypes or devices that don't match, or an odd N with ``geglu``.
     """
-    checks.floating("x", x)
-    args = _OP.cast(x, weight, bias, residual, geglu, *(norm or NO_NORM), packed)
-    _check(*args)
-    if geglu and backend.needs_gradient(x, weight, bias):
-        # The gate by itself keeps its input; together they would compute it again backwards.
-        x, weight, bias, residual, _, mean, rstd, sums, _ = args
-        y = gate(_OP(x, weight, bias, None, False, mean, rstd, sums, None))
-        return y if residual is None else y + residual
-    return _OP(*args)
+    return _OP(x, weight, bias, residual, geglu, *(norm or NO_NORM), packed)
 
 
 def _cast(
     x: Tensor, weight: Tensor, bias: Any, residual: Any, geglu: bool, *norm_and_packed: Any
-) -> tuple[Any, ...]:
+) -> autocast.Policy:
     *norm, packed = norm_and_packed
     tensors = autocast.cast(x.device, x, weight, bias, residual)
     if tensors[1].dtype != weight.dtype:
         packed = None  # it holds the weight as it was
-    return (*tensors, geglu, *norm, packed)
+    return (*tensors, geglu, *norm, packed), None
 
 
 def _check(
@@ -85,6 +77,7 @@ def _check(
     sums: Any,
     packed: Any,
 ) -> None:
+    checks.floating("x", x)
     checks.tensor("weight", weight)
     if x.dim() < 1:
         checks.fail("x", "shape [..., K]", list(x.shape))
@@ -139,7 +132,7 @@ def reference(
         y = _normalized(F.linear(x.to(compute), weight.to(compute)), bias, mean, rstd, sums)
         y = y.to(x.dtype)
     if geglu:
-        y = _gated(y)
+        y = gate(y)  # whose kernel, where there is one, keeps nothing but its input
     return (y if residual is None else y + residual).contiguous()
 
 
@@ -159,6 +152,7 @@ _OP = Op(
     " Tensor? rstd, Tensor? sums, Tensor[]? packed) -> Tensor",
     reference,
     _fake,
+    _check,
     _cast,
 )
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autocast
+from . import autocast, checks
 from . import backend as _backend
 from .backend import BACKENDS, BackendError, Choice, Implementation
 
@@ -28,8 +28,8 @@ class Op:
         schema: its signature without the name, ``"(Tensor x, float eps) -> Tensor"``.
         reference: the definition in plain PyTorch.
         fake: the same signature; returns empty tensors of the right shapes, dtypes and strides.
-        cast: of an op that autocast must make narrower: the same signature; returns the arguments
-            in autocast's dtype.
+        check: raises ValueError or TypeError for arguments of the same signature that don't fit.
+        policy: what autocast does to the arguments, see :mod:`~.autocast`; None: nothing.
     """
 
     def __init__(
@@ -38,12 +38,13 @@ class Op:
         schema: str,
         reference: Callable[..., Any],
         fake: Callable[..., Any],
-        cast: Callable[..., tuple[Any, ...]] | None = None,
+        check: Callable[..., None] | None = None,
+        policy: Callable[..., autocast.Policy] | None = None,
     ) -> None:
-        self.name, self._cast = name, cast
+        self.name, self._check, self._policy = name, check, policy
         self.last_ran: str | None = None
         self.implementations = [
-            Implementation("reference", reference, _always, _always_supported, native=True)
+            Implementation("reference", reference, _always, _always_supported, True, True)
         ]
         _LIBRARY.define(name + schema)
         _LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
@@ -64,16 +65,25 @@ class Op:
         unavailable: Callable[[], str | None] | None = None,
         unsupported: Callable[..., str | None] | None = None,
         native: bool = False,
+        composite: bool = False,
     ) -> None:
         """Add a backend. It takes its place in the order of :data:`~.backend.BACKENDS`."""
-        self.implementations.append(
-            Implementation(
-                backend, run, unavailable or _always, unsupported or _always_supported, native
-            )
-        )
+        asks = unavailable or _always, unsupported or _always_supported
+        self.implementations.append(Implementation(backend, run, *asks, native, composite))
         self.implementations.sort(key=lambda i: BACKENDS.index(i.backend))
 
     def __call__(self, *args: Any) -> Any:
+        """Check the arguments and compute, as PyTorch's own function would under autocast."""
+        if self._policy is not None and autocast.enabled(args[0]):
+            args, dtype = self._policy(*args)
+            with torch.autocast(args[0].device.type, enabled=False):
+                result = self(*args)
+            return result if dtype is None else result.to(dtype)
+        if self._check is not None:
+            self._check(*args)
+        return self._computed(*args)
+
+    def _computed(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.torch_op(*args)
         chosen = self.choose(*args)
@@ -87,16 +97,10 @@ class Op:
         self.last_ran = chosen.backend
         return chosen.run(*args)
 
-    def cast(self, *args: Any) -> tuple[Any, ...]:
-        """The arguments as autocast wants them here."""
-        if self._cast is None or not autocast.enabled(args[0]):
-            return args
-        return self._cast(*args)
-
     def settle(self, *args: Any) -> Callable[..., Any]:
         """What computes calls like this one, for good where nothing but their kind decides."""
         if torch.is_grad_enabled() or autocast.enabled(args[0]):
-            return lambda *args: self(*self.cast(*args))
+            return self
         chosen = self.choose(*args)
         self.last_ran = chosen.backend
         return chosen.run
@@ -106,12 +110,12 @@ class Op:
         name = _backend.requested(self.name)
         if name == "auto":
             for candidate in self.implementations:
-                if candidate.unavailable() is None and candidate.unsupported(*args) is None:
+                if candidate.unavailable() is None and _why_not(candidate, args) is None:
                     return candidate
         reasons = {}
         for candidate in self.implementations:
             if candidate.backend == name:
-                why = candidate.unavailable() or candidate.unsupported(*args)
+                why = candidate.unavailable() or _why_not(candidate, args)
                 if why is None:
                     return candidate
                 reasons[name] = why
@@ -126,7 +130,7 @@ class Op:
         for candidate in self.implementations:
             why = candidate.unavailable()
             if why is None and args:
-                why = candidate.unsupported(*args)
+                why = _why_not(candidate, args)
             if why is None and asked not in ("auto", candidate.backend):
                 why = f"{asked} was asked for"
             if why is None and chosen is None:
@@ -164,6 +168,12 @@ class Site:
             run = self._op.settle(x, *args)
             self._settled = kind, run
         return run(x, *args)
+
+
+def _why_not(candidate: Implementation, args: tuple[Any, ...]) -> str | None:
+    if checks.transformed() and not candidate.composite:
+        return "torch.func transforms PyTorch's own functions only"
+    return candidate.unsupported(*args)
 
 
 def _always() -> None:

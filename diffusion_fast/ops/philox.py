@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,13 +38,12 @@ class Philox:
     def __init__(
         self, seed: int, offset: int = 0, device: torch.device | str | None = None
     ) -> None:
-        _check(seed, offset)
-        self.state = torch.tensor([seed, offset], dtype=torch.int64, device=device or "cpu")
+        words = _checked(seed, offset)
+        self.state = torch.tensor(words, dtype=torch.int64, device=device or "cpu")
 
     def set(self, seed: int, offset: int = 0) -> None:
         """Change seed and offset in place."""
-        _check(seed, offset)
-        self.state.copy_(torch.tensor([seed, offset], dtype=torch.int64))
+        self.state.copy_(torch.tensor(_checked(seed, offset), dtype=torch.int64))
 
     def normal(
         self,
@@ -59,10 +59,12 @@ class Philox:
         return f"Philox(seed={seed}, offset={offset}, device={str(self.state.device)!r})"
 
 
-def _check(seed: int, offset: int) -> None:
-    for name, value in (("seed", seed), ("offset", offset)):
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
-            checks.fail(name, "an integer in [0, 2^63)", repr(value))
+def _checked(seed: Any, offset: Any) -> list[int]:
+    words, expected = (("seed", seed), ("offset", offset)), "an integer in [0, 2^63)"
+    for name, value in words:
+        if checks.whole(name, value, expected) >= 2**63:
+            checks.fail(name, expected, repr(value))
+    return [int(value) for _, value in words]
 
 
 def check_device(argument: str, philox: Philox, x: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, triton_backend
+from . import autocast, checks, triton_backend
 from .op import Op
 
 
@@ -27,6 +27,8 @@ def residual(
         scale: such as 1 / sqrt(2), or 1 over a block's output scale factor.
         dim: the dimension of the channels: 1 for convolutions, -1 for linear layers.
 
+    Under autocast tensors of several dtypes are promoted, as ``+`` promotes them.
+
     Returns:
         Like ``x``.
 
@@ -35,20 +37,24 @@ def residual(
             a scale that is not finite.
     """
     checks.floating("x", x)
-    checks.finite("scale", scale)
+    expected = f"a dimension of x {list(x.shape)}"
+    if bias is None:
+        dim = 0
+    elif checks.whole("dim", dim, expected, -x.dim()) >= x.dim():
+        checks.fail("dim", expected, dim)
+    else:
+        dim = int(dim) % x.dim()
+    return _OP(x, residual, bias, checks.finite("scale", scale), dim)
+
+
+def _check(x: Any, residual: Any, bias: Any, scale: float, dim: int) -> None:
     if residual is not None:
         checks.like("residual", residual, "x", x)
     if bias is not None:
-        if not -x.dim() <= dim < x.dim():
-            checks.fail("dim", f"a dimension of x {list(x.shape)}", dim)
         checks.tensor("bias", bias)
         checks.shape("bias", bias, (x.shape[dim],), "[C]")
         checks.same_dtype("bias", bias, "x", x)
         checks.same_device("bias", bias, "x", x)
-        dim %= x.dim()
-    else:
-        dim = 0
-    return _OP(x, residual, bias, float(scale), dim)
 
 
 def reference(
@@ -59,7 +65,8 @@ def reference(
         y = y + bias.to(y.dtype).view(-1, *(1,) * (x.dim() - 1 - dim))
     if residual is not None:
         y = y + residual
-    return torch.empty_like(x).copy_(y * scale)
+    y = y * scale
+    return y.to(x.dtype) if checks.transformed() else torch.empty_like(x).copy_(y)
 
 
 def reference_backward(
@@ -79,6 +86,8 @@ _OP = Op(
     "(Tensor x, Tensor? residual, Tensor? bias, float scale, int dim) -> Tensor",
     reference,
     lambda x, *_: torch.empty_like(x),
+    _check,
+    autocast.promoted,
 )
 _BACKWARD = Op(
     "residual_backward",

@@ -27,11 +27,13 @@ def row_statistics(x: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: another dtype, no last dimension, or nothing in it.
     """
+    return _OP(x, checks.not_negative("eps", eps))
+
+
+def _check(x: Any, eps: float) -> None:
     checks.floating("x", x)
     if x.dim() < 1 or not x.shape[-1]:
         checks.fail("x", "shape [..., C] with C of at least 1", list(x.shape))
-    checks.not_negative("eps", eps)
-    return _OP(x, eps)
 
 
 def reference(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -47,7 +49,7 @@ def _fake(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[:-1], dtype=dtype), x.new_empty(x.shape[:-1], dtype=dtype)
 
 
-_OP = Op("row_statistics", "(Tensor x, float eps) -> (Tensor, Tensor)", reference, _fake)
+_OP = Op("row_statistics", "(Tensor x, float eps) -> (Tensor, Tensor)", reference, _fake, _check)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, triton_backend
+from . import autocast, checks, triton_backend
 from .op import Op
 
 
@@ -18,12 +18,23 @@ def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor | None = Non
         prediction, target: [B, ...].
         weight: [B], float; None for all ones.
 
+    Under autocast prediction and target may have two dtypes.
+
     Returns:
         A scalar, at least float32.
 
     Raises:
         ValueError: shapes, dtypes or devices that don't match, or an empty prediction.
     """
+    return _OP(prediction, target, weight)
+
+
+def _under_autocast(prediction: Tensor, target: Tensor, weight: Any) -> autocast.Policy:
+    (prediction, target), _ = autocast.promoted(prediction, target)
+    return (prediction, target, weight), None
+
+
+def _check(prediction: Any, target: Any, weight: Any) -> None:
     checks.floating("prediction", prediction)
     if prediction.dim() < 1 or not prediction.numel():
         checks.fail("prediction", "a shape [B, ...] with elements", list(prediction.shape))
@@ -32,7 +43,6 @@ def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor | None = Non
         checks.floating("weight", weight)
         checks.shape("weight", weight, prediction.shape[:1], "[B]")
         checks.same_device("weight", weight, "prediction", prediction)
-    return _OP(prediction, target, weight)
 
 
 def _per_image(weight: Tensor, like: Tensor) -> Tensor:
@@ -73,6 +83,8 @@ _OP = Op(
     "(Tensor prediction, Tensor target, Tensor? weight) -> Tensor",
     reference,
     _fake,
+    _check,
+    _under_autocast,
 )
 _BACKWARD = Op(
     "weighted_mse_backward",

@@ -123,6 +123,46 @@ def test_compiles_whole_with_gradient() -> None:
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("how", ["reference", "sdpa", "operator", "compiled"])
+@pytest.mark.parametrize("shape", [(5, 3), (2, 2, 5, 3), (1, 1, 5, 1)])
+def test_a_query_that_sees_no_key(how: str, shape: tuple[int, ...]) -> None:
+    """It gives zeros, and a loss that leaves it out has the gradients of the other queries."""
+    values = torch.randn(2, 5, 2, 8), torch.randn(2, 3, 2, 8), torch.randn(2, 3, 2, 8)
+    bias = torch.randn(shape)
+    bias[..., 1, :] = float("-inf")
+    bias[..., 3, 0] = float("-inf") if shape[-1] > 1 else 0.0
+    seen = [0, 2, 3, 4]
+
+    def run(function: object, *leaves: Tensor) -> list[Tensor]:
+        leaves = tuple(leaf.clone().requires_grad_() for leaf in leaves)
+        out = function(*leaves)
+        gradients = torch.autograd.grad(out[:, -len(seen) :].square().sum(), leaves)
+        return [out.detach(), *gradients]
+
+    def others(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return plain(q[:, seen], k, v, bias=bias[..., seen, :])
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        out = (
+            OP(q, k, v, 8**-0.5, bias, None, True)[0] if how == "operator" else call(q, k, v, bias)
+        )
+        return out[:, [1, *seen]]
+
+    def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return ops.attention(q, k, v, bias=bias)
+
+    if how == "compiled":
+        call = torch.compile(call, fullgraph=True, backend="aot_eager")  # type: ignore[assignment]
+    with ops.use_backend(attention=how if how in ("reference", "sdpa") else "auto"):
+        out, *gradients = run(ours, *values, bias)
+    assert not out[:, 0].any()
+    truth, *truths = run(others, *(v.double() for v in (*values, bias)))
+    ordinary, *ordinaries = run(others, *values, bias)
+    assert_close(out[:, 1:], truth, ordinary)
+    for got, want, other in zip(gradients, truths, ordinaries, strict=True):
+        assert_close(got, want, other, factor=3)
+
+
 def test_a_nan_stays_in_its_row() -> None:
     q, k, v = torch.randn(3, 2, 4, 2, 8)
     q[0, 1, 1] = float("nan")

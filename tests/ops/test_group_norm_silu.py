@@ -134,6 +134,44 @@ def test_a_large_mean_leaves_the_variance_right(mean: float) -> None:
     assert_close(result, truth, plain(*values, silu=False))
 
 
+@settings(deadline=None, max_examples=30)
+@given(
+    size=st.sampled_from(
+        [(2, 8, 9, 5), (1, 4, 70, 70), (3, 6, 1, 1), (2, 1, 4, 4), (1, 4, 3, 2, 5)]
+    ),
+    ratio=st.sampled_from([0.0, 1.0, 10.0, 100.0, 3e3]),
+    dtype=st.sampled_from(DTYPES),
+    sliced=st.booleans(),
+    gradient=st.booleans(),
+)
+def test_channels_last_is_as_exact_as_contiguous(
+    size: tuple[int, ...], ratio: float, dtype: torch.dtype, sliced: bool, gradient: bool
+) -> None:
+    form = torch.channels_last if len(size) == 4 else torch.channels_last_3d
+    weight, bias = torch.randn(2, size[1]).to(dtype)
+    x = (torch.randn(size) + ratio).to(dtype)
+    last = x.contiguous(memory_format=form)
+    if sliced:  # every second channel of a wider tensor
+        last = x.repeat_interleave(2, 1).contiguous(memory_format=form)[:, ::2]
+    last.requires_grad_(gradient)
+    groups = size[1] // 2 or 1
+    if x[0].numel() == groups:
+        return
+    result = ops.group_norm_silu(last, groups, weight, bias, silu=False)
+    truth = F.group_norm(x.double(), groups, weight.double(), bias.double())
+    assert_close(result.detach(), truth, F.group_norm(x, groups, weight, bias))
+    if gradient:
+        cotangent = torch.linspace(-1, 1, x.numel()).view(size)
+
+        def plain_gradient(cast: torch.dtype) -> Tensor:
+            leaf = x.to(cast, copy=True).requires_grad_()
+            out = F.group_norm(leaf, groups, weight.to(cast), bias.to(cast))
+            return torch.autograd.grad(out, leaf, cotangent.to(cast))[0]
+
+        got = torch.autograd.grad(result, last, cotangent.to(dtype))[0]
+        assert_close(got, plain_gradient(torch.float64), plain_gradient(dtype))
+
+
 TABLES = ("add", "scale", "shift")
 
 
