@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..ops import Philox, checks
 from ..ops.sampler_step import COLUMNS
+from .clock import Clock
 
 Generators = torch.Generator | Sequence[torch.Generator] | Philox | None
 
@@ -20,11 +21,12 @@ class Layout:
     """Everything that the size and kind of a loop's tensors depends on.
 
     Attributes:
-        shape: of the samples, [B, C, ...].
+        shape: shape of the samples, [B, C, ...].
         extra: channels that the model's input has besides.
-        halves: of guidance, 1 or 2.
+        halves: how many halves of guidance run, 1 or 2.
         rows: how many rows the tables may have.
-        dtype, model_dtype: of the state and of the model's input.
+        dtype, model_dtype: what the state and the model's input are kept in.
+        device: where they are.
     """
 
     shape: tuple[int, ...]
@@ -105,6 +107,17 @@ class Buffers:
         known.weight.copy_(mask)
         torch.sub(1, known.weight, out=known.weight)
         known.levels[: len(levels)] = levels.to(known.levels)
+
+    def keep_known(self, clock: Clock) -> None:
+        """x <- mask x + (1 - mask) (A x_0 + S z) at the clock's row, if that ends a step."""
+        known = self.known
+        signal, noise, ends = clock.pick(known.levels).unbind()
+        image, weight, _ = self.scratch
+        torch.mul(known.image, signal, out=image)
+        image.addcmul_(known.start, noise)
+        torch.mul(known.weight, ends, out=weight)
+        torch.lerp(self.x, image, weight, out=self.x)
+        self.write_input()
 
     def start(self) -> None:
         """Begin a run from ``x``: the kept tensors start at zero."""

@@ -1,4 +1,4 @@
-"""The engine: noise in, samples out, everything that can be done once done once."""
+"""Run a sampler: prepare what does not depend on the step once, then loop."""
 
 from __future__ import annotations
 
@@ -6,25 +6,23 @@ import contextlib
 import functools
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ..conditioning import Context, Model, join_halves
-from ..ops import checks
+from ..ops import Philox, checks
 from ..samplers import make_table
 from ..schedule import DiffusionSchedule
 from ..turns import Turns
 from .buffers import Generators, Layout
-from .graph import Graphs
+from .graphs.policy import Graphs
 from .inputs import check_extra, check_starts, checked_shape
-from .loop import Loop
-from .placement import device_of, dtype_of, evaluating
+from .loop import Loop, Run, Start, denoise
 from .predictor import Predictor, predictor_for
-from .progress import Steps, check_finite, track
 from .staleness import Edit, Watch
 
 Callback = Callable[[int, float, Tensor], None]
@@ -96,7 +94,7 @@ class Engine:
         self.model, self.schedule, self.progress = model, schedule, progress
         self.rewrites = rewrites if isinstance(rewrites, str) else tuple(rewrites)
         self._asked_device = device
-        self._graphs = Graphs(graph, model, device_of(model, device))
+        self._graphs = Graphs(graph, model, _device_of(model, device))
         self._by_step(None)
         self._turns = Turns("Engine")
         self._loops: OrderedDict[Layout, Loop] = OrderedDict()
@@ -121,7 +119,7 @@ class Engine:
         with self._turns:
             options = self._options | table
             self.table = make_table(schedule=self.schedule, **options)
-            self._options, self._steps = options, Steps(self.table)
+            self._options = options
             self._max_rows = max(self._max_rows, len(self.table))
 
     def sample(
@@ -139,14 +137,14 @@ class Engine:
         """Run the loop.
 
         Args:
-            shape: of the result, [B, ...].
+            shape: shape of the result, [B, ...].
             context: what the model is conditioned on: a tensor [B, L, C] (or labels [B]), or a dict
                 whose tensors are passed to the model by keyword. A batch of 1 serves all images.
             null_context: the same for the unconditional half of guidance.
             x_T: standard normal noise to start from, in place of drawn noise.
-            generator: for all noise; or one per image, so that image i doesn't depend on the batch;
-                or a :class:`~diffusion_fast.ops.Philox`: its own stream is the starting noise, and
-                row i of the table reads the one that is 1 + i offsets on.
+            generator: source of all noise; or one per image, so that image i doesn't depend on the
+                batch; or a :class:`~diffusion_fast.ops.Philox`: its own stream is the starting
+                noise, and row i of the table reads the one that is 1 + i offsets on.
             callback: called as ``callback(step, t, x)`` after each step (of which some samplers'
                 have two model calls) with a copy of the state; steps count from 0, t is the
                 step's first timestep.
@@ -169,24 +167,24 @@ class Engine:
         """
         shape = checked_shape(shape)
         check_extra(shape, extra_channels)
-        with self._turns, _plain_tensors(), evaluating(self.model):
+        with self._turns, _plain_tensors(), _evaluating(self.model):
             from_image = self._options.get("strength") is not None
             check_starts(shape, x_T, x_0, mask, has_strength=from_image)
+            start = Start(x_T, x_0, mask, generator, from_image)
             self._notice_edits()
             joined = join_halves(context, null_context, self.table.halves, shape[0])
             loop = self._loop_for(shape, 0 if extra_channels is None else extra_channels.shape[1])
-            loop.prepare(self.table, joined, extra_channels)
-            run = self._graphs.choose(
-                loop, generator, masked=mask is not None, by_step=self._by_step(callback)
-            )
-            loop.start(x_T, x_0, mask, generator, from_image=from_image)
 
-            rows = track(range(len(self.table)), self.table.sampler, enabled=self.progress)
-            run.go(loop, rows, self._after(loop, callback))
-            result = loop.buffers.x.clone()
-            # Reads the device: when the lock opens, nothing uses the buffers any more.
-            check_finite(loop.buffers.peak[: len(self.table)], self._steps)
-            return result
+            prepared = loop.prepare(self.table, joined, extra_channels)
+            way = self._graphs.choose(
+                prepared.capturable(masked=mask is not None),
+                philox=isinstance(generator, Philox),
+                by_step=self._by_step(callback),
+            )
+            run = prepared.begin(way, start)
+            rows = _track(range(len(self.table)), self.table.sampler, self.progress)
+            denoise(run, rows, callback and _at_ends(run, callback))
+            return run.result()
 
     def refresh(self) -> None:
         """Take the weights as they are now.
@@ -239,17 +237,6 @@ class Engine:
             checks.fail(name, f"{value}, because graph='loop' hides the steps", callback or True)
         return "a callback or progress bar sees each step"
 
-    def _after(self, loop: Loop, callback: Callback | None) -> Callable[[int], None] | None:
-        """What is to be done after each row: the callback, where a step ends."""
-        if callback is None:
-            return None
-
-        def after(row: int) -> None:
-            if self._steps.ends(row):
-                callback(*self._steps.of(row), loop.buffers.x.clone())
-
-        return after
-
     def _notice_edits(self) -> None:
         """Nothing that was captured or derived from other weights is used again."""
         edit = self._watch.look(self.model)
@@ -274,9 +261,9 @@ class Engine:
 
     def _placement(self) -> tuple[torch.device, torch.dtype, torch.dtype]:
         """Device, dtype of the model and dtype of the state, as the model is now."""
-        model_dtype = dtype_of(self.model)
+        model_dtype = _dtype_of(self.model)
         dtype = torch.float64 if model_dtype == torch.float64 else torch.float32
-        return device_of(self.model, self._asked_device), model_dtype, dtype
+        return _device_of(self.model, self._asked_device), model_dtype, dtype
 
     def _loop_for(self, shape: tuple[int, ...], extra: int) -> Loop:
         """The loop of this shape, made at its first run."""
@@ -312,8 +299,66 @@ class Engine:
         return self._predictors[key]
 
 
+def _at_ends(run: Run, callback: Callback) -> Callable[[int], None]:
+    """What is to be done after each row: the callback, where a step ends."""
+
+    def after(row: int) -> None:
+        if run.rows.ends[row]:
+            callback(*run.rows.step_of(row), run.loop.buffers.x.clone())
+
+    return after
+
+
+def _track(rows: range, label: str, enabled: bool) -> Iterable[int]:
+    """The rows as they are, or with a progress bar on standard error."""
+    if not enabled:
+        return rows
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(rows, description=label, console=Console(stderr=True))
+
+
 @contextlib.contextmanager
 def _plain_tensors() -> Iterator[None]:
     """No gradients, and no inference mode: its tensors could not be written to after it."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def _device_of(model: Model, device: torch.device | str | None) -> torch.device:
+    """The device asked for, or that of the model's parameters; they must be the same."""
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    if device is None:
+        return parameter.device if parameter is not None else torch.device("cpu")
+    try:
+        device = torch.empty(0, device=device).device  # "cuda" is the current one, such as cuda:0
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: expected one that works, got {device!r}: {reason}") from error
+    if parameter is not None and parameter.device != device:
+        checks.fail("device", f"the device of the model's parameters ({parameter.device})", device)
+    return device
+
+
+def _dtype_of(model: Model) -> torch.dtype:
+    """The dtype of the model's first floating parameter; float32 without one."""
+    if isinstance(model, nn.Module):
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return torch.float32
+
+
+@contextlib.contextmanager
+def _evaluating(model: Model) -> Iterator[None]:
+    """Eval mode for the time of a run; every module gets back the mode that it had."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) and model.training else []
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

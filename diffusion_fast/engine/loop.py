@@ -1,8 +1,13 @@
-"""The sampling loop over static tensors: one row of the table after the other."""
+"""The denoising loop over static tensors, on the host and in CUDA graphs alike.
+
+Its types hold the order of the calls: a :class:`Loop` of a shape gives a :class:`Prepared` loop of
+a table and a context, which gives a :class:`Run` from a starting noise, which is :func:`denoise`-d.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,191 +18,314 @@ from ..conditioning import Context
 from ..ops import Philox, checks
 from ..samplers.table import StepTable
 from .buffers import Buffers, Generators, Layout, noise_source
-from .capture import Graph
 from .clock import Clock
+from .graphs.policy import Capturable, Way
 from .predictor import PlainPredictor, Predictor, signature
 
 
-class Loop:
-    """A predictor on buffers: ``prepare``, ``start``, then ``step`` for each row of the table.
+def denoise(run: Run, rows: Iterable[int], after: Callable[[int], None] | None = None) -> None:
+    """Go from the run's noise to its sample, which is the buffers' ``x`` then.
 
-    ``step`` is the loop on the host. ``captured_step`` is the same with nothing that depends on the
-    row or on the host: a CUDA graph of it serves every step of every table.
+    The host does each row by :func:`step`; or it replays a graph that was captured from that
+    function; or one graph goes through all rows.
+
+    Args:
+        run: what was begun.
+        rows: 0 to the last, such as with a progress bar around them.
+        after: called with each row; it and ``rows`` have no part in a loop that is one graph.
+    """
+    graph, noise = run.way.graph, run.noise
+    if run.way.noise == "table":
+        noise.draw_all()
+    if graph is not None and run.way.mode == "loop":
+        graph.replay()
+        return
+    for row in rows:
+        if graph is None:
+            step(run.loop, run.given, noise)
+        else:
+            if run.way.noise == "row":
+                noise.draw(row)
+            graph.replay()
+            run.loop.clock.row = row + 1
+        if after is not None:
+            after(row)
+
+
+def step(loop: Loop, given: Given, noise: Noise | None = None) -> None:
+    """One row of the table: the model's output, then the sampler's x, then what a mask keeps.
+
+    Args:
+        loop: its buffers and its clock, which knows the row, on the host or on the device.
+        given: the table and the tensors that the row may read.
+        noise: draws what the row reads; None if it is there already.
+    """
+    buffers, clock = loop.buffers, loop.clock
+    output = loop.predicted()
+    if noise is not None:
+        noise.draw(clock.row)
+    ops.sampler_step(buffers.x, output, given.coefficients, clock.step, **given.state)
+    if given.masked and (given.ends is None or given.ends[clock.row]):
+        buffers.keep_known(clock)
+    clock.advance()
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a step reads beside the loop's ``x``.
 
     Attributes:
-        table: the table that was prepared last, and ``timesteps``, its grid on the device.
-        baked: what a captured step depends on beside the buffers' layout.
+        coefficients: the rows of the table, on the host or on the device.
+        state: keywords of :func:`~diffusion_fast.ops.sampler_step`.
+        masked: whether an image is kept outside of a mask.
+        ends: which rows end a step; None where the host doesn't know the row.
     """
+
+    coefficients: list[list[float]] | Tensor
+    state: dict[str, Any]
+    masked: bool
+    ends: list[bool] | None = None
+
+
+class Rows:
+    """A table as the loop reads it, row by row.
+
+    Args:
+        table: the sampler's table.
+        device: where the model runs.
+
+    Attributes:
+        coefficients: floats of each row, with guidance and prediction type folded in.
+        draws, ends: whether a row reads noise, and whether it ends a step: some samplers call the
+            model twice in one.
+        timesteps: [R] on the device; whole ones as integers, so that a model may index with t.
+    """
+
+    def __init__(self, table: StepTable, device: torch.device) -> None:
+        self.table, self.folded = table, table.folded()
+        self.coefficients: list[list[float]] = self.folded.tolist()
+        self.draws: list[bool] = table.draws.tolist()
+        self.ends: list[bool] = table.ends_step.tolist()
+        dtype = torch.int64 if table.integer_timesteps else torch.float32
+        self.timesteps = table.timesteps.to(device, dtype)
+
+        self._steps: list[int] = table.step_of_row.tolist()
+        self._t: list[float] = table.timesteps.tolist()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def step_of(self, row: int) -> tuple[int, float]:
+        """The step that a row belongs to, counted from 0, and its first timestep."""
+        step = self._steps[row]
+        return step, self._t[self._steps.index(step)]
+
+    def check_finite(self, peak: Tensor) -> None:
+        """Raise FloatingPointError with the first step whose output was not finite.
+
+        Args:
+            peak: of each row, [R]; reading it is the one host read of a run, after its last step.
+        """
+        finite = peak.isfinite()
+        if not finite.all():
+            step, t = self.step_of(int((~finite).nonzero()[0]))
+            raise FloatingPointError(
+                f"model: expected finite outputs, got NaN or infinity first at step {step} (t ="
+                f" {t:g}; steps count from 0 to {self._steps[-1]})"
+            )
+
+
+class Noise:
+    """The noise that rows read, drawn by the host into the buffers.
+
+    Args:
+        buffers: the loop's.
+        draws: whether a row reads any.
+        generator: where it comes from; a Philox stream is read in the steps themselves.
+    """
+
+    def __init__(self, buffers: Buffers, draws: list[bool], generator: Generators) -> None:
+        self._buffers = buffers
+        self._draws = [] if isinstance(generator, Philox) else draws
+        self._source = noise_source(buffers.noise, generator) if any(self._draws) else None
+
+    def draw(self, row: int) -> None:
+        """The noise of a row, if it reads any."""
+        if self._source is not None and self._draws[row]:
+            self._source()
+
+    def draw_all(self) -> None:
+        """The noise of all rows, before a loop that the host doesn't see."""
+        for row, reads in enumerate(self._draws):
+            if reads:
+                self.draw(row)
+                self._buffers.noise_table[row] = self._buffers.noise
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from, see :meth:`Engine.sample <diffusion_fast.Engine.sample>`.
+
+    Attributes:
+        x_T, x_0, mask, generator: as there.
+        from_image: whether x_0 is noised to the table's first level, in place of pure noise.
+    """
+
+    x_T: Tensor | None
+    x_0: Tensor | None
+    mask: Tensor | None
+    generator: Generators
+    from_image: bool
+
+
+class Loop:
+    """A predictor on the buffers of one layout."""
 
     def __init__(self, layout: Layout, predictor: Predictor) -> None:
         self.buffers, self.predictor = Buffers(layout), predictor
         self.clock = Clock(layout.device)
-        self.table: StepTable | None = None
-        self._output_shape = torch.Size(layout.output_shape)
+        self._rows: Rows | None = None  # of the last table
 
-    @property
-    def rows(self) -> int:
-        return len(self._rows)
-
-    @property
-    def draws(self) -> bool:
-        """Whether any row of the table reads noise."""
-        return any(self._draws)
-
-    def prepare(self, table: StepTable, context: Context, extra_channels: Tensor | None) -> None:
-        """Everything that does not depend on the noise."""
-        buffers, device = self.buffers, self.buffers.layout.device
-        if table is not self.table:
-            rows = table.folded()
-            buffers.table[: len(table)] = rows.to(device)
-            buffers.count.fill_(len(table))
-            self._rows: list[list[float]] = rows.tolist()
-            self._draws: list[bool] = table.draws.tolist()
-            self._ends: list[bool] = table.ends_step.tolist()
-            self.timesteps = table.timesteps.to(device, timesteps_dtype(table))
-            self.table = table
+    def prepare(
+        self, table: StepTable, context: Context, extra_channels: Tensor | None
+    ) -> Prepared:
+        """Write everything that does not depend on the noise."""
+        buffers, rows = self.buffers, self._rows
+        if rows is None or rows.table is not table:
+            rows = self._rows = Rows(table, buffers.layout.device)
+            buffers.table[: len(rows)] = rows.folded.to(buffers.layout.device)
+            buffers.count.fill_(len(rows))
         buffers.write_extra(extra_channels)
-        self.predictor.prepare(context, self.timesteps)
-        whole = isinstance(self.predictor, PlainPredictor) and self.timesteps.dtype
-        self.baked = signature(context), whole
+        self.predictor.prepare(context, rows.timesteps)
+        whole = isinstance(self.predictor, PlainPredictor) and rows.timesteps.dtype
+        return Prepared(self, rows, (signature(context), whole))
 
-    def start(
-        self,
-        x_T: Tensor | None,
-        x_0: Tensor | None,
-        mask: Tensor | None,
-        generator: Generators,
-        *,
-        from_image: bool,
-    ) -> None:
-        """Noise, or an image noised to the table's first level, becomes the state."""
-        buffers, table = self.buffers, self.table
-        assert table is not None
-        x = buffers.x
-        if x_T is not None:
-            x.copy_(x_T)
-        else:
-            noise_source(x, generator)()
-        self._masked = mask is not None
-        if mask is not None:
-            assert x_0 is not None
-            buffers.keep(x_0, mask, _known_levels(table))
-        if from_image:
-            assert x_0 is not None
-            x.mul_(table.noise).add_(x_0.to(x), alpha=table.signal)
-        else:
-            x.mul_(table.initial_scale)
-        buffers.start()
-        self.clock.start()
-        self._start_noise(table, generator)
-
-    def _start_noise(self, table: StepTable, generator: Generators) -> None:
-        buffers = self.buffers
-        self._draw: Callable[[], object] | None = None
-        noise: Tensor | Philox | None = None
-        if isinstance(generator, Philox):
-            noise = buffers.philox
-            noise.state.copy_(generator.state)
-            noise.state[1:].add_(1)  # the state began with the noise of the offset itself
-        elif self.draws:
-            noise = buffers.noise
-            self._draw = noise_source(noise, generator)
-        self._host_state: dict[str, Any] = {
-            "noise": noise,
-            "y": buffers.y if table.needs_y else None,
-            "h1": buffers.h1 if table.needs_h1 else None,
-            "h2": buffers.h2 if table.needs_h2 else None,
-            "model_input": buffers.next_input,
-            "peak": buffers.peak[: len(table)],
-            "scratch": buffers.scratch,
-        }
-
-    def step(self) -> None:
-        """One row, which the host knows."""
-        row = self.clock.row
-        output = self._predicted()
-        if self._draw is not None:
-            self.draw()
-        ops.sampler_step(self.buffers.x, output, self._rows, row, **self._host_state)
-        if self._masked and self._ends[row]:
-            self._keep_known()
-        self.clock.row = row + 1
-
-    def replay(self, graph: Graph, *, draw: bool) -> None:
-        """One row by a graph of ``captured_step``, with noise drawn for it or there already."""
-        if draw:
-            self.draw()
-        graph.replay()
-        self.clock.row += 1
-
-    def draw(self) -> None:
-        """The noise of the row that comes next, if it reads any."""
-        if self._draw is not None and self._draws[self.clock.row]:
-            self._draw()
-
-    def draw_all(self) -> None:
-        """The same for all rows, before the loop."""
-        if self._draw is not None:
-            for row, wanted in enumerate(self._draws):
-                if wanted:
-                    self._draw()
-                    self.buffers.noise_table[row] = self.buffers.noise
-
-    def captured_step(self, noise: str, *, masked: bool, rescale: bool) -> None:
-        """One row, which only the device knows.
-
-        Args:
-            noise: where a row's noise is: ``"row"`` (drawn before it), ``"table"``, ``"philox"``.
-            masked: whether to keep an image outside of a mask.
-            rescale: whether any row may rescale guidance.
-        """
-        buffers = self.buffers
-        with self.clock.on_device():
-            ops.sampler_step(
-                buffers.x,
-                self._predicted(),
-                buffers.table,
-                self.clock.step,
-                noise=buffers.source(noise),
-                y=buffers.y,
-                h1=buffers.h1,
-                h2=buffers.h2,
-                model_input=buffers.next_input,
-                peak=buffers.peak,
-                rescale=rescale,
-            )
-            if masked:
-                self._keep_known()
-            self.clock.advance()
-
-    def _predicted(self) -> Tensor:
+    def predicted(self) -> Tensor:
+        """The model's output [halves * B, C, ...] at the clock's row, checked."""
         buffers = self.buffers
         output = self.predictor(buffers.model_input, self.clock)
         if not isinstance(output, Tensor):
             raise TypeError(f"model: expected it to return a tensor, got {type(output).__name__}")
-        if output.shape != self._output_shape:
+        if output.shape != buffers.layout.output_shape:
             but = " without the extra channels" if buffers.layout.extra else ""
-            expected = f"an output of the shape of its input{but} {list(self._output_shape)}"
+            expected = f"an output of the shape of its input{but} {[*buffers.layout.output_shape]}"
             checks.fail("model", expected, list(output.shape))
         if output.data_ptr() == buffers.x.data_ptr():
             output = output.clone()  # a model that returns its input: x changes in place
         return output
 
-    def _keep_known(self) -> None:
-        """x <- mask x + (1 - mask) (A x_0 + S z), where the row ends a step."""
-        buffers, known = self.buffers, self.buffers.known
-        signal, noise, ends = self.clock.pick(known.levels).unbind()
-        image, weight, _ = buffers.scratch
-        torch.mul(known.image, signal, out=image)
-        image.addcmul_(known.start, noise)
-        torch.mul(known.weight, ends, out=weight)
-        torch.lerp(buffers.x, image, weight, out=buffers.x)
-        buffers.write_input()
+
+class Prepared:
+    """A loop with a table and a context; nothing of it depends on the noise.
+
+    Args:
+        loop: what was prepared.
+        rows: the table's.
+        baked: what a captured step depends on beside the buffers' layout.
+    """
+
+    def __init__(self, loop: Loop, rows: Rows, baked: Any) -> None:
+        self.loop, self.rows, self.baked = loop, rows, baked
+
+    def capturable(self, masked: bool) -> Capturable:
+        """Its step with nothing that depends on the row or on the host.
+
+        A CUDA graph of that step serves every row of every table.
+
+        Args:
+            masked: whether an image is kept outside of a mask.
+        """
+        loop, buffers, rescales = self.loop, self.loop.buffers, self.rows.table.rescales
+
+        def captured(noise: str) -> None:
+            state = {
+                "noise": buffers.source(noise),
+                "y": buffers.y,
+                "h1": buffers.h1,
+                "h2": buffers.h2,
+                "model_input": buffers.next_input,
+                "peak": buffers.peak,
+                "rescale": rescales,
+            }
+            with loop.clock.on_device():
+                step(loop, Given(buffers.table, state, masked))
+
+        return Capturable(
+            owner=loop,
+            baked=(self.baked, masked, rescales),
+            device=buffers.layout.device,
+            rows=len(self.rows),
+            draws=any(self.rows.draws),
+            noise_bytes=buffers.layout.rows * buffers.x.nbytes,
+            counter=loop.clock.counter,
+            count=buffers.count,
+            step=captured,
+        )
+
+    def begin(self, way: Way, start: Start) -> Run:
+        """Make the noise, or an image noised to the table's first level, the loop's state.
+
+        Args:
+            way: how the run goes through the rows; finding it may have overwritten the state.
+            start: what to begin with.
+        """
+        buffers, table, generator = self.loop.buffers, self.rows.table, start.generator
+        x = buffers.x
+        if start.x_T is not None:
+            x.copy_(start.x_T)
+        else:
+            noise_source(x, generator)()
+        if start.mask is not None:
+            assert start.x_0 is not None  # checked
+            buffers.keep(start.x_0, start.mask, _known_levels(table))
+        if start.from_image:
+            assert start.x_0 is not None  # checked
+            x.mul_(table.noise).add_(start.x_0.to(x), alpha=table.signal)
+        else:
+            x.mul_(table.initial_scale)
+        buffers.start()
+        self.loop.clock.start()
+        if isinstance(generator, Philox):
+            buffers.philox.state.copy_(generator.state)
+            buffers.philox.state[1:].add_(1)  # it began with the noise of the offset itself
+        return Run(self, way, start)
 
 
-def timesteps_dtype(table: StepTable) -> torch.dtype:
-    """Whole timesteps stay integers, so that a model may index tables with t."""
-    return torch.int64 if table.integer_timesteps else torch.float32
+class Run:
+    """A run that has begun: its rows, its noise and its mask.
+
+    Args:
+        prepared: the loop that it runs in.
+        way: how it goes through the rows.
+        start: what it began with.
+    """
+
+    def __init__(self, prepared: Prepared, way: Way, start: Start) -> None:
+        self.loop, self.rows, self.way = prepared.loop, prepared.rows, way
+        buffers, rows, table = self.loop.buffers, self.rows, self.rows.table
+        self.noise = Noise(buffers, rows.draws, start.generator)
+        drawn = buffers.noise if any(rows.draws) else None
+        state: dict[str, Any] = {
+            "noise": buffers.philox if isinstance(start.generator, Philox) else drawn,
+            "y": buffers.y if table.needs_y else None,
+            "h1": buffers.h1 if table.needs_h1 else None,
+            "h2": buffers.h2 if table.needs_h2 else None,
+            "model_input": buffers.next_input,
+            "peak": buffers.peak[: len(rows)],
+            "scratch": buffers.scratch,
+        }
+        self.given = Given(rows.coefficients, state, start.mask is not None, rows.ends)
+
+    def result(self) -> Tensor:
+        """A copy of the sample.
+
+        Raises:
+            FloatingPointError: the model's output was not finite.
+        """
+        result = self.loop.buffers.x.clone()
+        # Reads the device: after it, nothing uses the buffers any more.
+        self.rows.check_finite(self.loop.buffers.peak[: len(self.rows)])
+        return result
 
 
 def _known_levels(table: StepTable) -> Tensor:

@@ -27,8 +27,8 @@ class Predictor(Protocol):
         """Before each run: everything that depends on the prompt or on the time grid only.
 
         Args:
-            context: of the halves that run, as :func:`~diffusion_fast.conditioning.join_halves`
-                gives it: batch [halves * B].
+            context: what the halves that run are conditioned on, batch [halves * B], as
+                :func:`~diffusion_fast.conditioning.join_halves` gives it.
             timesteps: [R] on the device, int64 if all are whole, else float32.
         """
         ...
@@ -53,15 +53,19 @@ class PlainPredictor:
 
     Args:
         model: the callable. It may only read x and t, which are the loop's own tensors.
-        batch: halves * B.
-        max_rows: of the tables to come.
-        why: no rewrite is used, for :meth:`explain`; None where there is nothing to rewrite.
+        batch: number of its inputs, halves * B.
+        max_rows: largest number of rows of the tables to come.
+        why: reason for using no rewrite, for :meth:`explain`; None where there is nothing to
+            rewrite.
     """
 
     def __init__(self, model: Model, *, batch: int, max_rows: int, why: str | None = None) -> None:
         self.model, self.batch, self.max_rows, self.why = model, batch, max_rows, why
         self._contexts: dict[Any, tuple[Context, Callable[[Tensor, Tensor], Tensor]]] = {}
         self._times: dict[torch.dtype, tuple[Tensor, Sequence[Tensor]]] = {}
+        self._predict: Callable[[Tensor, Tensor], Tensor] = model  # of the context now
+        self._t = torch.empty(0)  # of the time grid now
+        self._t_of_row: Sequence[Tensor] = ()
 
     def prepare(self, context: Context, timesteps: Tensor) -> None:
         key = signature(context)
@@ -105,9 +109,9 @@ def predictor_for(
         model: as :class:`~diffusion_fast.Engine` takes it.
         rewrites: the exact rewrites of a U-Net to use: ``"all"``, ``"none"`` or names. A U-Net with
             hooks on anything but its layers has none for ``"all"``, and they say why.
-        batch: of the images, without the halves of guidance.
-        halves: of guidance that run in one call, 1 or 2.
-        max_rows: of the tables to come.
+        batch: number of images, without the halves of guidance.
+        halves: how many halves of guidance run in one call, 1 or 2.
+        max_rows: largest number of rows of the tables to come.
 
     Raises:
         ValueError: rewrites asked for by name that don't exist, or that the model can't have.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from diffusion_fast.engine import capture, graph
+from diffusion_fast.engine.graphs import capture, policy
 
 
 class TapeGraph:
@@ -138,5 +138,5 @@ class TapeCapturer:
 def tape(monkeypatch: pytest.MonkeyPatch) -> TapeCapturer:
     """Engines made in the test capture on the CPU."""
     capturer = TapeCapturer()
-    monkeypatch.setattr(graph, "CudaCapturer", lambda: capturer)
+    monkeypatch.setattr(policy, "CudaCapturer", lambda: capturer)
     return capturer

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffusion_fast.engine import capture
+from diffusion_fast.engine.graphs import capture
 
 
 class Stream:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import diffusion_fast as df
 from diffusion_fast import ops
-from diffusion_fast.engine import graph as graph_module
+from diffusion_fast.engine.graphs import policy
 from diffusion_fast.samplers import SAMPLERS
 
 __all__ = ["tape"]  # a fixture
@@ -171,7 +171,7 @@ def test_without_while_nodes_the_loop_is_unrolled(
         assert same(x, plain(model, sampler="ddpm", steps=steps))
         assert {type(graph) for graph in tape.graphs} == {TapeGraph, Unrolled}
     assert tape.captures == 1
-    monkeypatch.setattr(graph_module, "UNROLLED_ROWS", 5)
+    monkeypatch.setattr(policy, "UNROLLED_ROWS", 5)
     engine.refresh()
     assert same(engine.sample(SHAPE, generator=seeded()), plain(model, sampler="ddpm", steps=6))
     assert engine.explain()["graph"].startswith("step (6 rows are too many to unroll: an old")
@@ -262,7 +262,7 @@ def test_a_plain_callable_is_captured_only_when_asked(tape: TapeCapturer) -> Non
 def test_large_noise_is_drawn_by_step_or_by_philox(
     tape: TapeCapturer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph_module, "NOISE_BYTES", 1000)
+    monkeypatch.setattr(policy, "NOISE_BYTES", 1000)
     model = Model()
     engine = df.Engine(model, SCHEDULE, sampler="ddpm", steps=5)
     assert same(engine.sample(SHAPE, generator=seeded()), plain(model, sampler="ddpm", steps=5))
@@ -327,3 +327,43 @@ def test_what_is_not_finite_is_found_in_a_graph(tape: TapeCapturer) -> None:
     engine = df.Engine(Breaks(), SCHEDULE, graph="loop", sampler="ddim", steps=4)
     with pytest.raises(FloatingPointError, match=r"first at step 1 \(t = 50;"):
         engine.sample(SHAPE)
+
+
+def tried(mode: str, rows: int, by_step: str | None, failing: dict[str, str]) -> list[str]:
+    """What is tried one after the other, and why the last one is taken."""
+    refused: dict[str, str] = {}
+    kinds: list[str] = []
+    for kind, why in policy.attempts(mode, rows, by_step, refused):
+        kinds.append(kind)
+        if kind not in failing:
+            return [*kinds, why]
+        refused[kind] = failing[kind]
+    raise AssertionError("nothing is left")
+
+
+@pytest.mark.parametrize(
+    ("mode", "rows", "by_step", "failing", "expected"),
+    [
+        ("auto", 20, None, {}, ["repeat", "repeated on the device"]),
+        ("auto", 20, "a callback", {}, ["step", "a callback"]),
+        ("step", 20, None, {}, ["step", "as asked"]),
+        ("auto", 20, None, {"repeat": "old"}, ["repeat", "unroll", "20 rows unrolled: old"]),
+        (
+            *("auto", 101, None, {"repeat": "old"}),
+            ["repeat", "step", "101 rows are too many to unroll: old"],
+        ),
+        (
+            *("auto", 20, None, {"repeat": "old", "unroll": "no room"}),
+            ["repeat", "unroll", "step", "no room"],
+        ),
+        ("loop", 101, None, {"repeat": "old"}, ["repeat", "unroll", "101 rows unrolled: old"]),
+        (
+            *("loop", 20, None, {"repeat": "old", "unroll": "no room"}),
+            ["repeat", "unroll", "whole", "20 rows unrolled: old"],
+        ),
+    ],
+)
+def test_the_order_of_attempts(
+    mode: str, rows: int, by_step: str | None, failing: dict[str, str], expected: list[str]
+) -> None:
+    assert tried(mode, rows, by_step, failing) == expected

@@ -11,8 +11,8 @@ from conv_model import SCHEDULE, SHAPE, Model, plain, same, seeded
 from tape import Loop, TapeCapturer, TapeGraph, tape
 
 import diffusion_fast as df
-from diffusion_fast.engine import graph as graph_module
-from diffusion_fast.engine.graph_cache import GraphCache
+from diffusion_fast.engine.graphs import policy
+from diffusion_fast.engine.graphs.cache import GraphCache
 
 __all__ = ["tape"]  # a fixture
 
@@ -125,7 +125,7 @@ def test_no_room_for_a_loop(tape: TapeCapturer, repeats: bool) -> None:
 def test_the_memory_of_graphs_has_a_bound(
     tape: TapeCapturer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph_module, "GRAPH_BYTES", 250)
+    monkeypatch.setattr(policy, "GRAPH_BYTES", 250)
     engine = df.Engine(Model(), SCHEDULE, sampler="ddim", steps=4)
     for size in (4, 5, 4, 6):  # 100 bytes each: the third shape drives out the second
         engine.sample((1, 1, size, size))

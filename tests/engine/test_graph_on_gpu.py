@@ -14,7 +14,7 @@ from torch import Tensor
 
 import diffusion_fast as df
 from diffusion_fast import ops
-from diffusion_fast.engine import capture
+from diffusion_fast.engine.graphs import capture
 from diffusion_fast.samplers import SAMPLERS
 
 pytestmark = pytest.mark.gpu

@@ -14,7 +14,7 @@ import pytest
 import torch
 import triton
 
-from diffusion_fast.engine.while_loop import (
+from diffusion_fast.engine.graphs.while_loop import (
     SET_CONDITION,
     UnrolledLoop,
     WhileLoop,

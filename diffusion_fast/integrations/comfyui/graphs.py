@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...engine.capture import Capturer, CudaCapturer, Graph
+from ...engine.graphs.capture import Capturer, CudaCapturer, Graph
 from .attention import attend
 
 log = logging.getLogger(__name__)
