@@ -43,22 +43,27 @@ class Writes:
             else:
                 self._apart.append(tensor)
         self._views = list(views.values())
-        self._before = self._now()
+        self._versions, self._uncounted = self._read_versions(), self._read_elements()
         _asked.append(weakref.ref(self, _asked.remove))
 
     def __call__(self) -> bool:
         """Whether there were any since the last question, or since the start."""
-        stepped, self._stepped = self._stepped, False
-        before, self._before = self._before, self._now()
-        (versions, samples, sums), (old_versions, old_samples, old_sums) = self._before, before
-        same = versions == old_versions and sums == old_sums
-        return stepped or not same or not all(map(torch.equal, samples, old_samples))
+        before, self._uncounted = self._uncounted, self._read_elements()
+        (samples, sums), (old_samples, old_sums) = self._uncounted, before
+        return self.counted() or sums != old_sums or not all(map(torch.equal, samples, old_samples))
 
-    def _now(self) -> tuple[list[int], list[Tensor], list[int]]:
-        versions = list(map(_version, self._counted))
-        sums = checksums(self._tensors) if self._verify else []
+    def counted(self) -> bool:
+        """The same without a look at the elements: whether PyTorch or an optimizer told of any."""
+        stepped, self._stepped = self._stepped, False
+        before, self._versions = self._versions, self._read_versions()
+        return stepped or self._versions != before
+
+    def _read_versions(self) -> list[int]:
+        return list(map(_version, self._counted))
+
+    def _read_elements(self) -> tuple[list[Tensor], list[int]]:
         samples = [*map(torch.cat, self._views), *map(spread, self._apart)]
-        return versions, samples, sums
+        return samples, checksums(self._tensors) if self._verify else []
 
     def hear_of(self, parameters: Iterable[int]) -> None:
         """An optimizer has made a step with the tensors of these ids."""

@@ -22,7 +22,7 @@ from .buffers import Generators, Layout
 from .graphs.policy import Graphs
 from .inputs import check_extra, check_starts, checked_shape
 from .loop import Loop, Run, Start, denoise
-from .predictor import Predictor, predictor_for
+from .predictor import PlainPredictor, Predictor, predictor_for
 from .staleness import Edit, Watch
 
 Callback = Callable[[int, float, Tensor], None]
@@ -147,7 +147,8 @@ class Engine:
                 noise, and row i of the table reads the one that is 1 + i offsets on.
             callback: called as ``callback(step, t, x)`` after each step (of which some samplers'
                 have two model calls) with a copy of the state; steps count from 0, t is the
-                step's first timestep.
+                step's first timestep. The steps after it run with the weights that it leaves, as
+                far as PyTorch counts writes.
             x_0: an image to start from, noised to where ``strength`` begins (image-to-image), or
                 the image to keep outside of ``mask``.
             mask: inpainting, [B or 1, 1 or C, ...] in [0, 1] or bool: 1 draws, 0 keeps x_0. After
@@ -163,7 +164,8 @@ class Engine:
             ValueError: an argument that doesn't fit; TypeError: a model that returns no tensor.
             FloatingPointError: the model's output was not finite; names the first such step.
             RuntimeError: the graph that was asked for by name can't be captured; or a callback, or
-                the model, calls its own engine.
+                the model, calls its own engine; or a callback changes more of a model with rewrites
+                or graphs than the values of its weights.
         """
         shape = checked_shape(shape)
         check_extra(shape, extra_channels)
@@ -183,7 +185,7 @@ class Engine:
             )
             run = prepared.begin(way, start)
             rows = _track(range(len(self.table)), self.table.sampler, self.progress)
-            denoise(run, rows, callback and _at_ends(run, callback))
+            denoise(run, rows, callback and self._at_ends(run, callback))
             return run.result()
 
     def refresh(self) -> None:
@@ -236,6 +238,27 @@ class Engine:
             name, value = ("callback", None) if callback is not None else ("progress", False)
             checks.fail(name, f"{value}, because graph='loop' hides the steps", callback or True)
         return "a callback or progress bar sees each step"
+
+    def _at_ends(self, run: Run, callback: Callback) -> Callable[[int], None]:
+        """What is to be done after each row: the callback, where a step ends."""
+
+        def after(row: int) -> None:
+            if not run.rows.ends[row]:
+                return
+            callback(*run.rows.step_of(row), run.loop.buffers.x.clone())
+            edit = self._watch.look(self.model, closely=False)
+            if edit is Edit.VALUES:
+                self._refresh()
+                run.prepared.renew()
+            elif edit is Edit.MODEL:
+                self._forget()
+                if run.way.graph is not None or not isinstance(run.loop.predictor, PlainPredictor):
+                    raise RuntimeError(
+                        "callback: expected one that changes nothing of the model but the values of"
+                        " its weights, got other tensors, modules, hooks or settings"
+                    )
+
+        return after
 
     def _notice_edits(self) -> None:
         """Nothing that was captured or derived from other weights is used again."""
@@ -297,16 +320,6 @@ class Engine:
                 max_rows=layout.rows,
             )
         return self._predictors[key]
-
-
-def _at_ends(run: Run, callback: Callback) -> Callable[[int], None]:
-    """What is to be done after each row: the callback, where a step ends."""
-
-    def after(row: int) -> None:
-        if run.rows.ends[row]:
-            callback(*run.rows.step_of(row), run.loop.buffers.x.clone())
-
-    return after
 
 
 def _track(rows: range, label: str, enabled: bool) -> Iterable[int]:

@@ -198,7 +198,7 @@ class Loop:
         buffers.write_extra(extra_channels)
         self.predictor.prepare(context, rows.timesteps)
         whole = isinstance(self.predictor, PlainPredictor) and rows.timesteps.dtype
-        return Prepared(self, rows, (signature(context), whole))
+        return Prepared(self, rows, context, (signature(context), whole))
 
     def predicted(self) -> Tensor:
         """The model's output [halves * B, C, ...] at the clock's row, checked."""
@@ -221,11 +221,17 @@ class Prepared:
     Args:
         loop: what was prepared.
         rows: the table's.
+        context: what the halves that run are conditioned on.
         baked: what a captured step depends on beside the buffers' layout.
     """
 
-    def __init__(self, loop: Loop, rows: Rows, baked: Any) -> None:
+    def __init__(self, loop: Loop, rows: Rows, context: Context, baked: Any) -> None:
         self.loop, self.rows, self.baked = loop, rows, baked
+        self._context = context
+
+    def renew(self) -> None:
+        """Compute again what was made from weights that have other values now."""
+        self.loop.predictor.prepare(self._context, self.rows.timesteps)
 
     def capturable(self, masked: bool) -> Capturable:
         """Its step with nothing that depends on the row or on the host.
@@ -301,7 +307,8 @@ class Run:
     """
 
     def __init__(self, prepared: Prepared, way: Way, start: Start) -> None:
-        self.loop, self.rows, self.way = prepared.loop, prepared.rows, way
+        self.prepared, self.way = prepared, way
+        self.loop, self.rows = prepared.loop, prepared.rows
         buffers, rows, table = self.loop.buffers, self.rows, self.rows.table
         self.noise = Noise(buffers, rows.draws, start.generator)
         drawn = buffers.noise if any(rows.draws) else None

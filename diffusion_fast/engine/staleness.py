@@ -35,14 +35,20 @@ class Watch:
         self._seen: _Seen | None = None
         self._model: Model | None = None
 
-    def look(self, model: Model) -> Edit:
-        """What was done since the last look; a model that was not looked at then is another one."""
+    def look(self, model: Model, closely: bool = True) -> Edit:
+        """What was done since the last look; a model that was not looked at then is another one.
+
+        Args:
+            model: the model as it is now.
+            closely: whether to read elements too, for writes that nothing tells of.
+        """
         before, same = self._seen, model is self._model
         self._model = model
         if same and not isinstance(model, nn.Module):
             return Edit.NONE
         if same and before is not None and before.unchanged():
-            return Edit.VALUES if before.writes() else Edit.NONE
+            written = before.writes() if closely else before.writes.counted()
+            return Edit.VALUES if written else Edit.NONE
         self._seen = now = _Seen(model, self.verify) if isinstance(model, nn.Module) else None
         if not same or before is None or now is None or now.identity != before.identity:
             return Edit.MODEL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numerics import error
+from prepared import unet
+from tape import TapeCapturer, tape
 from torch import Tensor, nn
 
+import diffusion_fast as df
 from diffusion_fast.engine.staleness import Edit, Watch
+
+__all__ = ["tape"]  # a fixture
 
 
 class Net(nn.Module):
@@ -181,3 +188,55 @@ def _same(a: Any, b: Any) -> bool:
         pairs = [(a.get(key), b.get(key)) for key in a.keys() | b.keys()]
         return list(a) == list(b) and all(_same(*pair) for pair in pairs)
     return bool(a == b)
+
+
+SCHEDULE = df.DiffusionSchedule(timesteps=100)
+REWRITES = ["all", "none", ["cached_context", "time_table"]]
+
+
+@pytest.mark.parametrize("rewrites", REWRITES, ids=str)
+@pytest.mark.parametrize("graph", ["off", "step"])
+def test_weights_that_a_callback_changes_serve_the_steps_after_it(
+    tape: TapeCapturer, graph: str, rewrites: Any
+) -> None:
+    """As for the plain loop; and the next run begins with them."""
+    call = {"x_T": torch.randn(1, 4, 8, 8), "context": torch.randn(1, 5, 24)}
+    call = {name: value.double() for name, value in call.items()}
+
+    def edits(model: nn.Module) -> Callable[[int, float, Tensor], None]:
+        def edit(step: int, t: float, x: Tensor) -> None:
+            if step == 1:
+                with torch.no_grad():
+                    for value in model.parameters():
+                        value.mul_(0.9)
+
+        return edit
+
+    model = unet(torch.float64)
+    twin = copy.deepcopy(model)
+    options = {"sampler": "ddim", "steps": 4}
+    engine = df.Engine(model, SCHEDULE, graph, rewrites=rewrites, **options)
+    before = engine.sample((1, 4, 8, 8), **call)
+    for _ in range(2):
+        edited = engine.sample((1, 4, 8, 8), **call, callback=edits(model))
+        truth = df.sample(twin, SCHEDULE, (1, 4, 8, 8), **call, callback=edits(twin), **options)
+        assert error(edited, truth) < 1e-9
+        assert error(edited, before) > 1e-3
+
+
+def test_a_callback_that_changes_more_of_a_model_is_refused() -> None:
+    model = unet()
+    engine = df.Engine(model, SCHEDULE, sampler="ddim", steps=4)
+    context = torch.randn(1, 5, 24)
+
+    def hook(*_: Any) -> None:
+        model.conv_out.register_forward_hook(lambda module, args, out: 2 * out)
+
+    with pytest.raises(RuntimeError, match="callback: expected one that changes nothing"):
+        engine.sample((1, 4, 8, 8), context=context, callback=hook)
+    x_T = torch.randn(1, 4, 8, 8)
+    x = engine.sample((1, 4, 8, 8), context=context, x_T=x_T)
+    plain = df.sample(
+        model, SCHEDULE, (1, 4, 8, 8), sampler="ddim", steps=4, context=context, x_T=x_T
+    )
+    assert error(x, plain) < 1e-5
