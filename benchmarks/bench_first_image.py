@@ -43,7 +43,7 @@ def write(model: str, dtype: str, folder: Path) -> None:
     import torch
 
     from diffusion_fast import StableDiffusion
-    from diffusion_fast.benchmarks.networks import KINDS, SETTINGS, Networks
+    from diffusion_fast.benchmarks.models.networks import KINDS, SETTINGS, Networks
     from diffusion_fast.pipelines.loading import Parts
 
     networks = Networks(KINDS[model], getattr(torch, dtype), torch.device("cpu"))
@@ -141,8 +141,8 @@ def main() -> None:
     if given.child:
         print(json.dumps(child(given.child, given.folder, given.dtype, given.steps)))
         return
-    from diffusion_fast.benchmarks.environment import GPU, environment
-    from diffusion_fast.benchmarks.networks import KINDS
+    from diffusion_fast.benchmarks.lib.environment import GPU, environment
+    from diffusion_fast.benchmarks.models.networks import KINDS
     from diffusion_fast.files import write_json
 
     ways = given.ways.split(",")

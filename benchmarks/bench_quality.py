@@ -1,6 +1,6 @@
 """What P2, min-SNR, importance sampling and the averaged weights do to the images.
 
-    python benchmarks/bench_quality.py --data /usr/share/datasets/fashion-mnist
+    python -m benchmarks.bench_quality --data /usr/share/datasets/fashion-mnist
 
 Small class-conditional U-Nets are trained on two real data sets, the same way but for one thing,
 and sampled with several seeds. A CSV row is one variant with one sampling seed:
@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import fashion_mnist
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
@@ -35,6 +34,8 @@ from torch.utils.data import TensorDataset
 import diffusion_fast as df
 from diffusion_fast.training import P2, Batches, Checkpoints, ImportanceSampler, MinSNR
 from diffusion_fast.training.data import load_digits
+
+from . import fashion_mnist
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = ("data", "variant", "ema", "steps", "images", "sampling_seed")

@@ -21,11 +21,11 @@ from typing import Any
 
 import pytest
 import torch
-from harness import environment
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import diffusion_fast as df
+from diffusion_fast.benchmarks.lib.environment import environment
 from diffusion_fast.training import Batches, MinSNR
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

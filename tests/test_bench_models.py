@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion_fast.benchmarks import (
+from diffusion_fast.benchmarks.lib import environment
+from diffusion_fast.benchmarks.models import (
     compare,
-    environment,
     in_diffusers,
     ladder,
     limits,

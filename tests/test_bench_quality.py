@@ -19,9 +19,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "quality"
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("bench_quality")
+def bench() -> ModuleType:
+    return importlib.import_module("benchmarks.bench_quality")
 
 
 @pytest.fixture

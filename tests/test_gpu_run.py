@@ -355,7 +355,7 @@ def test_commands_are_spelt_right(part: Part) -> None:
     context = found.make_context(name, options)
     for value in ("what", "model"):
         if value in context.params:
-            from diffusion_fast.benchmarks import networks, run
+            from diffusion_fast.benchmarks.models import networks, run
 
             known = {"what": run.WHATS, "model": networks.KINDS}[value]
             assert set(context.params[value].split(",")) <= set(known)

@@ -64,7 +64,7 @@ def test_the_sdist_holds_the_sources(built: Path) -> None:
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = sources("diffusion_fast/", "") | sources("kernels/", "") | sources("csrc/", "")
-    wanted |= sources("benchmarks/models/", "")
+    wanted |= sources("benchmarks/models/", "") | sources("benchmarks/lib/", "")
     missing = (wanted | {"README.md", "LICENSE", "setup.py", "CHANGELOG.md"}) - names
     assert not missing
 
@@ -75,8 +75,8 @@ def test_the_wheel_holds_the_package_only(built: Path) -> None:
     assert sources("diffusion_fast/", ".py", "py.typed") <= names
     kernels = sources("kernels/", ".py") | sources("csrc/", "")
     assert {f"diffusion_fast/{name}" for name in kernels} <= names
-    bench = {Path(name).name for name in sources("benchmarks/models/", ".py")}
-    assert {f"diffusion_fast/benchmarks/{name}" for name in bench} <= names
+    bench = sources("benchmarks/models/", ".py") | sources("benchmarks/lib/", ".py")
+    assert {f"diffusion_fast/{name}" for name in bench} <= names
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"diffusion_fast"}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from diffusion_fast.benchmarks.environment import environment, folder_name
+from diffusion_fast.benchmarks.lib.environment import environment, folder_name
 
 from .identity import ROOT, identity
 from .parts import all_parts

@@ -85,7 +85,7 @@ def _ops(folder: Path) -> Iterator[Part]:
     for op in OPS:
         store = f"--benchmark-json={folder / 'ops' / op}.json"
         options = ("-q", "--benchmark-enable", "--benchmark-only", store)
-        command = _module("pytest", f"benchmarks/bench_{op}.py", *options)
+        command = _module("pytest", f"benchmarks/ops/bench_{op}.py", *options)
         limit = 300 if op in ("attention", "group_norm_silu") else 150
         yield Part(f"ops-{op}", command, limit=limit, least=30, packages=PYTEST)
 

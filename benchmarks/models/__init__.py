@@ -1,5 +1,5 @@
 """Whole models, measured: U-Net step, loop, pipeline, and what each technique brings.
 
-``diffusion-fast bench`` runs it; installed it is ``diffusion_fast.benchmarks``. All weights are
-random, which changes no time and makes errors comparable, and every output says so.
+``diffusion-fast bench`` runs it. All weights are random, which changes no time and makes errors
+comparable, and every output says so.
 """

@@ -22,7 +22,9 @@ from torch import Tensor
 from diffusion_fast import ops
 from diffusion_fast.ops.backend import known_ops
 
-from .environment import GPU, energy_joules, state_of_gpu, synchronize
+from ..lib.environment import GPU, energy_joules, state_of_gpu, synchronize
+from ..lib.timing import percentiles
+from ..lib.traffic import max_error
 
 Call = Callable[[], Tensor]
 LEAST_ROUNDS, MOST_ROUNDS = 5, 100
@@ -138,13 +140,10 @@ def _take_turns(ready: dict[str, _Ready], budget: float, timer: Callable[[], flo
 
 
 def _speed(one: _Ready, images: int | None, steps: int) -> dict[str, Any]:
-    cuts = statistics.quantiles(one.seconds, n=10, method="inclusive")
-    speed = {
-        **dict(zip(("p20_s", "p50_s", "p80_s"), (cuts[1], cuts[4], cuts[7]), strict=True)),
-        "samples": len(one.seconds),
-        "steps_per_s": steps / cuts[4],
-    }
-    return speed if images is None else speed | {"images_per_s": images / cuts[4]}
+    speed: dict[str, Any] = {f"{p}_s": value for p, value in percentiles(one.seconds).items()}
+    middle = speed["p50_s"]
+    speed |= {"samples": len(one.seconds), "steps_per_s": steps / middle}
+    return speed if images is None else speed | {"images_per_s": images / middle}
 
 
 def paired_ratio(baseline: Sequence[float], other: Sequence[float]) -> float:
@@ -160,14 +159,6 @@ def reason(error: Exception) -> str:
         return f"{error.name} is not installed"
     text = " ".join(str(error).split())
     return (text if isinstance(error, NotRun) else f"{type(error).__name__}: {text}")[:200]
-
-
-def max_error(result: Tensor, expected: Tensor) -> float:
-    """max|result - expected| / max|expected|."""
-    if result.shape != expected.shape:
-        raise ValueError(f"expected shape {list(expected.shape)}, got {list(result.shape)}")
-    difference = (result.double().cpu() - expected).abs().max()
-    return (difference / expected.abs().max()).item()
 
 
 def backends_that_ran() -> str:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from ..lib.environment import GPU, environment
 from . import ladder
 from . import variants as ways
-from .environment import GPU, environment
 from .limits import limit_seconds, step_cost
 from .measure import measure, reason, release
 from .networks import KINDS, Networks, truth_dtype

@@ -11,7 +11,7 @@ from typing import Any
 
 from diffusion_fast.files import flush, read_json, write_json
 
-from .environment import identity
+from ..lib.environment import identity
 
 JSON, CSV = "results.json", "results.csv"
 GROUP = ("what", "model", "dtype", "batch", "steps")

@@ -14,8 +14,9 @@ from diffusion_fast.engine.plan import make_plan
 from diffusion_fast.pipelines.loading import Parts
 from diffusion_fast.pipelines.stable_diffusion import StableDiffusion
 
+from ..lib.environment import GPU
+from ..lib.timing import captured
 from . import in_diffusers
-from .environment import GPU
 from .measure import Call, NotRun, Variant
 from .networks import GUIDANCE, SETTINGS, Inputs, Networks
 
@@ -95,7 +96,7 @@ def step_variants(networks: Networks, images: int, steps: int, compiles: bool) -
         network = make_plan(networks.unet, batch=images, halves=2, max_rows=1)
         network.prepare(given, t.reshape(1))
         clock = Clock(networks.device)
-        return captured(lambda: network(x, clock)) if GPU else lambda: network(x, clock)
+        return replayed(lambda: network(x, clock)) if GPU else lambda: network(x, clock)
 
     ours = {"eager": lambda: on_reference(plain()), "model": plain, "engine": engine}
     return variants(ours, theirs, compiles)
@@ -108,17 +109,9 @@ def step_input(networks: Networks, images: int) -> tuple[Tensor, Tensor, dict[st
     return x, torch.tensor(T, device=networks.device), inputs.joined
 
 
-def captured(call: Call) -> Call:
+def replayed(call: Call) -> Call:
     """The call as a CUDA graph, which is how the engine's loop runs it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = call()
+    graph, output = captured(call)
 
     def replay() -> Tensor:
         graph.replay()

@@ -53,12 +53,12 @@ def bench(
     All weights are random. What was measured with this code on this machine is kept, so that a run
     that was stopped goes on; another --out measures again.
     """
-    run, store, report = (_part(name) for name in ("run", "store", "report"))
-    environment, versus = _part("environment"), _part("compare")
+    run, store, report = (_part(f"models.{name}") for name in ("run", "store", "report"))
+    environment, versus = _part("lib.environment"), _part("models.compare")
     gpu: bool = environment.GPU
     dtype = dtype or ("bfloat16" if gpu else "float32")
     names = {
-        "--model": _several("--model", model or MODELS[gpu], _part("networks").KINDS),
+        "--model": _several("--model", model or MODELS[gpu], _part("models.networks").KINDS),
         "--what": _several("--what", what, run.WHATS),
     }
     _several("--dtype", dtype, run.DTYPES)
@@ -115,7 +115,7 @@ def _batches(text: str) -> list[int]:
 
 def _drawn(results: Any, wanted: list[Any]) -> str:
     try:
-        count = len(_part("plots").draw(results, wanted))
+        count = len(_part("models.plots").draw(results, wanted))
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from command_line import run
 
-from diffusion_fast.benchmarks import run as work
-from diffusion_fast.benchmarks import store
-from diffusion_fast.benchmarks.environment import GPU
-from diffusion_fast.benchmarks.variants import NOT_COMPILED, TITLES
+from diffusion_fast.benchmarks.lib.environment import GPU
+from diffusion_fast.benchmarks.models import run as work
+from diffusion_fast.benchmarks.models import store
+from diffusion_fast.benchmarks.models.variants import NOT_COMPILED, TITLES
 
 SHORT = ("--seconds", 0, "--steps", 2, "--model", "small", "--dtype", "float32", "--batch", 1)
 TIMES = ("p20_s", "p50_s", "p80_s")

@@ -1,7 +1,7 @@
 """nvcc compiles and links the kernels for every architecture, and nothing spills that did not.
 
-benchmarks/results/compile/attention.csv is the record; `python benchmarks/attention_resources.py`
-writes it anew.
+benchmarks/results/compile/attention.csv is the record; `python -m
+benchmarks.tools.attention_resources` writes it anew.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 import triton
 from compilers import needs_nvcc
 
-from benchmarks import attention_resources as resources
+from benchmarks.tools import attention_resources as resources
 from diffusion_fast.ops import extension
 
 # Spills that remain, and why. Empty: there are none.

@@ -30,9 +30,8 @@ KERNELS = {
 def compiled(*options: str) -> list[dict[str, str]]:
     """In a process of its own: this one's triton may be the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, str(ROOT / "benchmarks" / "compile_kernels.py"), *options]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-m", "benchmarks.tools.compile_kernels", *options]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-3000:]
     return list(csv.DictReader(run.stdout.splitlines()))
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from harness import VARIANTS, Case, Problem, nbytes, run
-from shapes import LATENTS
 from torch import Tensor
 
 from diffusion_fast import ops
 from diffusion_fast.ops.sampler_step import COLUMNS
+
+from ..lib.traffic import nbytes
+from .harness import VARIANTS, Case, Problem, run
+from .shapes import LATENTS
 
 ROW = {"a": 1.2, "b": -0.6, "clip": float("inf"), "c_x": 0.8, "c_0": 0.3, "c_1": -0.1}
 ROW |= {"guidance": 7.5}

@@ -10,7 +10,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def environment() -> dict[str, Any]:
     """The machine and the code; of a GPU its limits too."""
     facts: dict[str, Any] = {
         "commit": _commit(),
-        "source": _source(),
+        "source": source(PACKAGE, Path(kernels.__file__).parent, extension.sources()),
         **hardware.versions(),
         "system": platform.platform(),
         "device": device_name(),
@@ -44,12 +44,12 @@ def environment() -> dict[str, Any]:
     if not GPU:
         facts["load"] = [round(value, 1) for value in os.getloadavg()]
         return facts
-    return facts | hardware.gpus() | _limits_of_gpu()
+    return facts | hardware.gpus() | _read(_limits)
 
 
-def identity(facts: dict[str, Any]) -> str:
+def identity(facts: Mapping[str, Any], names: Iterable[str] = IDENTITY) -> str:
     """A name for the code and machine of a row."""
-    text = json.dumps([facts.get(name) for name in IDENTITY])
+    text = json.dumps([facts.get(name) for name in names])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -78,11 +78,10 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _source() -> str:
-    """Of the code itself: two trees with uncommitted edits have one commit and differ."""
+def source(*folders: Path) -> str:
+    """A name for the code in folders, which a commit is not where there are uncommitted edits."""
     digest = hashlib.sha256()
-    # In a checkout the kernels lie beside the package.
-    for folder in (PACKAGE, Path(kernels.__file__).parent, extension.sources()):
+    for folder in folders:
         for path in sorted(folder.rglob("*")):
             if path.suffix in (".py", ".cu", ".cuh", ".cpp", ".h"):
                 digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
@@ -107,11 +106,18 @@ def _nvml() -> tuple[Any, Any] | None:
         return None
 
 
-def _limits_of_gpu() -> dict[str, Any]:
+def _read(read: Callable[[Any, Any], dict[str, Any]]) -> dict[str, Any]:
+    """What ``read(pynvml, handle)`` tells, or why NVML does not; never an exception of NVML's."""
     nvml = _nvml()
     if nvml is None:
-        return {"nvml": "not read: pip install nvidia-ml-py"}
-    lib, handle = nvml
+        return {"nvml": "not read: pip install nvidia-ml-py"} if GPU else {}
+    try:
+        return read(*nvml)
+    except nvml[0].NVMLError as why:
+        return {"nvml": f"not read: {why}"}
+
+
+def _limits(lib: Any, handle: Any) -> dict[str, Any]:
     return {
         "power_limit_W": lib.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3,
         "most_sm_clock_MHz": lib.nvmlDeviceGetMaxClockInfo(handle, lib.NVML_CLOCK_SM),
@@ -120,42 +126,39 @@ def _limits_of_gpu() -> dict[str, Any]:
 
 def state_of_gpu(after: Callable[[], object]) -> dict[str, Any]:
     """Clocks, power, temperature and throttling while the call's work is on the GPU."""
-    nvml = _nvml()
-    if nvml is None:
-        return {}
-    lib, handle = nvml
-    end = time.perf_counter() + 0.2
-    while time.perf_counter() < end:
+
+    def read(lib: Any, handle: Any) -> dict[str, Any]:
+        end = time.perf_counter() + 0.2
+        while time.perf_counter() < end:
+            after()
+            synchronize()
         after()
-        synchronize()
-    after()
-    reasons = lib.nvmlDeviceGetCurrentClocksEventReasons(handle)
-    idle = lib.nvmlClocksEventReasonGpuIdle | lib.nvmlClocksEventReasonNone
-    state = {
-        "sm_clock_MHz": lib.nvmlDeviceGetClockInfo(handle, lib.NVML_CLOCK_SM),
-        "memory_clock_MHz": lib.nvmlDeviceGetClockInfo(handle, lib.NVML_CLOCK_MEM),
-        "power_W": lib.nvmlDeviceGetPowerUsage(handle) / 1e3,
-        "temperature_C": lib.nvmlDeviceGetTemperature(handle, lib.NVML_TEMPERATURE_GPU),
-        "throttled": bool(reasons & ~idle),
-    }
+        reasons = lib.nvmlDeviceGetCurrentClocksEventReasons(handle)
+        idle = lib.nvmlClocksEventReasonGpuIdle | lib.nvmlClocksEventReasonNone
+        return {
+            "sm_clock_MHz": lib.nvmlDeviceGetClockInfo(handle, lib.NVML_CLOCK_SM),
+            "memory_clock_MHz": lib.nvmlDeviceGetClockInfo(handle, lib.NVML_CLOCK_MEM),
+            "power_W": lib.nvmlDeviceGetPowerUsage(handle) / 1e3,
+            "temperature_C": lib.nvmlDeviceGetTemperature(handle, lib.NVML_TEMPERATURE_GPU),
+            "throttled": bool(reasons & ~idle),
+        }
+
+    state = _read(read)
     synchronize()
     return state
 
 
 def energy_joules(call: Callable[[], object], seconds: float) -> float | None:
-    """Of one call, from the GPU's counter over many; None where there is none."""
-    nvml = _nvml()
-    if nvml is None:
-        return None
-    lib, handle = nvml
-    try:
+    """Joules of one call, from the GPU's counter over many; None where there is none."""
+
+    def read(lib: Any, handle: Any) -> dict[str, Any]:
         before = lib.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except lib.NVMLError:
-        return None
-    calls, end = 0, time.perf_counter() + seconds
-    while calls == 0 or time.perf_counter() < end:
-        call()
-        synchronize()
-        calls += 1
-    after = lib.nvmlDeviceGetTotalEnergyConsumption(handle)
-    return (after - before) / 1e3 / calls
+        calls, end = 0, time.perf_counter() + seconds
+        while calls == 0 or time.perf_counter() < end:
+            call()
+            synchronize()
+            calls += 1
+        after = lib.nvmlDeviceGetTotalEnergyConsumption(handle)
+        return {"joules": (after - before) / 1e3 / calls}
+
+    return _read(read).get("joules")

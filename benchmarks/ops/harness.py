@@ -1,6 +1,6 @@
 """How this project measures: device time over graph replays, variants taken in turns.
 
-    pytest benchmarks/bench_geglu.py --benchmark-enable --benchmark-json=geglu.json
+    pytest benchmarks/ops/bench_geglu.py --benchmark-enable --benchmark-json=geglu.json
 
 A benchmark file describes problems; here each becomes one row per variant: ``eager`` (plain PyTorch
 as one writes it), ``compile`` (the same under torch.compile), ``ours`` and, where it is installed,
@@ -18,12 +18,8 @@ import functools
 import importlib
 import logging
 import os
-import platform
-import statistics
-import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 # Inductor counts bytes when it compiles, not when it finds a kernel in its caches.
@@ -32,15 +28,17 @@ os.environ |= {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACH
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from diffusion_fast import ops
+
+from ..lib.environment import GPU, environment, state_of_gpu
+from ..lib.timing import captured, copy_rate, flush_buffer, percentiles
+from ..lib.traffic import bytes_moved, max_error, nbytes
 
 VARIANTS = ("eager", "compile", "ours", "liger")
 CALLS = 20  # in one captured graph
 ROUNDS = 25  # replays of each variant's graph, taken in turns
-GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 
 Call = Callable[..., Any]
@@ -83,11 +81,6 @@ class Case:
         return self.name
 
 
-def nbytes(*values: Any) -> int:
-    """Bytes of all tensors in a structure."""
-    return sum(v.numel() * v.element_size() for v in tree_leaves(values) if isinstance(v, Tensor))
-
-
 def with_backward(call: Call) -> Call:
     """The call and its gradients for every floating input."""
 
@@ -98,29 +91,6 @@ def with_backward(call: Call) -> Call:
         return y.detach(), *torch.autograd.grad(y, wanted, torch.ones_like(y))
 
     return both
-
-
-class _Traffic(TorchDispatchMode):
-    """Adds up what operators read and write; views move nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if not (func.is_view or func.namespace == "prim" or "empty" in func.name()):
-            self.bytes += nbytes(args, kwargs, out)
-        return out
-
-
-def eager_bytes(problem: Problem) -> int:
-    """Bytes that plain PyTorch moves, counted on the problem's inputs (meta tensors will do)."""
-    with _Traffic() as traffic:
-        problem.eager(**problem.inputs)
-    return traffic.bytes
 
 
 def inductor_metrics() -> Any:
@@ -147,27 +117,14 @@ def liger(name: str) -> Call | None:
 # Time ------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _flush_buffer() -> Tensor:
-    size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
-    return torch.empty(max(size, 2**26), dtype=torch.int8, device="cuda")
-
-
 def _capture(call: Callable[[], object], flush: bool) -> torch.cuda.CUDAGraph:
     """CALLS times the call, each after writing over the L2 cache if asked to."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            if flush:
-                _flush_buffer().zero_()
-            call()
-    return graph
+
+    def flushed() -> None:
+        flush_buffer().zero_()
+        call()
+
+    return captured(flushed if flush else call, CALLS)[0]
 
 
 def _replay(graph: torch.cuda.CUDAGraph) -> float:
@@ -182,7 +139,7 @@ def _replay(graph: torch.cuda.CUDAGraph) -> float:
 
 def device_times(calls: dict[str, Callable[[], object]]) -> dict[str, dict[str, list[float]]]:
     """Microseconds of each variant, ``hot`` (in L2 as far as it fits) and ``cold`` (L2 flushed)."""
-    _flush_buffer()
+    flush_buffer()
     hot = {name: _capture(call, False) for name, call in calls.items()}
     cold = {name: _capture(call, True) for name, call in calls.items()}
     flush = _capture(lambda: None, True)
@@ -195,31 +152,7 @@ def device_times(calls: dict[str, Callable[[], object]]) -> dict[str, dict[str, 
     return times
 
 
-def percentiles(samples: Sequence[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(samples, n=10, method="inclusive")
-    return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7]}
-
-
-@functools.cache
-def copy_bandwidth() -> float:
-    """Bytes per second of a large copy on this GPU, read and write counted."""
-    source = torch.empty(2**30, dtype=torch.int8, device="cuda").random_(-100, 100)
-    target = torch.empty_like(source)
-    graph = _capture(lambda: target.copy_(source), False)
-    return 2 * source.numel() / (1e-6 * min(_replay(graph) for _ in range(10)))
-
-
 # Rows ------------------------------------------------------------------------------------------
-
-
-def error(result: Any, truth: Any) -> float:
-    """Largest of max|result - truth| / max|truth| over the tensors of a result."""
-    worst = 0.0
-    for a, b in zip(tree_leaves(result), tree_leaves(truth), strict=True):
-        if isinstance(a, Tensor) and a.numel():
-            scale = b.double().abs().max().item() or 1.0
-            worst = max(worst, (a.double() - b.double()).abs().max().item() / scale)
-    return worst
 
 
 def _calls(problem: Problem) -> dict[str, Call]:
@@ -238,13 +171,14 @@ def _measured(case: Case) -> dict[str, dict[str, Any]]:
     problem = case.build(*case.shape, device=DEVICE)
     inductor = inductor_metrics()
     needed, rows = needed_bytes(problem), {}
+    eagerly = bytes_moved(problem.eager, **problem.inputs)
     double = tree_map(lambda v: v.double() if v.is_floating_point() else v, problem.inputs)
     truth = problem.eager(**double)
     bound = {}
     for name, call in _calls(problem).items():
         inductor.reset()
-        row: dict[str, Any] = {"error": error(call(**problem.inputs), truth)}
-        moved = {"eager": eager_bytes(problem), "ours": problem.moved}.get(name)
+        row: dict[str, Any] = {"error": max_error(call(**problem.inputs), truth)}
+        moved = {"eager": eagerly, "ours": problem.moved}.get(name)
         row["bytes_moved"] = inductor.num_bytes_accessed if name == "compile" else moved
         row["backend"] = ops.explain(problem.op).last_ran if name == "ours" else name
         rows[name], bound[name] = row, functools.partial(call, **problem.inputs)
@@ -255,7 +189,7 @@ def _measured(case: Case) -> dict[str, dict[str, Any]]:
         if row["bytes_moved"]:
             row["moved_over_needed"] = row["bytes_moved"] / needed
         rate = needed / (1e-6 * row["cold_us"]["p50"])
-        row |= {"GB_per_s": rate / 1e9, "share_of_copy": rate / copy_bandwidth()}
+        row |= {"GB_per_s": rate / 1e9, "share_of_copy": rate / copy_rate()}
     return rows
 
 
@@ -268,7 +202,7 @@ def run(benchmark: Any, case: Case, variant: str) -> None:
     if not GPU:
         if variant not in ("eager", "ours"):
             pytest.skip("needs a CUDA device")
-        moved = full.moved if variant == "ours" else eager_bytes(full)
+        moved = full.moved if variant == "ours" else bytes_moved(full.eager, **full.inputs)
         small = case.build(*case.small, device="cpu")
         call = small.ours if variant == "ours" else small.eager
         benchmark.extra_info.update(
@@ -293,42 +227,4 @@ def run(benchmark: Any, case: Case, variant: str) -> None:
         torch.cuda.synchronize()
 
     benchmark.pedantic(wall, rounds=20, warmup_rounds=5)
-
-
-@functools.cache
-def environment() -> dict[str, Any]:
-    """Commit, versions, GPU, clocks and power; what a row needs to be believed."""
-    root = Path(__file__).parents[1]
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True
-    ).stdout.strip()
-    facts: dict[str, Any] = {"commit": commit, "torch": torch.__version__, "mode": "GPU"}
-    try:
-        import triton
-
-        facts["triton"] = triton.__version__
-    except ImportError:
-        facts["triton"] = None
-    facts["cuda"] = torch.version.cuda
-    if not GPU:
-        return facts | {"device": platform.processor() or platform.machine()}
-    facts["device"] = torch.cuda.get_device_name(0)
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception as reason:
-        return facts | {"nvml": f"not read: {reason}"}
-    # By its identity: NVML counts all GPUs, torch those that are visible.
-    uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-    handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-    throttled = pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
-    idle = pynvml.nvmlClocksEventReasonGpuIdle | pynvml.nvmlClocksEventReasonNone
-    return facts | {
-        "driver": pynvml.nvmlSystemGetDriverVersion(),
-        "sm_clock_MHz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-        "memory_clock_MHz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-        "power_W": pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
-        "power_limit_W": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3,
-        "throttled": bool(throttled & ~idle),
-    }
+    benchmark.extra_info.update(state_of_gpu(after=wall))

@@ -1,12 +1,12 @@
 """Attention: our kernels against every backend of torch's SDPA, flash-attn and xformers.
 
-    python -m pytest benchmarks/bench_attention.py --benchmark-enable --benchmark-only
+    python -m pytest benchmarks/ops/bench_attention.py --benchmark-enable --benchmark-only
 
 On a GPU every shape of Stable Diffusion 1.5 and XL runs on every backend that takes it, forward and
 forward + backward, all backends of a shape in turns (see harness.py: device time over graph
 replays, inputs in the L2 cache and flushed from it). Without a GPU only small shapes run, on the
-CPU reference, and say so; what can be known without one is printed by ``python
-benchmarks/bench_attention.py``: tensor-core work done over needed, blocks per multiprocessor.
+CPU reference, and say so; what can be known without one is printed by ``python -m
+benchmarks.ops.bench_attention``: tensor-core work done over needed, blocks per multiprocessor.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import attention_resources as resources
-import harness
 import pytest
 import torch
 from torch import Tensor
@@ -32,7 +30,10 @@ from diffusion_fast.ops import attention_cuda
 from diffusion_fast.ops.attention import reference
 from diffusion_fast.ops.backend import BackendError, use_backend
 
-GPU = harness.GPU
+from ..lib.environment import GPU, environment
+from ..lib.timing import percentiles
+from ..tools import attention_resources as resources
+from . import harness
 
 # Dense bf16 TFLOP/s on random data: what a large matrix product reaches (measured, public figures).
 LIMIT_TFLOPS = {"H200": 790.0, "H100": 750.0, "A100": 290.0}
@@ -196,7 +197,7 @@ def _measured(shape: Shape, backward: bool) -> dict[str, dict[str, Any]]:
     limit = _limit_tflops()
     for name, times in harness.device_times(calls).items():
         row = rows[name]
-        row |= {f"{kind}_us": harness.percentiles(samples) for kind, samples in times.items()}
+        row |= {f"{kind}_us": percentiles(samples) for kind, samples in times.items()}
         row["useful_tflops"] = _flops(shape, backward) / row["cold_us"]["p50"] / 1e6
         row["share_of_limit"] = row["useful_tflops"] / limit if limit else None
     return rows
@@ -217,7 +218,7 @@ def _limit_tflops() -> float | None:
 @pytest.mark.parametrize("shape", SHAPES if GPU else CPU_SHAPES, ids=str)
 def test_attention(benchmark: Any, shape: Shape, name: str, backward: bool) -> None:
     benchmark.group = f"{shape} {'forward+backward' if backward else 'forward'}"
-    benchmark.extra_info.update(harness.environment())
+    benchmark.extra_info.update(environment())
     info: dict[str, Any] = {"case": str(shape), "variant": name, "dtype": "bfloat16"}
     info["flops"] = _flops(shape, backward)
     if GPU:

@@ -1,7 +1,7 @@
 """Registers, shared memory and spills of every Triton kernel, compiled without a GPU.
 
-    python benchmarks/compile_kernels.py                    # all, into benchmarks/results/compile/
-    python benchmarks/compile_kernels.py --arch 90 --quick  # a subset, to the screen
+    python -m benchmarks.tools.compile_kernels                    # all, into the table
+    python -m benchmarks.tools.compile_kernels --arch 90 --quick  # a subset, to the screen
 
 The launchers themselves run, at the models' shapes, with tensors on the meta device; what they
 would launch is compiled for each architecture as the JIT would specialise it. Resources come from
@@ -27,9 +27,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-sys.path.insert(0, str(Path(__file__).parent))
-import shapes
-
 from diffusion_fast.kernels import (
     add_noise,
     conv2d,
@@ -45,8 +42,10 @@ from diffusion_fast.kernels import (
     weighted_mse,
 )
 
+from ..ops import shapes
+
 ARCHITECTURES = (80, 90, 100, 120)
-TABLE = Path(__file__).parent / "results" / "compile" / "kernels.csv"
+TABLE = Path(__file__).parents[1] / "results" / "compile" / "kernels.csv"
 FIELDS = ("op", "case", "kernel", "arch", "warps", "registers", "shared", "spills", "local")
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from harness import VARIANTS, Case, Problem, liger, nbytes, run, with_backward
-from shapes import GROUP_NORM, GROUPS
 from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion_fast import ops
+
+from ..lib.traffic import nbytes
+from .harness import VARIANTS, Case, Problem, liger, run, with_backward
+from .shapes import GROUP_NORM, GROUPS
 
 
 def joined(x: Tensor, x2: Tensor | None, add: Tensor) -> Tensor:

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness import VARIANTS, Case, Problem, nbytes, run, with_backward
-from shapes import RESIDUAL
 from torch import Tensor
 
 from diffusion_fast import ops
+
+from ..lib.traffic import nbytes
+from .harness import VARIANTS, Case, Problem, run, with_backward
+from .shapes import RESIDUAL
 
 
 def eager(x: Tensor, residual: Tensor, bias: Tensor) -> Tensor:

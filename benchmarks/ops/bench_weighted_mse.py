@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness import VARIANTS, Case, Problem, nbytes, run, with_backward
-from shapes import LATENTS
 from torch import Tensor
 
 from diffusion_fast import ops
+
+from ..lib.traffic import nbytes
+from .harness import VARIANTS, Case, Problem, run, with_backward
+from .shapes import LATENTS
 
 
 def eager(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from harness import VARIANTS, Case, Problem, nbytes, run
-from shapes import CONV2D
 from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion_fast import ops
+
+from ..lib.traffic import nbytes
+from .harness import VARIANTS, Case, Problem, run
+from .shapes import CONV2D
 
 
 def build(

@@ -1,8 +1,8 @@
 """What the attention kernels cost, known without a GPU: registers, spills, shared memory, blocks
 per multiprocessor, and tensor-core work done over work needed.
 
-``python benchmarks/attention_resources.py`` compiles every kernel for every architecture and writes
-benchmarks/results/compile/attention.csv; a test holds new builds against it.
+``python -m benchmarks.tools.attention_resources`` compiles every kernel for every architecture and
+writes benchmarks/results/compile/attention.csv; a test holds new builds against it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from diffusion_fast.ops import extension
 from diffusion_fast.ops.extension import HEAD_DIMS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "compile" / "attention.csv"
 BUILD = ROOT / "build" / "nvcc"
 ARCHITECTURES = ("80", "90a", "100", "120")

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness import VARIANTS, Case, Problem, nbytes, run
-from shapes import LAYER_NORM
 from torch import Tensor
 
 from diffusion_fast import ops
+
+from ..lib.traffic import nbytes
+from .harness import VARIANTS, Case, Problem, run
+from .shapes import LAYER_NORM
 
 
 def eager(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness import VARIANTS, Case, Problem, nbytes, run
-from shapes import LATENTS
 from torch import Tensor
 
 from diffusion_fast import ops
+
+from ..lib.traffic import nbytes
+from .harness import VARIANTS, Case, Problem, run
+from .shapes import LATENTS
 
 TABLES = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
 

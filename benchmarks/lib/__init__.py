@@ -1,0 +1,1 @@
+"""What all benchmarks share: the environment of a row, timing, traffic and errors."""
