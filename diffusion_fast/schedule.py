@@ -18,7 +18,7 @@ from torch import Tensor
 from .ops import add_noise, checks
 from .ops.add_noise import TARGETS
 
-KINDS = ("linear", "scaled_linear", "cosine", "sigmoid")
+KINDS = ("linear", "scaled_linear", "cosine", "sigmoid", "exp")
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -34,7 +34,8 @@ class DiffusionSchedule:
         beta_start, beta_end: the ends of the linear, scaled_linear and sigmoid kinds.
         kind: ``"linear"`` (Ho et al. 2020, section 4), ``"scaled_linear"`` (linear in sqrt(beta);
             Rombach et al. 2022, Stable Diffusion), ``"cosine"`` (Nichol & Dhariwal 2021, eq. 17,
-            beta at most 0.999) or ``"sigmoid"`` (a sigmoid on [-6, 6]; Xu et al. 2022, GeoDiff).
+            beta at most 0.999), ``"sigmoid"`` (a sigmoid on [-6, 6]; Xu et al. 2022, GeoDiff) or
+            ``"exp"`` (abar = exp(-12 t / T), beta at most 0.999).
         betas: the betas themselves, [T], in place of the four arguments above.
         zero_terminal_snr: shift and scale sqrt(abar) so that abar_{T-1} is exactly 0 (Lin et al.
             2023, arXiv:2305.08891, algorithm 1). Such a model cannot predict epsilon at T - 1.
@@ -62,7 +63,7 @@ class DiffusionSchedule:
         if betas is None:
             checks.positive_int("timesteps", timesteps)
             checks.one_of("kind", kind, KINDS)
-            if kind != "cosine":
+            if kind not in ("cosine", "exp"):
                 for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
                     checks.finite(name, value)
                     if not 0 < value < 1:
@@ -113,17 +114,21 @@ class DiffusionSchedule:
         """The schedule of a diffusers ``scheduler_config.json``, read into a dict.
 
         Raises:
-            ValueError: a ``beta_schedule`` that this class doesn't have.
+            ValueError: a ``beta_schedule`` that this class doesn't have, or ``trained_betas`` of
+                another number than the timesteps.
         """
         kinds = {"squaredcos_cap_v2": "cosine"} | {kind: kind for kind in KINDS if kind != "cosine"}
-        kind = config.get("beta_schedule", "linear")
+        kind, betas = config.get("beta_schedule", "linear"), config.get("trained_betas")
         checks.one_of("beta_schedule", kind, kinds)
+        count = config.get("num_train_timesteps", 1000 if betas is None else len(betas))
+        if betas is not None and len(betas) != count:
+            checks.fail("trained_betas", f"num_train_timesteps = {count} values", len(betas))
         return cls(
-            timesteps=config.get("num_train_timesteps", 1000),
+            timesteps=count,
             beta_start=config.get("beta_start", 1e-4),
             beta_end=config.get("beta_end", 0.02),
             kind=kinds[kind],
-            betas=config.get("trained_betas"),
+            betas=betas,
             zero_terminal_snr=config.get("rescale_betas_zero_snr", False),
         )
 
@@ -275,7 +280,8 @@ def _betas(kind: str, count: int, start: float, end: float) -> FloatArray:
     if kind == "sigmoid":
         return start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, count)))
     u = np.arange(count + 1) / count
-    abar = np.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    cosine = np.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    abar = np.exp(-12 * u) if kind == "exp" else cosine
     return np.minimum(1 - abar[1:] / abar[:-1], 0.999)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..conditioning import Context, Model, join_halves
 from ..ops import Philox, checks
-from ..samplers import make_table
+from ..samplers import SamplerOptions, table_of
 from ..schedule import DiffusionSchedule
 from ..turns import Turns
 from .buffers import Generators, Layout
@@ -26,7 +25,6 @@ from .predictor import PlainPredictor, Predictor, predictor_for
 from .staleness import Edit, Watch
 
 Callback = Callable[[int, float, Tensor], None]
-TABLE_KEYWORDS = inspect.signature(make_table).parameters.keys() - {"schedule"}
 MAX_STEPS = 100  # of tables that need no new buffers, by default
 LOOPS = 4  # shapes whose buffers are kept
 
@@ -58,9 +56,8 @@ class Engine:
             ways that PyTorch doesn't count; see :meth:`refresh`.
         device: where to sample; by default where the model's parameters are.
         progress: show a progress bar.
-        table: everything else, as in :func:`diffusion_fast.samplers.make_table`: sampler, steps,
-            timestep_spacing, steps_offset, final_alpha, prediction_type, variance, eta,
-            clip_sample, strength, guidance_scale, guidance_interval, guidance_rescale.
+        table: attributes of :class:`~diffusion_fast.samplers.SamplerOptions`: sampler, steps,
+            timestep_spacing, eta, guidance_scale and so on.
 
     Several threads may share an engine; their runs take turns. A callback can't use the engine that
     calls it. A copy or pickle of an engine has one of the model too.
@@ -101,24 +98,20 @@ class Engine:
         self._predictors: dict[tuple[Any, ...], Predictor] = {}
         self._watch = Watch(verify)
         self._max_rows = max_steps or MAX_STEPS
-        self._options: dict[str, Any] = {"sampler": "ddpm"}
+        self._options = SamplerOptions()
         self.configure(**table)
 
     def configure(self, **table: Any) -> None:
         """Another sampler, number of steps, guidance and so on; what is not named stays.
 
         Args:
-            table: keywords of :func:`diffusion_fast.samplers.make_table`, as in the constructor.
+            table: attributes of :class:`~diffusion_fast.samplers.SamplerOptions`.
 
         Up to ``max_steps`` model calls, this takes no new buffers.
         """
-        unknown = sorted(table.keys() - TABLE_KEYWORDS)
-        if unknown:
-            known = ", ".join(sorted(TABLE_KEYWORDS))
-            raise TypeError(f"{unknown[0]}: expected one of the keywords {known}")
         with self._turns:
-            options = self._options | table
-            self.table = make_table(schedule=self.schedule, **options)
+            options = self._options.replace(**table)
+            self.table = table_of(options, self.schedule)
             self._options = options
             self._max_rows = max(self._max_rows, len(self.table))
 
@@ -170,7 +163,7 @@ class Engine:
         shape = checked_shape(shape)
         check_extra(shape, extra_channels)
         with self._turns, _plain_tensors(), _evaluating(self.model):
-            from_image = self._options.get("strength") is not None
+            from_image = self._options.strength is not None
             check_starts(shape, x_T, x_0, mask, has_strength=from_image)
             start = Start(x_T, x_0, mask, generator, from_image)
             self._notice_edits()
@@ -227,7 +220,7 @@ class Engine:
             "device": self._asked_device,
             "progress": self.progress,
         }
-        make = functools.partial(type(self), **settings, **self._options)
+        make = functools.partial(type(self), **settings, **vars(self._options))
         return make, (self.model, self.schedule)
 
     def _by_step(self, callback: Callback | None) -> str | None:

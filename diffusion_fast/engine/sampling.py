@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,28 +21,20 @@ def sample(
     device: torch.device | str = "cpu",
     sampler: str = "ddpm",
     steps: int | None = None,
-    timestep_spacing: str = "leading",
-    steps_offset: int = 0,
-    final_alpha: str = "one",
-    prediction_type: str = "epsilon",
-    variance: str = "large",
-    eta: float = 0.0,
-    clip_sample: bool | float = False,
     context: Context = None,
     null_context: Context = None,
-    guidance_scale: float | Sequence[float] = 1.0,
-    guidance_interval: tuple[float, float] | None = None,
-    guidance_rescale: float = 0.0,
     x_T: Tensor | None = None,
     generator: Generators = None,
     callback: Callback | None = None,
     progress: bool = False,
     x_0: Tensor | None = None,
-    strength: float | None = None,
     mask: Tensor | None = None,
     extra_channels: Tensor | None = None,
+    **table: Any,
 ) -> Tensor:
     """Sample once: the short form of :class:`Engine`, where all arguments are described.
+
+    ``table``: other attributes of :class:`~diffusion_fast.samplers.SamplerOptions`.
 
     ``guidance_scale`` 1.0 runs the conditional half only, 0.0 the unconditional half only, anything
     else both. ``steps=None`` takes all T steps of the schedule. With ``x_0`` and ``strength`` the
@@ -57,17 +50,7 @@ def sample(
         progress=progress,
         sampler=sampler,
         steps=steps,
-        timestep_spacing=timestep_spacing,
-        steps_offset=steps_offset,
-        final_alpha=final_alpha,
-        prediction_type=prediction_type,
-        variance=variance,
-        eta=eta,
-        clip_sample=clip_sample,
-        guidance_scale=guidance_scale,
-        guidance_interval=guidance_interval,
-        guidance_rescale=guidance_rescale,
-        strength=strength,
+        **table,
     )
     return engine.sample(
         shape, context, null_context, x_T, generator, callback, x_0, mask, extra_channels

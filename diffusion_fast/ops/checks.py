@@ -67,6 +67,15 @@ def whole(argument: str, value: Any, expected: str, least: int = 0) -> int:
     return int(value)
 
 
+def whole_between(argument: str, value: Any, low: int, high: int | None = None) -> int:
+    """The same with both limits, and a message that says them."""
+    limits = f">= {low}" if high is None else f"in [{low}, {high}]"
+    number = whole(argument, value, f"an integer {limits}", low)
+    if high is not None and number > high:
+        fail(argument, f"an integer {limits}", number)
+    return number
+
+
 def positive_int(argument: str, value: Any) -> int:
     """A positive integer of Python or NumPy, as an int."""
     return whole(argument, value, "a positive integer", 1)

@@ -10,23 +10,11 @@ from typing import Any
 
 from ..ops import checks
 from ..prediction import PREDICTION_TYPES
-from ..samplers import SAMPLERS
+from ..samplers import of_diffusers
+from ..samplers.grids import sigma_grid
+from ..samplers.registry import find
 from ..schedule import DiffusionSchedule
 
-_CLASSES = {
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "dpmpp_1": "DPMSolverMultistepScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-    "dpmpp_3m": "DPMSolverMultistepScheduler",
-    "dpmpp_3m_diffusers": "DPMSolverMultistepScheduler",
-    "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_ancestral": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "unipc_3": "UniPCMultistepScheduler",
-}
 # The nearest sampler of ours to a scheduler that we don't have; dpmpp_2m for any other.
 _REPLACED = {
     "KDPM2DiscreteScheduler": "heun",
@@ -35,9 +23,21 @@ _REPLACED = {
     "LCMScheduler": "ddim",
     "TCDScheduler": "ddim",
 }
+_NEAREST = {"DPMSolverMultistepScheduler": "dpmpp_2m", "UniPCMultistepScheduler": "unipc"}
+# What diffusers' classes assume where a file says nothing, if it is not linspace and so on.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "DDPMScheduler": {"timestep_spacing": "leading", "clip_sample": True},
+    "DDPMScheduler": {
+        "timestep_spacing": "leading",
+        "clip_sample": True,
+        "variance_type": "fixed_small",
+    },
     "DDIMScheduler": {"timestep_spacing": "leading", "clip_sample": True},
+    "DPMSolverMultistepScheduler": {
+        "algorithm_type": "dpmsolver++",
+        "solver_order": 2,
+        "solver_type": "midpoint",
+    },
+    "UniPCMultistepScheduler": {"solver_order": 2, "solver_type": "bh2", "predict_x0": True},
     "PNDMScheduler": {"timestep_spacing": "leading", "set_alpha_to_one": False},
     "LCMScheduler": {
         "timestep_spacing": "leading",
@@ -56,24 +56,28 @@ for _name in (
 
 _BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 _ZERO_SNR = "rescale_betas_zero_snr"
-_USED = {
-    *_BETAS,
-    _ZERO_SNR,
-    "prediction_type",
-    "timestep_spacing",
-    "steps_offset",
-    "set_alpha_to_one",
-    "final_sigmas_type",
-    "clip_sample",
-    "clip_sample_range",
-    "variance_type",
-    "use_karras_sigmas",
-    "use_flow_sigmas",
-    "solver_order",
-    "solver_type",
-    "algorithm_type",
-    "euler_at_final",
+_SIGMAS = ("karras", "exponential", "beta")
+_PLACED = tuple(f"use_{name}_sigmas" for name in _SIGMAS)
+# What each class reads beside the betas, the prediction type, the spacing and its offset.
+_READS: dict[str, tuple[str, ...]] = {
+    "DDPMScheduler": (_ZERO_SNR, "variance_type", "clip_sample", "clip_sample_range"),
+    "DDIMScheduler": (_ZERO_SNR, "set_alpha_to_one", "clip_sample", "clip_sample_range"),
+    "DPMSolverMultistepScheduler": (
+        *(_ZERO_SNR, "algorithm_type", "solver_order", "solver_type", *_PLACED, "use_lu_lambdas"),
+        *("final_sigmas_type", "lower_order_final", "euler_at_final", "lambda_min_clipped"),
+    ),
+    "UniPCMultistepScheduler": (
+        *(_ZERO_SNR, "solver_order", "solver_type", *_PLACED, "sigma_min", "sigma_max"),
+        *("final_sigmas_type", "lower_order_final", "disable_corrector"),
+    ),
+    "EulerDiscreteScheduler": (
+        *(_ZERO_SNR, *_PLACED, "sigma_min", "sigma_max", "final_sigmas_type"),
+        "interpolation_type",
+    ),
+    "EulerAncestralDiscreteScheduler": (_ZERO_SNR,),
+    "HeunDiscreteScheduler": (*_PLACED, "clip_sample", "clip_sample_range"),
 }
+_ALL_READ = {*_BETAS, "prediction_type", "timestep_spacing", "steps_offset"}.union(*_READS.values())
 # Options that change nothing where the others have the values that are allowed.
 _WITHOUT_EFFECT = {
     "skip_prk_steps",
@@ -84,28 +88,27 @@ _WITHOUT_EFFECT = {
     "original_inference_steps",
     "timestep_scaling",
     "noise_sampler_seed",
+    "use_flow_sigmas",
 }
 # Options that we don't have, with the values that switch them off.
 _OFF: dict[str, tuple[Any, ...]] = {
     "thresholding": (False, None),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
     "use_dynamic_shifting": (False, None),
     "shift_terminal": (None,),
-    "interpolation_type": ("linear",),
     "timestep_type": ("discrete",),
-    "sigma_min": (None,),
-    "sigma_max": (None,),
-    "lower_order_final": (True,),
-    "lambda_min_clipped": (-math.inf, None),
     "predict_x0": (True,),
-    "disable_corrector": ([], None),
     "solver_p": (None,),
 }
-_KARRAS = ("euler", "heun", "unipc", "unipc_3", "dpmpp")  # beginnings of samplers' names
-_CLIPPED = ("ddpm", "ddim", "heun")
-_FINAL_SIGMA = ("euler", "unipc", "unipc_3", "dpmpp")
+# Names that diffusers' constructors replace by another.
+_SAME = {
+    "DPMSolverMultistepScheduler": {
+        "algorithm_type": {"deis": "dpmsolver++"},
+        "solver_type": dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
+    },
+    "UniPCMultistepScheduler": {
+        "solver_type": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2"),
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -131,25 +134,34 @@ class SchedulerSettings:
         Raises:
             ValueError: no such sampler.
         """
-        sampler = self.sampler if sampler is None else sampler
-        checks.one_of("sampler", sampler, SAMPLERS)
-        config = self.config
-        karras = config.get("use_karras_sigmas") and _is(sampler, _KARRAS)
-        if sampler == "ddim":
-            first = not config.get("set_alpha_to_one", True)
-        else:
-            first = config.get("final_sigmas_type") == "sigma_min" and _is(sampler, _FINAL_SIGMA)
-        clipped = config.get("clip_sample") and sampler in _CLIPPED
-        variance = str(config.get("variance_type"))
-        return {
-            "sampler": sampler,
-            "timestep_spacing": "karras" if karras else config["timestep_spacing"],
+        entry, config = find(self.sampler if sampler is None else sampler), self.config
+        reads = _READS[entry.diffusers[0].scheduler]
+        read = {name: config[name] for name in reads if config.get(name) is not None}
+        options: dict[str, Any] = {
+            "sampler": entry.name,
+            "timestep_spacing": config["timestep_spacing"],
             "steps_offset": config.get("steps_offset", 0),
-            "final_alpha": "first" if first else "one",
             "prediction_type": config["prediction_type"],
-            "variance": "large" if variance.startswith("fixed_large") else "small",
-            "clip_sample": float(config.get("clip_sample_range", 1.0)) if clipped else False,
         }
+        placed = [name for name in _SIGMAS if read.get(f"use_{name}_sigmas")]
+        if read.get("use_lu_lambdas"):
+            placed.append("lu")
+        if read.get("interpolation_type") == "log_linear":
+            placed.append("log_linear")
+        if placed:  # between the ends of the spaced grid, or of the whole schedule
+            kind = "sigma_spacing" if entry.grid is sigma_grid else "timestep_spacing"
+            options[kind] = placed[0]
+        if not read.get("set_alpha_to_one", True) or read.get("final_sigmas_type") == "sigma_min":
+            options["final_alpha"] = "first"
+        if read.get("variance_type") is not None:
+            large = read["variance_type"].startswith("fixed_large")
+            options["variance"] = "large" if large else "small"
+        if read.get("clip_sample"):
+            options["clip_sample"] = float(read.get("clip_sample_range", 1.0))
+        if read.get("lambda_min_clipped", -math.inf) > -math.inf:
+            options["lambda_min"] = read["lambda_min_clipped"]
+        same = ("sigma_min", "sigma_max", *entry.options)
+        return options | {name: read[name] for name in same if name in read}
 
 
 def read_scheduler(config: Mapping[str, Any]) -> SchedulerSettings:
@@ -171,9 +183,11 @@ def read_scheduler(config: Mapping[str, Any]) -> SchedulerSettings:
         **_DEFAULTS.get(name, {}),
         **config,
     }
+    for key, replaced in _SAME.get(name, {}).items():
+        full[key] = replaced.get(full[key], full[key])
     _refuse(name, full)
     sampler = _sampler(name, full)
-    for problem in _left_out(sampler, full):
+    for problem in _left_out(full):
         warnings.warn(f"{name}: {problem}", stacklevel=2)
     return SchedulerSettings(DiffusionSchedule.from_config(full), sampler, full)
 
@@ -183,45 +197,26 @@ def write_scheduler(settings: SchedulerSettings) -> dict[str, Any]:
 
     diffusers has no corrected third order: ``dpmpp_3m`` is written as its own.
     """
-    table, given = settings.table(), settings.config
-    sampler = settings.sampler
-    config: dict[str, Any] = {
-        "_class_name": _CLASSES[sampler],
-        **{name: given[name] for name in _BETAS if name in given},
-        "prediction_type": table["prediction_type"],
-        "timestep_spacing": given["timestep_spacing"],
-        "steps_offset": table["steps_offset"],
+    given, name = settings.config, find(settings.sampler).diffusers[0]
+    kept = (*_BETAS, "prediction_type", "timestep_spacing", *_READS[name.scheduler])
+    written = {
+        "_class_name": name.scheduler,
+        **_DEFAULTS.get(name.scheduler, {}),
+        **{key: given[key] for key in kept if key in given},
+        "steps_offset": given.get("steps_offset", 0),
+        **name.settings,
     }
-    if sampler != "heun":
-        config[_ZERO_SNR] = bool(given.get(_ZERO_SNR, False))
-    if sampler == "ddim":
-        config["set_alpha_to_one"] = table["final_alpha"] == "one"
-    if sampler == "ddpm":
-        config["variance_type"] = f"fixed_{table['variance']}"
-    if sampler in _CLIPPED:
-        config["clip_sample"] = bool(table["clip_sample"])
-        config["clip_sample_range"] = table["clip_sample"] or 1.0
-    if _is(sampler, _FINAL_SIGMA):
-        config["final_sigmas_type"] = "sigma_min" if table["final_alpha"] == "first" else "zero"
-    if _is(sampler, _KARRAS):
-        config["use_karras_sigmas"] = table["timestep_spacing"] == "karras"
-    if sampler.startswith("dpmpp"):
-        sde = sampler.endswith("sde")
-        config["algorithm_type"] = "sde-dpmsolver++" if sde else "dpmsolver++"
-        config["solver_order"] = int(sampler.removeprefix("dpmpp_")[0])
-    if sampler.startswith("unipc"):
-        config["solver_order"] = 3 if sampler == "unipc_3" else 2
-    return config
-
-
-def _is(sampler: str, beginnings: tuple[str, ...]) -> bool:
-    return sampler != "euler_ancestral" and sampler.startswith(beginnings)
+    if "variance_type" in written:
+        written["variance_type"] = f"fixed_{settings.table()['variance']}"
+    if written.get("lambda_min_clipped") == -math.inf:
+        del written["lambda_min_clipped"]
+    return written
 
 
 def _refuse(name: str, config: Mapping[str, Any]) -> None:
-    known = name in _CLASSES.values() or name in _REPLACED or name in _DEFAULTS
+    known = name in _READS or name in _REPLACED or name in _DEFAULTS
     if not known and not config.keys() & {"beta_schedule", "trained_betas", "beta_start"}:
-        supported = ", ".join(dict.fromkeys(_CLASSES.values()))
+        supported = ", ".join(_READS)
         raise ValueError(f"_class_name: {name} is not supported (no betas), only {supported}")
     checks.one_of("prediction_type", config["prediction_type"], PREDICTION_TYPES)
     checks.one_of(
@@ -229,6 +224,9 @@ def _refuse(name: str, config: Mapping[str, Any]) -> None:
     )
     if config.get("use_flow_sigmas"):
         checks.fail("use_flow_sigmas", "False", True)
+    checks.one_of(
+        "final_sigmas_type", config.get("final_sigmas_type") or "zero", ("zero", "sigma_min")
+    )
     variances = (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
     if config.get("variance_type") not in variances:
         checks.fail("variance_type", "a fixed one", repr(config["variance_type"]))
@@ -237,49 +235,25 @@ def _refuse(name: str, config: Mapping[str, Any]) -> None:
 def _sampler(name: str, config: Mapping[str, Any]) -> str:
     order = config.get("solver_order", 2)
     checks.positive_int("solver_order", order)
-    if name == "DPMSolverMultistepScheduler":
-        algorithm = str(config.get("algorithm_type", "dpmsolver++"))
+    exact = of_diffusers(name, config)
+    if exact is not None:
+        return exact.name
+    wanted, sampler = name, _REPLACED.get(name, "dpmpp_2m")
+    if name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
+        algorithm = str(config.get("algorithm_type", "UniPC"))
         wanted = f"{algorithm} of order {order}"
-        if algorithm.startswith("sde"):
-            exact, sampler = wanted == "sde-dpmsolver++ of order 2", "dpmpp_2m_sde"
-        else:
-            samplers = {1: "dpmpp_1", 2: "dpmpp_2m", 3: "dpmpp_3m_diffusers"}
-            exact = algorithm == "dpmsolver++" and order in samplers
-            sampler = samplers.get(order, "dpmpp_2m")
-    elif name == "UniPCMultistepScheduler":
-        wanted, exact = f"UniPC of order {order}", order in (2, 3)
-        sampler = "unipc_3" if order == 3 else "unipc"
-    else:
-        wanted = name
-        exact = name in _CLASSES.values()
-        own = {cls: sampler for sampler, cls in _CLASSES.items()}
-        sampler = own[name] if exact else _REPLACED.get(name, "dpmpp_2m")
-    if not exact:
-        message = f"{wanted} is not available here; {sampler} takes its place"
-        warnings.warn(message, stacklevel=3)
+        sampler = "dpmpp_2m_sde" if algorithm.startswith("sde") else _NEAREST[name]
+    warnings.warn(f"{wanted} is not available here; {sampler} takes its place", stacklevel=3)
     return sampler
 
 
-def _left_out(sampler: str, config: Mapping[str, Any]) -> Iterator[str]:
+def _left_out(config: Mapping[str, Any]) -> Iterator[str]:
     """Sentences about options without their counterpart here."""
     for name, value in config.items():
         if name in _OFF:
             if value not in _OFF[name]:
                 yield f"option {name}={value!r} is not available here and left out"
-        elif not (name.startswith("_") or name in _USED or name in _WITHOUT_EFFECT):
+        elif not (name.startswith("_") or name in _ALL_READ or name in _WITHOUT_EFFECT):
             yield f"unknown option {name}={value!r} is left out"
-    solver, usual = config.get("solver_type"), {"dpmpp_2m": "midpoint", "unipc": "bh2"}
-    for beginning, known in usual.items():
-        if sampler.startswith(beginning) and solver in ("heun", "bh1") and solver != known:
-            yield f"option solver_type={solver!r} is not available here; {known} takes its place"
-    first = config.get("final_sigmas_type") == "sigma_min"
-    if config.get("euler_at_final") and first and sampler.startswith("dpmpp"):
-        yield "option euler_at_final=True is not available here and left out"
-    spacing = config["timestep_spacing"]
-    if sampler in ("euler", "heun") and config.get("use_karras_sigmas") and spacing != "linspace":
-        yield (
-            f"use_karras_sigmas spans the whole schedule here, as with timestep_spacing='linspace',"
-            f" not the ends of {spacing!r}"
-        )
     if config.get("variance_type") == "fixed_large_log":
         yield "option variance_type='fixed_large_log': fixed_large takes its place"

@@ -3,9 +3,8 @@ arXiv:2307.01952): a prompt in, images out."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from ..models.text import TextStates
 from ..models.vae import AutoencoderKL
 from ..ops import checks
 from ..prediction import PREDICTION_TYPES
-from ..samplers import make_table
+from ..samplers import SamplerOptions
 from ..schedule import DiffusionSchedule
 from ..turns import Turns
 from . import inputs
@@ -30,11 +29,6 @@ from .result import Result
 from .saving import save
 
 OUTPUTS = ("pil", "tensor", "latent")
-DEFAULTS = {  # of make_table's options
-    parameter.name: parameter.default
-    for parameter in inspect.signature(make_table).parameters.values()
-    if parameter.kind is parameter.KEYWORD_ONLY
-}
 
 
 class StableDiffusion:
@@ -281,18 +275,13 @@ class StableDiffusion:
 
         Inpainting of strength 1 starts from pure noise.
         """
-        unknown = sorted(changes.keys() - DEFAULTS.keys())
-        if unknown:
-            known = ", ".join(sorted(DEFAULTS))
-            raise TypeError(f"{unknown[0]}: expected one of the keywords {known}")
-        return {
-            **DEFAULTS,
-            **self.scheduler.table(sampler),
+        options = SamplerOptions(**self.scheduler.table(sampler)).replace(
             **{name: inputs.plain(value) for name, value in changes.items()},
-            "steps": steps,
-            "guidance_scale": inputs.guidance(guidance_scale),
-            "strength": None if inpainting and strength == 1 else strength,
-        }
+            steps=steps,
+            guidance_scale=inputs.guidance(guidance_scale),
+            strength=None if inpainting and strength == 1 else strength,
+        )
+        return {one.name: getattr(options, one.name) for one in fields(options)}
 
     def _ready(self, table: dict[str, Any], progress: bool) -> Engine:
         engine = self._engine

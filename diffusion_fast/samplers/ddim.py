@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ..prediction import epsilon_coefficients
 from ..schedule import FloatArray
-from .grids import Grid
-from .table import rows_of
+from .grids import Grid, ddim_grid
+from .sampler import Calls, DiffusersName, Sampler, SamplerOptions
 
 
-def transition_rows(grid: Grid, std: FloatArray | float = 0.0) -> FloatArray:
+def transition(grid: Grid, std: FloatArray | float = 0.0) -> Calls:
     """x' = A' x_0 + sqrt(S'^2 - std^2) epsilon + std z (eq. 12), with epsilon = (x - A x_0) / S."""
     direction = _direction(grid, std)
-    return rows_of(
-        len(grid),
+    return Calls.one_per_step(
+        grid,
         c_x=direction / grid.noise,
         c_0=grid.next_signal - direction * grid.signal / grid.noise,
         s=std,
     )
 
 
-def ddim_rows(grid: Grid, eta: float, prediction_type: str, clipped: bool) -> FloatArray:
+def calls(grid: Grid, options: SamplerOptions) -> Calls:
     """DDIM with std = eta times the posterior's (eq. 16); eta = 1 is DDPM with small variance.
 
     With clipping the direction keeps the model's own epsilon from before the clamp, so the row
-    reads the model's output directly.
+    reads the model's output directly, unless ``clipped_direction`` derives it from the clipped x_0.
     """
-    std = eta * grid.posterior_std
-    if not clipped:
-        return transition_rows(grid, std)
+    std = (options.eta or 0.0) * grid.posterior_std
+    if options.clip == math.inf or options.clipped_direction:
+        return transition(grid, std)
     direction = _direction(grid, std)
-    e_x, e_m = epsilon_coefficients(prediction_type, grid.signal, grid.noise)
-    return rows_of(len(grid), c_x=direction * e_x, c_m=direction * e_m, c_0=grid.next_signal, s=std)
+    e_x, e_m = epsilon_coefficients(options.prediction_type, grid.signal, grid.noise)
+    return Calls.one_per_step(
+        grid, c_x=direction * e_x, c_m=direction * e_m, c_0=grid.next_signal, s=std
+    )
 
 
 def _direction(grid: Grid, std: FloatArray | float) -> FloatArray:
     return np.sqrt(np.maximum(grid.next_noise**2 - np.square(std), 0))
+
+
+SAMPLERS = (
+    Sampler(
+        "ddim",
+        ddim_grid,
+        calls,
+        options={"eta": 0.0, "clipped_direction": False},
+        diffusers=(DiffusersName("DDIMScheduler"),),
+    ),
+)

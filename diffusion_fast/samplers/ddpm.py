@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..ops import checks
-from ..schedule import FloatArray
-from .ddim import transition_rows
-from .grids import Grid
+from .ddim import transition
+from .grids import Grid, ddpm_grid
+from .sampler import Calls, DiffusersName, Sampler, SamplerOptions
 from .table import INDEX
 
-VARIANCES = ("large", "small")
 
-
-def ddpm_rows(grid: Grid, variance: str) -> FloatArray:
+def calls(grid: Grid, options: SamplerOptions) -> Calls:
     """x' = mean of q(x' | x, x_0) + s z (eq. 7), with s^2 one of section 3.2's two choices.
 
     ``"large"``: beta = 1 - abar / abar', as in the paper's code; ``"small"``: the posterior's own
@@ -21,11 +18,21 @@ def ddpm_rows(grid: Grid, variance: str) -> FloatArray:
     t = 0 (trailing, or an offset) therefore adds noise on its last row too, with large variance
     visibly, as diffusers does.
     """
-    checks.one_of("variance", variance, VARIANCES)
-    rows = transition_rows(grid, grid.posterior_std)
-    if variance == "large":
+    made = transition(grid, grid.posterior_std)
+    if options.variance == "large":
         std = np.sqrt(np.maximum(1 - np.square(grid.signal / grid.next_signal), 0))
     else:
         std = np.maximum(grid.posterior_std, 1e-10)
-    rows[:, INDEX["s"]] = np.where(grid.timesteps > 0, std, 0)
-    return rows
+    made.coefficients[:, INDEX["s"]] = np.where(grid.timesteps > 0, std, 0)
+    return made
+
+
+SAMPLERS = (
+    Sampler(
+        "ddpm",
+        ddpm_grid,
+        calls,
+        options={"variance": "large"},
+        diffusers=(DiffusersName("DDPMScheduler"),),
+    ),
+)

@@ -6,16 +6,27 @@ in it a Euler step to sigma' is the step of DDIM, an ancestral one that of its p
 
 from __future__ import annotations
 
-from ..schedule import FloatArray
-from .ddim import transition_rows
-from .grids import Grid
+from .ddim import transition
+from .grids import Grid, sigma_grid
+from .sampler import Calls, DiffusersName, Sampler, SamplerOptions
 
 
-def euler_rows(grid: Grid) -> FloatArray:
+def euler(grid: Grid, options: SamplerOptions) -> Calls:
     """x' = x + (sigma' - sigma) dx/dsigma, dx/dsigma = (x - x_0) / sigma."""
-    return transition_rows(grid)
+    return transition(grid)
 
 
-def euler_ancestral_rows(grid: Grid) -> FloatArray:
+def ancestral(grid: Grid, options: SamplerOptions) -> Calls:
     """Euler to sigma_down = sigma'^2 / sigma, then noise of sqrt(sigma'^2 - sigma_down^2)."""
-    return transition_rows(grid, grid.posterior_std)
+    return transition(grid, grid.posterior_std)
+
+
+SAMPLERS = (
+    Sampler("euler", sigma_grid, euler, diffusers=(DiffusersName("EulerDiscreteScheduler"),)),
+    Sampler(
+        "euler_ancestral",
+        sigma_grid,
+        ancestral,
+        diffusers=(DiffusersName("EulerAncestralDiscreteScheduler"),),
+    ),
+)

@@ -2,45 +2,63 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ..prediction import epsilon_coefficients
-from ..schedule import FloatArray
-from .ddim import transition_rows
-from .grids import Grid
-from .table import INDEX, rows_of
+from .ddim import transition
+from .grids import Grid, sigma_grid
+from .sampler import Calls, DiffusersName, Sampler, SamplerOptions
+from .table import INDEX, coefficients
 
 
-def heun_points(steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """For 2 steps - 1 rows: the grid point where the model is called, and the step."""
-    row = np.arange(2 * steps - 1)
-    return (row + 1) // 2, row // 2
+def calls(grid: Grid, options: SamplerOptions) -> Calls:
+    """Two calls for each step; the last step, mostly to sigma = 0, is a single Euler step.
 
+    With x_0 + sigma epsilon as the state, epsilon is its slope in sigma. The first call's row is
+    Euler's and keeps half of the step, which the second completes with the slope at its result:
 
-def heun_rows(grid: Grid, prediction_type: str, clipped: bool) -> FloatArray:
-    """Two rows per step; the last step, mostly to sigma = 0, is a single Euler row.
-
-    With x_0 + sigma epsilon as the state, epsilon is its slope in sigma. The first row is Euler's
-    and keeps y = epsilon; the second, at its result, replaces that slope by the mean of both:
-
-        x' = x_euler + (sigma' - sigma) / 2 (epsilon' - epsilon)
+        y = x + (sigma' - sigma) / 2 epsilon        x' = y + (sigma' - sigma) / 2 epsilon'
 
     epsilon' comes straight from the model's output, or from the clamped x_0 if there is clipping:
     by way of x_0 all digits would cancel where sigma is large.
     """
     n = len(grid) - 1
-    first = transition_rows(grid)
-    first[:n, INDEX["d_x"]] = 1 / grid.noise[:n]
-    first[:n, INDEX["d_0"]] = -grid.signal[:n] / grid.noise[:n]
-
-    signal, noise = grid.next_signal[:n], grid.next_noise[:n]
-    weight = 0.5 * (noise - signal * grid.sigma[:n])  # in the variance-preserving form
-    if clipped:
-        second = rows_of(n, c_y=-weight, c_x=1 + weight / noise, c_0=-weight * signal / noise)
+    signal, noise, sigma = grid.next_signal[:n], grid.next_noise[:n], grid.sigma[:n]
+    half = 0.5 * (noise - signal * sigma)  # in the variance-preserving form, of the step's end
+    first = transition(grid).coefficients
+    # y = A' / A x + half (x - A x_0) / S
+    first[:n, INDEX["d_x"]] = signal / grid.signal[:n] + half / grid.noise[:n]
+    first[:n, INDEX["d_0"]] = -half / sigma
+    if options.clip < math.inf:
+        e_x, e_0 = 1 / noise, -signal / noise
+        second = coefficients(n, c_y=1, c_x=half * e_x, c_0=half * e_0)
     else:
-        e_x, e_m = epsilon_coefficients(prediction_type, signal, noise)
-        second = rows_of(n, c_y=-weight, c_x=1 + weight * e_x, c_m=weight * e_m)
+        e_x, e_m = epsilon_coefficients(options.prediction_type, signal, noise)
+        second = coefficients(n, c_y=1, c_x=half * e_x, c_m=half * e_m)
 
-    rows = rows_of(2 * n + 1)
+    rows = coefficients(2 * n + 1)
     rows[0::2], rows[1::2] = first, second
-    return rows
+    call = np.arange(2 * n + 1)
+    point, step = (call + 1) // 2, call // 2
+    return Calls(
+        rows,
+        step,
+        grid.timesteps[point],
+        grid.signal[point],
+        grid.noise[point],
+        grid.next_signal[step],
+        grid.next_noise[step],
+    )
+
+
+SAMPLERS = (
+    Sampler(
+        "heun",
+        sigma_grid,
+        calls,
+        calls_per_step=2,
+        diffusers=(DiffusersName("HeunDiscreteScheduler"),),
+    ),
+)

@@ -20,7 +20,7 @@ from ..schedule import FloatArray
 INDEX = {name: i for i, name in enumerate(COLUMNS)}
 
 
-def rows_of(count: int, **columns: float | FloatArray) -> FloatArray:
+def coefficients(count: int, **columns: float | FloatArray) -> FloatArray:
     """[count, len(COLUMNS)] with the named columns set; no clipping, guidance 1 and 0 elsewhere."""
     rows = np.zeros((count, len(COLUMNS)))
     for name, value in {"clip": math.inf, "guidance": 1.0, **columns}.items():
@@ -40,6 +40,7 @@ class StepTable:
         initial_scale: the state starts as initial_scale * x_T with standard normal x_T.
         signal, noise: A and S of x = A x_0 + S epsilon at the first row; an image-to-image run
             starts there with x = signal * image + noise * z.
+        levels: float64 [N, 2], A and S of the state that each row sees.
         halves: which halves of guidance run: "conditional", "unconditional" or "both".
         next_levels: float64 [N, 2], A and S of the state after each row: where an image must be
             noised to, to take the place of the state there.
@@ -59,6 +60,7 @@ class StepTable:
     signal: float
     noise: float
     halves: str
+    levels: Tensor
     next_levels: Tensor
 
     def __post_init__(self) -> None:
@@ -68,10 +70,12 @@ class StepTable:
         checks.shape("rows", self.rows, (n, len(COLUMNS)), "[N, len(COLUMNS)]")
         checks.shape("timesteps", self.timesteps, (n,), "[N]")
         checks.shape("step_of_row", self.step_of_row, (n,), "[N]")
+        checks.shape("levels", self.levels, (n, 2), "[N, 2]")
         checks.shape("next_levels", self.next_levels, (n, 2), "[N, 2]")
         for name, value, dtype in (
             ("rows", self.rows, torch.float64),
             ("timesteps", self.timesteps, torch.float64),
+            ("levels", self.levels, torch.float64),
             ("next_levels", self.next_levels, torch.float64),
             ("step_of_row", self.step_of_row, torch.int64),
         ):

@@ -1,4 +1,4 @@
-"""UniPC (Zhao et al. 2023, arXiv:2302.04867), data prediction, B(h) = exp(h) - 1 ("bh2").
+"""UniPC (Zhao et al. 2023, arXiv:2302.04867), data prediction.
 
 A predictor (UniP) takes the step; once the model has been called at its result, a corrector (UniC)
 takes the same step again with that new x_0 as one more point of the polynomial. The correction is
@@ -9,40 +9,54 @@ linear in the new x_0, so all of it but that term is kept as y and finished by t
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from ..schedule import FloatArray
-from .grids import Grid
-from .table import INDEX, rows_of
+from .grids import Grid, solver_grid
+from .sampler import Calls, DiffusersName, Sampler, SamplerOptions
+from .table import INDEX
 
 
-def unipc_rows(grid: Grid, order: int = 2) -> FloatArray:
-    """Predictor of ``order`` (2 or 3) with corrector; the first and last steps are of lower order.
+def calls(grid: Grid, options: SamplerOptions, order: int, *, bh1: bool = False) -> Calls:
+    """Predictor of ``order`` 1, 2 or 3 with corrector; the first steps are of lower order.
 
-    x as a model sees it is the predictor's, and the last step, to no noise, isn't corrected.
+    x as a model sees it is the predictor's. The last step isn't corrected, and is of first order
+    if it goes to no noise.
+
+    Args:
+        bh1: the paper's B(h) = h, else "bh2", exp(h) - 1. They differ where a polynomial has a
+            single point besides the step's start.
     """
     n = len(grid)
     with np.errstate(divide="ignore"):
         lam = np.log(grid.signal / grid.noise)
         step = -np.log(grid.ratio)  # h, infinite for a step to no noise
-    rows = rows_of(n)
-    own = 0.0  # weight of the new x0 in the correction
-    for i in range(n):
-        this_order = min(order, n - i, i + 1)
+    made = Calls.one_per_step(grid)
+    source, own = "x", 0.0  # weight of the new x0 in the correction
+    for i, row in enumerate(made.coefficients):
+        ahead = (
+            n - i if options.lower_order_final or (grid.next_noise[-1] == 0 and i + 1 == n) else n
+        )
+        this_order = min(order, ahead, i + 1)
         decay = grid.next_noise[i] / grid.noise[i]
         past = lam[i - this_order + 1 : i][::-1] - lam[i]  # where h1, h2 lie, from this row
-        source = "y" if i else "x"
 
-        history = grid.next_signal[i] * _weights(past, step[i])
+        history = grid.next_signal[i] * _weights(past, step[i], bh1)
         history[0] += decay * own
-        _set(rows[i], "c", source, decay, history)
-        if i + 1 < n:
-            history = grid.next_signal[i] * _weights(np.append(past, step[i]), step[i])
-            history, new = history[:-1], history[-1]
-            history[0] += decay * own
-            _set(rows[i], "d", source, decay, history)
-            own = new
-    return rows
+        _set(row, "c", source, decay, history)
+        if i + 1 == n:
+            break
+        if i in (options.disable_corrector or ()):
+            source, own = "x", 0.0
+            continue
+        history = grid.next_signal[i] * _weights(np.append(past, step[i]), step[i], bh1)
+        history, new = history[:-1], history[-1]
+        history[0] += decay * own
+        _set(row, "d", source, decay, history)
+        source, own = "y", new
+    return made
 
 
 def _set(row: FloatArray, letter: str, source: str, decay: float, history: FloatArray) -> None:
@@ -51,7 +65,7 @@ def _set(row: FloatArray, letter: str, source: str, decay: float, history: Float
         row[INDEX[f"{letter}_{k}"]] = weight
 
 
-def _weights(nodes: FloatArray, h: float) -> FloatArray:
+def _weights(nodes: FloatArray, h: float, bh1: bool) -> FloatArray:
     """Weights of x_0 at tau = 0 and at ``nodes`` in the integral of exp(tau - h) x_0 over [0, h].
 
     Exact for polynomials through all of these, but with a single node besides 0 the paper's choice
@@ -62,7 +76,7 @@ def _weights(nodes: FloatArray, h: float) -> FloatArray:
         return np.array([total])
     r = nodes / h
     if len(nodes) == 1:
-        weights = 0.5 * total / r
+        weights = 0.5 * (h if bh1 else total) / r
     else:
         powers = np.arange(1, len(nodes) + 1)
         moments = np.empty(len(nodes))  # integral of exp(tau - h) (tau / h)^j, by parts
@@ -70,5 +84,26 @@ def _weights(nodes: FloatArray, h: float) -> FloatArray:
         for j in powers:
             moment = 1 - j / h * moment
             moments[j - 1] = moment
-        weights = np.linalg.solve(r[None, :] ** powers[:, None], moments)
+        weights = np.asarray(np.linalg.solve(r[None, :] ** powers[:, None], moments), np.float64)
     return np.concatenate(([total - weights.sum()], weights))
+
+
+def _sampler(name: str, order: int, solver_type: str) -> Sampler:
+    settings = {"solver_order": order, "solver_type": solver_type, "predict_x0": True}
+    return Sampler(
+        name,
+        solver_grid,
+        partial(calls, order=order, bh1=solver_type == "bh1"),
+        options={"lower_order_final": True, "disable_corrector": ()},
+        diffusers=(DiffusersName("UniPCMultistepScheduler", settings),),
+    )
+
+
+SAMPLERS = (
+    _sampler("unipc_1", 1, "bh2"),
+    _sampler("unipc", 2, "bh2"),
+    _sampler("unipc_3", 3, "bh2"),
+    _sampler("unipc_1_bh1", 1, "bh1"),
+    _sampler("unipc_bh1", 2, "bh1"),
+    _sampler("unipc_3_bh1", 3, "bh1"),
+)

@@ -69,7 +69,7 @@ def test_every_sampler(
     engines = [df.Engine(model, SCHEDULE, graph=graph, **options) for graph in ("off", "loop")]
     z = torch.randn(SHAPE, dtype=dtype)
     place = list(GUIDANCE).index(guidance) + PREDICTIONS.index(prediction_type)
-    for sampler in SAMPLERS[place % share :: share]:
+    for sampler in [*SAMPLERS][place % share :: share]:
         call = {**both, "x_T": z}
         truth = df.sample(
             model, SCHEDULE, SHAPE, sampler=sampler, generator=seeded(), **call, **options

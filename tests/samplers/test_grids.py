@@ -8,6 +8,7 @@ import pytest
 from diffusion_fast.samplers import SAMPLERS, make_table, table_from_grid
 from diffusion_fast.samplers.grids import (
     Grid,
+    GridOptions,
     ddim_grid,
     ddpm_grid,
     sigma_grid,
@@ -17,7 +18,10 @@ from diffusion_fast.schedule import DiffusionSchedule
 
 T = 1000
 GRIDS = (ddpm_grid, ddim_grid, solver_grid, sigma_grid)
-FINITE_SIGMA = ("heun", "unipc", "unipc_3")  # their own grids put a small SNR in its place
+FINITE_SIGMA = (
+    "heun",
+    *(s for s in SAMPLERS if s.startswith("unipc")),
+)  # their own grids put a small SNR in its place
 # Where floating point gives numpy.arange(T, 0, -T / n) one element too many.
 ONE_TOO_MANY = [n for n in range(1, T + 1) if len(np.arange(T, 0, -(T / n))) != n]
 
@@ -31,7 +35,7 @@ def schedule() -> DiffusionSchedule:
 @pytest.mark.parametrize("grid_of", GRIDS)
 def test_every_number_of_steps_gives_valid_decreasing_timesteps(schedule, grid_of, spacing):
     for steps in range(1, T + 1):
-        grid = grid_of(schedule, steps, spacing, 0, "one")
+        grid = grid_of(schedule, steps, GridOptions(spacing))
         t = grid.timesteps
         assert len(t) == steps, steps
         assert t[0] <= T - 1, steps
@@ -45,7 +49,7 @@ def test_every_number_of_steps_gives_valid_decreasing_timesteps(schedule, grid_o
 def test_karras_noise_levels_decrease_for_every_number_of_steps(grid_of, kind):
     schedule = DiffusionSchedule(T, kind=kind)
     for steps in (*range(1, 80), 333, 999, T):
-        grid = grid_of(schedule, steps, "karras", 0, "one")
+        grid = grid_of(schedule, steps, GridOptions("karras"))
         t = grid.timesteps
         assert len(t) == steps, steps
         assert t[0] == T - 1, steps
@@ -57,7 +61,7 @@ def test_karras_noise_levels_decrease_for_every_number_of_steps(grid_of, kind):
 
 def test_karras_follows_the_paper(schedule):
     """Karras et al. 2022, eq. 5, with rho = 7."""
-    grid = solver_grid(schedule, 10, "karras", 0, "one")
+    grid = solver_grid(schedule, 10, GridOptions("karras"))
     sigma = np.sqrt(1 / schedule.alpha_bar - 1)
     low, high = sigma[0] ** (1 / 7), sigma[-1] ** (1 / 7)
     expected = [(high + i / 9 * (low - high)) ** 7 for i in range(10)]
@@ -89,7 +93,7 @@ def test_all_steps_are_every_timestep(sampler, spacing):
 @pytest.mark.parametrize("steps", (999, 1000))
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_offset_past_the_end_raises(schedule, sampler, steps):
-    solver = solver_grid(schedule, steps, "leading", 0, "one").timesteps[0]
+    solver = solver_grid(schedule, steps, GridOptions("leading")).timesteps[0]
     sampler_is_solver = sampler.startswith(("dpm", "unipc"))
     first = solver if sampler_is_solver else steps - 1
     if first + 1 < T:
@@ -151,8 +155,8 @@ def test_a_grid_that_starts_at_zero_snr_itself(sampler):
 
 
 def test_ddim_goes_a_fixed_distance_and_ddpm_to_the_next_timestep(schedule):
-    ddim = ddim_grid(schedule, 7, "linspace", 0, "one")
-    ddpm = ddpm_grid(schedule, 7, "linspace", 0, "one")
+    ddim = ddim_grid(schedule, 7, GridOptions("linspace"))
+    ddpm = ddpm_grid(schedule, 7, GridOptions("linspace"))
     assert (ddim.timesteps == ddpm.timesteps).all()
     abar = schedule.alpha_bar
     t = ddim.timesteps.astype(int)

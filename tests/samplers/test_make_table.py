@@ -37,7 +37,10 @@ def schedule() -> DiffusionSchedule:
         ({"eta": -0.1}, r"eta: expected a number in \[0, 1\], got -0.1"),
         ({"eta": 1.1}, r"eta: expected a number in \[0, 1\], got 1.1"),
         ({"eta": math.nan}, "eta: expected a finite number, got nan"),
-        ({"sampler": "euler", "eta": 0.5}, r"eta: expected 0 for euler \(only ddim has it\)"),
+        (
+            {"sampler": "euler", "eta": 0.5},
+            "eta: expected none for euler, which has no such option, got 0.5",
+        ),
         ({"clip_sample": 0.0}, "clip_sample: expected False, True or a number > 0, got 0.0"),
         ({"clip_sample": -1.0}, "clip_sample: expected False, True or a number > 0, got -1.0"),
         ({"clip_sample": math.inf}, "clip_sample: expected a finite number, got inf"),

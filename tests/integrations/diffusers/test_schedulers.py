@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy
 import pytest
 import tiny_pipelines as tiny
 import torch
@@ -53,6 +54,7 @@ SCHEDULERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
         {"use_karras_sigmas": True, "sigma_min": 0.1, "sigma_max": 8.0},
     ),
     ("Euler", "EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}),
+    ("Euler", "EulerDiscreteScheduler", {"interpolation_type": "log_linear"}),
     ("EulerAncestral", "EulerAncestralDiscreteScheduler", {}),
     ("Heun", "HeunDiscreteScheduler", {}),
     ("Heun", "HeunDiscreteScheduler", {"use_karras_sigmas": True}),
@@ -250,20 +252,133 @@ def test_steps_out_of_order(name: str, other: str, kind: str) -> None:
         step(4)  # it may begin anywhere
         with pytest.raises(ValueError, match="timestep: expected the next of timesteps"):
             step(8)
-    with pytest.raises(ValueError, match="timestep: expected one of timesteps"):
+    with pytest.raises(ValueError, match="timestep: expected"):
         mine.step(m, 12345, x)
 
 
-def test_before_set_timesteps() -> None:
-    mine, _ = pair("Euler", "EulerDiscreteScheduler")
-    x = torch.zeros(1, 1, 2, 2)
-    for call in (lambda: mine.step(x, 1, x), lambda: mine.scale_model_input(x, 1)):
+@pytest.mark.parametrize("name, other", DEFAULTS)
+def test_before_set_timesteps(name: str, other: str) -> None:
+    """diffusers' classes that step then go through all timesteps; the others refuse."""
+    mine, theirs = pair(name, other)
+    assert mine.timesteps.tolist() == theirs.timesteps.tolist()
+    x = torch.randn(1, 3, 4, 4)
+    if name in ("DDIM", "DPMSolver", "UniPC"):
         with pytest.raises(ValueError, match="expected a call of set_timesteps"):
-            call()
-    with pytest.raises(ValueError, match="num_inference_steps: expected a positive integer"):
+            mine.step(x, 1, x)
+    else:
+        for i in (0, 1, len(mine.timesteps) - 1) if mine.order == 1 else (0, 1):
+            steps = []
+            for scheduler in (mine, theirs):
+                t = scheduler.timesteps[i]
+                scaled = scheduler.scale_model_input(x, t)
+                noise = {"generator": torch.Generator().manual_seed(0)} if name != "Heun" else {}
+                steps.append(scheduler.step(0.3 * x, t, scaled, **noise).prev_sample)
+                if hasattr(scheduler, "is_scale_input_called"):
+                    theirs._step_index = None
+            assert error(*steps) <= 1e-4
+    with pytest.raises(ValueError, match="num_inference_steps: expected an integer"):
         mine.set_timesteps(0)
-    with pytest.raises(ValueError, match="num_inference_steps: expected at most 1000"):
+    with pytest.raises(ValueError, match=r"num_inference_steps: expected an integer in .1, 1000."):
         mine.set_timesteps(1001)
+    mine.set_timesteps(numpy.int64(3))
+    assert len(mine.timesteps) == (5 if name == "Heun" else 3)
+
+
+GRIDS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("DDPM", "DDPMScheduler", {"timesteps": [900, 500, 100, 20]}),
+    ("DPMSolver", DEFAULTS[2][1], {"timesteps": [900, 500, 100, 20]}),
+    ("Euler", DEFAULTS[4][1], {"timesteps": [900.0, 500.5, 100.0, 20.0]}),
+    ("Euler", DEFAULTS[4][1], {"sigmas": [10.0, 3.0, 1.0, 0.1, 0.0]}),
+    ("Heun", DEFAULTS[6][1], {"timesteps": [900.0, 500.5, 100.0, 20.0]}),
+)
+
+
+@pytest.mark.parametrize("name, other, grid", GRIDS)
+def test_grids_of_the_callers(name: str, other: str, grid: dict[str, Any]) -> None:
+    mine, theirs = pair(name, other)
+    results = []
+    for scheduler in (mine, theirs):
+        scheduler.set_timesteps(**grid)
+        scheduler.set_timesteps = lambda steps: None  # run's own
+        results.append(run(scheduler, 4)[-2 if name != "DPMSolver" or scheduler is mine else -1])
+    assert mine.timesteps.tolist() == pytest.approx(theirs.timesteps.tolist(), abs=1e-3)
+    assert error(*results) <= 5e-6
+
+
+@pytest.mark.parametrize(
+    "grid, message",
+    [
+        ({"timesteps": [10, 20]}, "timesteps: expected at least 1 decreasing numbers in .0, 999."),
+        ({"timesteps": [1000, 20]}, "timesteps: expected"),
+        ({"timesteps": [10, -1]}, "timesteps: expected"),
+        ({"timesteps": []}, "timesteps: expected"),
+        ({"sigmas": [1.0, 2.0, 0.0]}, "sigmas: expected at least 2 decreasing numbers"),
+        ({"sigmas": [float("nan"), 0.0]}, "sigmas: expected"),
+        ({"sigmas": [1.0]}, "sigmas: expected"),
+        ({"timesteps": [10], "sigmas": [1.0, 0.0]}, "set_timesteps: expected exactly one"),
+        ({}, "set_timesteps: expected exactly one of num_inference_steps or timesteps or sigmas"),
+    ],
+)
+def test_grids_that_cannot_be(grid: dict[str, Any], message: str) -> None:
+    mine, _ = pair("Euler", DEFAULTS[4][1])
+    with pytest.raises(ValueError, match=message):
+        mine.set_timesteps(**grid)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize(
+    "name, other",
+    [(name, other) for name, other in DEFAULTS if name in ("DDPM", "DDIM", "DPMSolver", "UniPC")],
+)
+def test_thresholding(name: str, other: str, prediction_type: str) -> None:
+    settings = {"thresholding": True, "sample_max_value": 1.2, "dynamic_thresholding_ratio": 0.9}
+    mine, theirs = pair(name, other, prediction_type=prediction_type, **settings)
+    last = -1 if name in ("DPMSolver", "UniPC") else -2
+    assert error(run(mine, 8)[-2], run(theirs, 8)[last]) <= 1e-4  # as for clipping
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_churn(prediction_type: str) -> None:
+    mine, theirs = pair("Euler", DEFAULTS[4][1], prediction_type=prediction_type)
+    options = {"s_churn": 3.0, "s_tmin": 0.2, "s_tmax": 8.0, "s_noise": 1.1}
+    assert worst(run(mine, 9, **options), run(theirs, 9, **options)) <= CLOSE
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_arguments_of_ddim_by_position(prediction_type: str) -> None:
+    """Any timestep, and epsilon from the clipped x_0."""
+    mine, theirs = pair("DDIM", "DDIMScheduler", clip_sample=True, prediction_type=prediction_type)
+    x, m = torch.randn(2, 1, 3, 4, 4)
+    for scheduler in (mine, theirs):
+        scheduler.set_timesteps(10)
+    for t in (777, 3, int(mine.timesteps[4])):
+        for clipped in (False, True):
+            call = (m, t, x, 0.5, clipped, None, x, False)
+            for a, b in zip(mine.step(*call), theirs.step(*call), strict=True):
+                assert error(a, b) <= 5e-6
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.9])
+def test_latents_that_a_callback_rewrites(factor: float) -> None:
+    results = []
+    for scheduler in pair("Heun", DEFAULTS[6][1]):
+        scheduler.set_timesteps(5)
+        x = torch.ones(1, 1, 1, 1, dtype=torch.float64) * float(scheduler.init_noise_sigma)
+        for t in scheduler.timesteps:
+            x = factor * scheduler.step(scheduler.scale_model_input(x, t) / 2, t, x).prev_sample
+        results.append(x)
+    assert error(*results) <= CLOSE
+
+
+@pytest.mark.parametrize("name, other", DEFAULTS)
+def test_misspelt_settings_are_refused(name: str, other: str) -> None:
+    for spacing in ("trailling", None):
+        with pytest.raises(ValueError, match="timestep_spacing: expected 'leading' or 'trailing'"):
+            getattr(ours, f"DiffusionFast{name}")(timestep_spacing=spacing)
+    scheduler = getattr(ours, f"DiffusionFast{name}")(trained_betas=[0.1, 0.3])
+    for steps in (2, 3):
+        with pytest.raises(ValueError, match="trained_betas: expected num_train_timesteps = 1000"):
+            scheduler.set_timesteps(steps)
 
 
 @pytest.mark.parametrize("name, other", DEFAULTS)
@@ -323,21 +438,23 @@ def test_all_names_are_at_the_top() -> None:
 @pytest.mark.parametrize(
     "name, other, settings, match",
     [
-        ("DDIM", "DDIMScheduler", {"thresholding": True}, "thresholding: expected False"),
         ("DDPM", "DDPMScheduler", {"variance_type": "learned"}, "variance_type: expected 'fixed"),
+        ("DDPM", "DDPMScheduler", {"variance_type": "small"}, "variance_type: expected 'fixed"),
         ("DPMSolver", DEFAULTS[2][1], {"algorithm_type": "dpmsolver"}, "algorithm_type"),
-        ("DPMSolver", DEFAULTS[2][1], {"solver_type": "heun"}, "solver_type"),
-        ("DPMSolver", DEFAULTS[2][1], {"use_lu_lambdas": True}, "use_lu_lambdas"),
+        ("DPMSolver", DEFAULTS[2][1], {"use_flow_sigmas": True}, "use_flow_sigmas"),
         (
             "DPMSolver",
             DEFAULTS[2][1],
-            {"algorithm_type": "sde-dpmsolver++", "solver_order": 1},
-            "solver_order: expected 2 for sde",
+            {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+            "solver_order: expected 1 or 2 for sde",
         ),
-        ("UniPC", DEFAULTS[3][1], {"solver_type": "bh1"}, "solver_type: expected 'bh2'"),
-        ("UniPC", DEFAULTS[3][1], {"disable_corrector": [0]}, "disable_corrector"),
-        ("Euler", DEFAULTS[4][1], {"interpolation_type": "log_linear"}, "interpolation_type"),
-        ("Heun", DEFAULTS[6][1], {"use_exponential_sigmas": True}, "use_exponential_sigmas"),
+        ("UniPC", DEFAULTS[3][1], {"predict_x0": False}, "predict_x0: expected True"),
+        (
+            "Euler",
+            DEFAULTS[4][1],
+            {"timestep_type": "continuous", "prediction_type": "v_prediction"},
+            "timestep_type: expected 'discrete' with v_prediction",
+        ),
     ],
 )
 def test_refused_settings(name: str, other: str, settings: dict[str, Any], match: str) -> None:
@@ -353,8 +470,8 @@ def test_config_changed_by_a_pipeline() -> None:
     assert (mine.config.clip_sample, mine.config.steps_offset) == (False, 1)
     mine.set_timesteps(10)
     assert mine.timesteps[-1] == 1
-    with pytest.raises(ValueError, match="thresholding"):
-        mine.register_to_config(thresholding=True)
+    with pytest.raises(ValueError, match="timestep_spacing"):
+        mine.register_to_config(timestep_spacing="even")
 
 
 def test_importing_the_package_imports_no_diffusers() -> None:

@@ -1,0 +1,129 @@
+"""All samplers under their names, and the tables that are made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..guidance import plan_guidance
+from ..ops import checks
+from ..prediction import x0_coefficients
+from ..schedule import DiffusionSchedule
+from . import ddim, ddpm, dpm_solver, euler, heun, unipc
+from .grids import Grid
+from .sampler import Sampler, SamplerOptions
+from .table import INDEX, StepTable
+
+FAMILIES = (ddpm, ddim, dpm_solver, euler, heun, unipc)
+SAMPLERS = MappingProxyType({one.name: one for family in FAMILIES for one in family.SAMPLERS})
+
+
+def find(sampler: str | Sampler) -> Sampler:
+    """
+    Raises:
+        ValueError: a name that no sampler has.
+    """
+    if isinstance(sampler, Sampler):
+        return sampler
+    checks.one_of("sampler", sampler, SAMPLERS)
+    return SAMPLERS[sampler]
+
+
+def of_diffusers(scheduler: str, config: Mapping[str, Any]) -> Sampler | None:
+    """The sampler of a scheduler class of diffusers with these settings; None if there is none."""
+    for sampler in SAMPLERS.values():
+        for name in sampler.diffusers:
+            same = all(config.get(key) == value for key, value in name.settings.items())
+            if name.scheduler == scheduler and same and not name.nearest:
+                return sampler
+    return None
+
+
+def make_table(
+    sampler: str, schedule: DiffusionSchedule, steps: int | None = None, **options: Any
+) -> StepTable:
+    """The table of a sampler on a schedule's time grid.
+
+    Args:
+        sampler: one of :data:`SAMPLERS`.
+        schedule: what the model was trained with.
+        steps: 1 to T, None for all T.
+        options: the other attributes of :class:`SamplerOptions`.
+
+    Raises:
+        TypeError: an option that there is not.
+        ValueError: unknown names, numbers out of range, timesteps past T - 1, epsilon at zero SNR,
+            an option that the sampler doesn't have.
+    """
+    return table_of(SamplerOptions(sampler=sampler, steps=steps).replace(**options), schedule)
+
+
+def table_of(options: SamplerOptions, schedule: DiffusionSchedule) -> StepTable:
+    """The same for options in one value."""
+    sampler = find(options.sampler)
+    options.check()
+    steps = options.steps_of(schedule.timesteps)
+    options = dataclasses.replace(sampler.resolved(options), steps=steps)
+    grid = sampler.grid(schedule, steps, options)
+    if options.strength is not None:  # an image comes with its noise
+        grid = grid.part(len(grid) - options.steps_to_run(len(grid)))
+    # Solver grids put a small SNR in the place of zero, where epsilon says nothing all the same.
+    if (
+        options.prediction_type == "epsilon"
+        and not schedule.alpha_bar[math.ceil(grid.timesteps[0])]
+    ):
+        x0_coefficients("epsilon", np.zeros(1), np.ones(1))
+    return _table(sampler, grid, options)
+
+
+def table_from_grid(sampler: str | Sampler, grid: Grid, **options: Any) -> StepTable:
+    """The table of a sampler on a grid of one's own.
+
+    Args:
+        sampler: one of :data:`SAMPLERS`, or an entry of one's own.
+        grid: the steps, all of which run.
+        options: those attributes of :class:`SamplerOptions` that choose no grid. Without
+            ``steps``, a number of steps, the solvers keep their order to the end.
+
+    Raises:
+        TypeError, ValueError: as :func:`make_table`.
+    """
+    entry = find(sampler)
+    chosen = SamplerOptions(sampler=entry.name).replace(**options)
+    chosen.check()
+    return _table(entry, grid, entry.resolved(chosen))
+
+
+def _table(sampler: Sampler, grid: Grid, options: SamplerOptions) -> StepTable:
+    clip, calls = options.clip, sampler.calls(grid, options)
+    guidance = plan_guidance(
+        grid.sigma, options.guidance_scale, options.guidance_interval, options.guidance_rescale
+    )
+    a, b = x0_coefficients(options.prediction_type, calls.signal, calls.noise)
+    rows = calls.coefficients
+    for name, values in (
+        ("a", a),
+        ("b", b),
+        ("clip", clip),
+        ("guidance", guidance.scale[calls.step]),
+        ("rescale", guidance.rescale[calls.step]),
+    ):
+        rows[:, INDEX[name]] = values
+    return StepTable(
+        sampler=sampler.name,
+        rows=torch.from_numpy(rows),
+        timesteps=torch.from_numpy(calls.timesteps),
+        step_of_row=torch.from_numpy(calls.step),
+        initial_scale=grid.initial_scale,
+        signal=float(calls.signal[0]),
+        noise=float(calls.noise[0]),
+        halves=guidance.halves,
+        levels=torch.from_numpy(np.stack((calls.signal, calls.noise), axis=1)),
+        next_levels=torch.from_numpy(np.stack((calls.next_signal, calls.next_noise), axis=1)),
+    )

@@ -1,0 +1,231 @@
+"""What a sampler is: a time grid, and the coefficients of each model call on it.
+
+The families' files make :class:`Sampler` entries; :mod:`.registry` gathers them under their names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..ops import checks
+from ..prediction import PREDICTION_TYPES
+from ..schedule import DiffusionSchedule, FloatArray
+from .grids import Grid, GridOptions
+from .table import coefficients
+
+
+@dataclass(frozen=True)
+class SamplerOptions(GridOptions):
+    """How to sample: everything about a run but the model, the schedule and the noise.
+
+    Attributes of :class:`~.grids.GridOptions`, and:
+        sampler: one of :data:`~diffusion_fast.samplers.SAMPLERS`. ``dpmpp_3m_diffusers`` is third
+            order as diffusers writes it, which converges with order 2; ``unipc`` is of order 2 with
+            its corrector.
+        steps: 1 to T, None for all T. Heun calls the model 2 steps - 1 times.
+        prediction_type: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
+        variance: noise of DDPM's steps, ``"large"`` or ``"small"``; None for large. Others have
+            no use for it.
+        eta: noise of DDIM's steps, in [0, 1]; None for 0, which is deterministic.
+        clip_sample: clamp x_0 to [-1, 1] (True) or to [-c, c] (a number c > 0).
+        clipped_direction: whether the epsilon of DDIM's direction follows from the clipped x_0
+            (``use_clipped_model_output``); None for False.
+        lower_order_final: end a multistep solver with steps of lower order, DPM-Solver++ only where
+            a schedule's grid has fewer than 15 steps; None for True.
+        euler_at_final: let DPM-Solver++ end with a step of first order, as it does to no noise.
+        disable_corrector: steps of UniPC whose result is not corrected, counted from 0.
+        strength: image-to-image, in (0, 1]: run only the last ``int(steps * strength)`` steps,
+            starting from ``signal * image + noise * z``.
+        guidance_scale, guidance_interval, guidance_rescale: see
+            :func:`~diffusion_fast.guidance.plan_guidance`; the steps are those that run.
+    """
+
+    sampler: str = "ddpm"
+    steps: int | None = None
+    prediction_type: str = "epsilon"
+    variance: str | None = None
+    eta: float | None = None
+    clip_sample: bool | float = False
+    clipped_direction: bool | None = None
+    lower_order_final: bool | None = None
+    euler_at_final: bool | None = None
+    disable_corrector: Sequence[int] | None = None
+    strength: float | None = None
+    guidance_scale: float | Sequence[float] = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float = 0.0
+
+    def replace(self, **changes: Any) -> SamplerOptions:
+        """The same with some options changed.
+
+        Raises:
+            TypeError: a name that is none of the options.
+        """
+        names = [one.name for one in dataclasses.fields(self)]
+        unknown = sorted(changes.keys() - set(names))
+        if unknown:
+            known = ", ".join(sorted(names))
+            raise TypeError(f"{unknown[0]}: expected one of the keywords {known}")
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def clip(self) -> float:
+        """The limit of ``|x_0|``, infinite for none."""
+        if isinstance(self.clip_sample, bool):
+            return 1.0 if self.clip_sample else np.inf
+        checks.finite("clip_sample", self.clip_sample)
+        if self.clip_sample <= 0:
+            checks.fail("clip_sample", "False, True or a number > 0", self.clip_sample)
+        return float(self.clip_sample)
+
+    def steps_of(self, count: int) -> int:
+        """The number of steps on a schedule of ``count`` timesteps."""
+        own = self.count
+        if own is not None:
+            if self.steps not in (None, own):
+                checks.fail("steps", f"None or {own} for a grid of one's own", self.steps)
+            return own
+        return count if self.steps is None else checks.whole_between("steps", self.steps, 1, count)
+
+    def steps_to_run(self, steps: int) -> int:
+        """How many of the last of ``steps`` steps run."""
+        if self.strength is None:
+            return steps
+        checks.finite("strength", self.strength)
+        if not 0 < self.strength <= 1:
+            checks.fail("strength", "a number in (0, 1]", self.strength)
+        run = min(int(steps * self.strength), steps)
+        if run < 1:
+            checks.fail("strength", f"at least 1 / steps = {1 / steps:.3g}", self.strength)
+        return run
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: a value that no sampler takes.
+        """
+        super().check()
+        checks.one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The model calls of a sampler on a grid, in their order.
+
+    Attributes:
+        coefficients: float64 [N, len(COLUMNS)]. Prediction, clipping and guidance come later.
+        step: the step that each call belongs to, int64 [N].
+        timesteps: t of each call, float64 [N].
+        signal, noise: A and S of the state that each call sees, [N].
+        next_signal, next_noise: A and S of the state after each call, [N].
+    """
+
+    coefficients: FloatArray
+    step: np.ndarray
+    timesteps: FloatArray
+    signal: FloatArray
+    noise: FloatArray
+    next_signal: FloatArray
+    next_noise: FloatArray
+
+    @classmethod
+    def one_per_step(cls, grid: Grid, **columns: float | FloatArray) -> Calls:
+        """A call for each step of the grid, with the named columns of the table set."""
+        return cls(
+            coefficients(len(grid), **columns),
+            np.arange(len(grid)),
+            grid.timesteps,
+            grid.signal,
+            grid.noise,
+            grid.next_signal,
+            grid.next_noise,
+        )
+
+
+GridOf = Callable[[DiffusionSchedule, int, SamplerOptions], Grid]
+
+
+@dataclass(frozen=True)
+class DiffusersName:
+    """A scheduler class of diffusers, and the settings of its that mean this sampler.
+
+    ``nearest``: they mean another sampler, the nearest to this one that diffusers has.
+    """
+
+    scheduler: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    nearest: bool = False
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """An entry of the registry.
+
+    Attributes:
+        name: its name here.
+        grid: the time grid of a schedule, a number of steps and options.
+        calls: the model calls on a grid.
+        calls_per_step: how many calls a step has; the last step may have one.
+        options: those options that not every sampler has, with their defaults.
+        diffusers: its names in diffusers.
+    """
+
+    name: str
+    grid: GridOf
+    calls: Callable[[Grid, SamplerOptions], Calls]
+    calls_per_step: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+    diffusers: tuple[DiffusersName, ...] = ()
+
+    def resolved(self, options: SamplerOptions) -> SamplerOptions:
+        """The options with this sampler's defaults in the place of None.
+
+        Raises:
+            ValueError: an option that this sampler doesn't have.
+        """
+        for name, check in SPECIFIC.items():
+            value = getattr(options, name)
+            if value is None:
+                continue
+            check(name, value)
+            if name not in (*self.options, "variance") and value not in (False, 0, ()):
+                checks.fail(name, f"none for {self.name}, which has no such option", value)
+        given = {name: getattr(options, name) for name in self.options}
+        chosen = {name: self.options[name] for name, value in given.items() if value is None}
+        return dataclasses.replace(options, **chosen)
+
+
+def _eta(name: str, value: Any) -> None:
+    checks.finite(name, value)
+    if not 0 <= value <= 1:
+        checks.fail(name, "a number in [0, 1]", value)
+
+
+def _variance(name: str, value: Any) -> None:
+    checks.one_of(name, value, ("large", "small"))
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        checks.fail(name, "True or False", repr(value))
+
+
+def _indices(name: str, value: Any) -> None:
+    for step in value:
+        checks.whole_between(name, step, 0)
+
+
+# The options that not every sampler has, and the checks of their values.
+SPECIFIC: dict[str, Callable[[str, Any], None]] = {
+    "eta": _eta,
+    "variance": _variance,
+    "clipped_direction": _flag,
+    "lower_order_final": _flag,
+    "euler_at_final": _flag,
+    "disable_corrector": _indices,
+}
