@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from .files import AnyPath, whole
 from .ops import checks
 
 SETTINGS = "diffusion_fast"  # the PNG text chunk that holds the settings as JSON
@@ -31,7 +31,7 @@ _NO_PICTURES = {  # first bytes of what is often saved under a picture's name
 
 
 def read_picture(
-    source: Image.Image | str | os.PathLike[str], mode: str = "RGB", background: str = "white"
+    source: Image.Image | AnyPath, mode: str = "RGB", background: str = "white"
 ) -> Image.Image:
     """A picture upright (EXIF) and in 8 bits a channel, whatever its file has.
 
@@ -80,7 +80,7 @@ def _eight_bits(image: Image.Image, mode: str, background: str) -> Image.Image:
     return image.convert(mode)
 
 
-def _reason(source: Image.Image | str | os.PathLike[str], error: Exception) -> str:
+def _reason(source: Image.Image | AnyPath, error: Exception) -> str:
     """Why a picture can't be read, by the first bytes of its file where they tell more."""
     if (isinstance(error, OSError) and error.strerror) or isinstance(source, Image.Image):
         return str(error)
@@ -145,7 +145,7 @@ def grid(
     return picture
 
 
-def file_format(path: str | os.PathLike[str]) -> str:
+def file_format(path: AnyPath) -> str:
     """The format that a file's suffix asks for: ``"PNG"`` (also none), ``"JPEG"`` or ``"WEBP"``.
 
     Raises:
@@ -158,9 +158,7 @@ def file_format(path: str | os.PathLike[str]) -> str:
     return FORMATS[suffix]
 
 
-def save_picture(
-    image: Image.Image, path: str | os.PathLike[str], settings: Mapping[str, Any] | None
-) -> None:
+def save_picture(image: Image.Image, path: AnyPath, settings: Mapping[str, Any] | None) -> None:
     """Write a picture that carries what made it; a full disk leaves no broken file behind.
 
     Args:
@@ -173,20 +171,15 @@ def save_picture(
         ValueError: another suffix, settings that are too long for the format.
         OSError: the file can't be written.
     """
-    path = Path(path)
     kind = file_format(path)
     options: dict[str, Any] = {} if kind == "PNG" else {"quality": 95}
     if settings is not None:
         options |= _carried(kind, json.dumps(dict(settings)), image.info.get(PARAMETERS, ""))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        image.save(temporary, format=kind, **options)
-        os.replace(temporary, path)
+        with whole(path) as [temporary]:
+            image.save(temporary, format=kind, **options)
     except ValueError as error:  # EXIF has at most 64 KiB in a JPEG
         raise ValueError(f"{path}: can't hold its settings ({error}); a PNG can") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _carried(kind: str, settings: str, text: str) -> dict[str, Any]:
@@ -204,7 +197,7 @@ def _carried(kind: str, settings: str, text: str) -> dict[str, Any]:
     return {"exif": exif}
 
 
-def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_settings(path: AnyPath) -> dict[str, Any]:
     """What :func:`save_picture` wrote into a file.
 
     Raises:

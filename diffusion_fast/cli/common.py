@@ -14,6 +14,10 @@ _RENAMED = {  # arguments of Python by the option's name
     "negative": "negative_prompt",
     "zero_snr": "zero_terminal_snr",
 }
+_LOADING = {
+    "pipe.loras.load(file, name, scale)": "--lora FILE=SCALE",
+    "pipe.embeddings.load(file, name)": "--embedding FILE=NAME",
+}
 
 
 def check_device(name: str) -> None:
@@ -74,5 +78,6 @@ def in_options(message: str, options: Mapping[str, tuple[str, str]]) -> str:
             return f"{options[named][0]} {text}"
         return options[start or named][1 if off else 0]
 
-    message = message.replace("pipe.loras.load(file, name, scale)", "--lora FILE=SCALE")
+    for python, option_text in _LOADING.items():
+        message = message.replace(python, option_text)
     return re.sub(found, option, message)

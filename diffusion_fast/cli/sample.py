@@ -92,6 +92,12 @@ def sample(
     lora: Annotated[
         list[str] | None, typer.Option(help="A LoRA, FILE or FILE=SCALE; as often as you like.")
     ] = None,
+    embedding: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A textual inversion embedding, FILE or FILE=NAME; as often as you like."
+        ),
+    ] = None,
     vae: Annotated[str | None, typer.Option(help="Another autoencoder.")] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder of the tokenizer, for single files.")
@@ -145,7 +151,10 @@ def sample(
     except ValueError as error:
         raise ValueError(f"--out: {error}") from error
     check_folder("--out", out.parent)
-    drawing = _again(again, given) if again is not None else _new(given)
+    if again is not None and given:
+        names = ", ".join(sorted(given))
+        checks.fail("--again", "no other option but --out: the picture holds them all", names)
+    drawing = read_drawing(again) if again is not None else _new(given)
     picture, settings, done = drawing.draw()
     save_picture(picture, out, {"kind": drawing.KIND, **settings} if metadata else None)
     typer.echo(f"wrote {out}: {done}")
@@ -179,13 +188,15 @@ def _new(given: dict[str, Any]) -> Drawing:
     return kind(**{**given, **paths})
 
 
-def _again(path: Path, given: dict[str, Any]) -> Drawing:
+def read_drawing(path: Path) -> Drawing:
+    """The drawing that made a picture, by the settings in its file.
+
+    Raises:
+        ValueError: no settings, or others than those of a drawing.
+    """
     from ..images import read_settings
     from ..ops import checks
 
-    if given:
-        names = ", ".join(sorted(given))
-        checks.fail("--again", "no other option but --out: the picture holds them all", names)
     settings = read_settings(path)
     kind = KINDS.get(str(settings.get("kind")))
     if kind is None or "model" not in settings:

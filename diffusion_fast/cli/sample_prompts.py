@@ -25,7 +25,7 @@ class PromptDrawing:
     """Settings of a picture: everything that decides its pixels.
 
     ``steps`` and ``guidance`` are texts, of one number or of a list; ``digests`` are those of the
-    files ``image``, ``mask`` and ``lora`` when the picture was first made.
+    files ``image``, ``mask``, ``lora`` and ``embedding`` when the picture was first made.
     """
 
     KIND: ClassVar[str] = "prompts"
@@ -50,6 +50,7 @@ class PromptDrawing:
     mask: str | None = None
     strength: float | None = None
     lora: list[str] = dataclasses.field(default_factory=list)
+    embedding: list[str] = dataclasses.field(default_factory=list)
     vae: str | None = None
     tokenizer: str | None = None
     prediction_type: str | None = None
@@ -148,8 +149,9 @@ class PromptDrawing:
         from ..ops import checks
 
         found = {}
-        loras = [(f"lora {path}", path) for path, _ in map(_lora, self.lora)]
-        for name, path in (("image", self.image), ("mask", self.mask), *loras):
+        added = [(f"lora {path}", path) for path, _ in map(_lora, self.lora)]
+        added += [(f"embedding {path}", path) for path, _ in map(_named, self.embedding)]
+        for name, path in (("image", self.image), ("mask", self.mask), *added):
             if path is not None and not Path(path).is_dir():
                 found[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
                 if self.digests.get(name, found[name]) != found[name]:
@@ -175,6 +177,8 @@ class PromptDrawing:
         )
         for path, scale in loras:
             pipe.loras.load(path, path, scale)
+        for path, name in map(_named, self.embedding):
+            pipe.embeddings.load(path, name or None)
         return pipe
 
     def _run(
@@ -275,6 +279,12 @@ def _lora(text: str) -> tuple[str, float]:
         return path, float(scale)
     except ValueError:
         checks.fail("--lora", "a file, or FILE=SCALE such as style.safetensors=0.8", repr(text))
+
+
+def _named(text: str) -> tuple[str, str]:
+    """``file.pt`` or ``file.pt=word`` as a path and a word."""
+    path, equals, word = text.rpartition("=")
+    return (path, word) if equals and not Path(text).exists() else (text, "")
 
 
 def _words(text: str) -> str | list[str]:

@@ -8,14 +8,16 @@ silence.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops import checks
+from .embeddings import pattern
 
 STRONGER = 1.1  # (word); [word] is divided by it
 MOST = 1000.0  # a weight's size: states times more overflow in half precision
@@ -31,7 +33,7 @@ _TOKEN = re.compile(
 _WHEN = re.compile(rf"\s*{_NUMBER}(?:[eE][+-]?\d+)?\s*")
 _FOREIGN = {  # what other programs read, and what to use instead
     r"<(?i:lora|lyco|hypernet)\s*:[^<>]*>": "load it with pipe.loras.load(file, name, scale)",
-    r"(?<!\w)embedding:[^\s,()\[\]]+": "textual inversion embeddings are not supported yet",
+    r"(?<!\w)embedding:[^\s,()\[\]]+": "load it with pipe.embeddings.load(file, name)",
     r"\bAND\b": "prompts are not composed; join them by a comma, or write 'and'",
     r"\{[^{}|]*\|[^{}]*\}": "no choice is made; write one of them",
     r"\.(?:and|blend|swap)\(": "prompts are not composed; weights are written (word:1.3)",
@@ -39,9 +41,10 @@ _FOREIGN = {  # what other programs read, and what to use instead
 }
 
 Piece = tuple[str, float]  # a text and its weight
+Token = tuple[int, float, Tensor | None]  # an id, its weight, and a vector in its place
 
 
-def parse(prompt: str, name: str = "prompt") -> list[list[Piece]]:
+def parse(prompt: str, name: str = "prompt", embeddings: Collection[str] = ()) -> list[list[Piece]]:
     r"""A prompt as pieces of text with their weights, in sections that begin a chunk of their own.
 
     ``(word)`` has weight 1.1, ``[word]`` 1 / 1.1 and ``(word:1.3)`` 1.3; nested brackets multiply.
@@ -51,13 +54,16 @@ def parse(prompt: str, name: str = "prompt") -> list[list[Piece]]:
 
     Args:
         name: what to call the prompt in errors.
+        embeddings: words that may stand behind ``embedding:``, which is taken away.
 
     Raises:
         ValueError: a weight that isn't finite, or beyond 1000; syntax that isn't supported, such
             as ``[from:to:0.5]``, ``[a|b]``, ``AND`` or ``<lora:x:0.8>``; a lone surrogate.
     """
-    for pattern, instead in _FOREIGN.items():
-        if found := re.search(pattern, prompt):
+    for known in sorted(embeddings, key=len, reverse=True):
+        prompt = re.sub(rf"\bembedding:(?={re.escape(known)})", "", prompt, flags=re.IGNORECASE)
+    for foreign, instead in _FOREIGN.items():
+        if found := re.search(foreign, prompt):
             checks.fail(name, f"none of other programs' syntax ({instead})", repr(found[0]))
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):
         checks.fail(name, "text that UTF-8 can hold", ascii(prompt)[:60])
@@ -120,13 +126,23 @@ def _scheduled(end: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids and their weights of a batch of prompts, [B, chunks, length]."""
+    """Token ids and their weights of a batch of prompts, [B, chunks, length].
+
+    Attributes:
+        vectors: what stands in the place of a token's embedding, by its three indices.
+    """
 
     ids: Tensor
     weights: Tensor
+    vectors: dict[tuple[int, int, int], Tensor]
 
 
-def tokenize(prompts: Sequence[str], tokenizer: Any, length: int = 77) -> Tokens:
+def tokenize(
+    prompts: Sequence[str],
+    tokenizer: Any,
+    length: int = 77,
+    embeddings: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Tokens:
     """Prompts as chunks that a text encoder reads, all with the same number of chunks.
 
     Each chunk is the start token, up to ``length - 2`` tokens of the prompt, the end token and
@@ -138,27 +154,33 @@ def tokenize(prompts: Sequence[str], tokenizer: Any, length: int = 77) -> Tokens
         prompts: B texts, weighted as :func:`parse` describes.
         tokenizer: a CLIP tokenizer of ``transformers``.
         length: tokens of a chunk.
+        embeddings: vectors [n, C] by the words that stand for them.
     """
-    split = [_chunks(prompt, tokenizer, length - 2) for prompt in prompts]
+    split = [_chunks(prompt, tokenizer, length - 2, embeddings) for prompt in prompts]
     shape = len(split), max(map(len, split)), length
     ids = torch.full(shape, tokenizer.pad_token_id, dtype=torch.int64)
     weights = torch.ones(shape)
+    vectors = {}
     ids[..., 0] = tokenizer.bos_token_id
     ids[..., 1] = tokenizer.eos_token_id
     for i, chunks in enumerate(split):
         for k, chunk in enumerate(chunks):
             ids[i, k, len(chunk) + 1] = tokenizer.eos_token_id
-            for j, (token, weight) in enumerate(chunk, 1):
+            for j, (token, weight, vector) in enumerate(chunk, 1):
                 ids[i, k, j], weights[i, k, j] = token, weight
-    return Tokens(ids, weights)
+                if vector is not None:
+                    vectors[i, k, j] = vector
+    return Tokens(ids, weights, vectors)
 
 
-def _chunks(prompt: str, tokenizer: Any, room: int) -> list[list[tuple[int, float]]]:
-    """Tokens and weights of a prompt, at most ``room`` in a chunk."""
-    chunks = []
-    for section in parse(prompt):
+def _chunks(
+    prompt: str, tokenizer: Any, room: int, embeddings: Mapping[str, Tensor]
+) -> list[list[Token]]:
+    """The tokens of a prompt, at most ``room`` in a chunk."""
+    chunks: list[list[Token]] = []
+    for section in parse(prompt, embeddings=embeddings):
         chunks.append([])
-        for word in _words(section, tokenizer):
+        for word in _words(section, tokenizer, embeddings):
             if len(chunks[-1]) + len(word) > room >= len(word):
                 chunks.append([])
             while word:  # one longer than a chunk is cut
@@ -169,14 +191,28 @@ def _chunks(prompt: str, tokenizer: Any, room: int) -> list[list[tuple[int, floa
     return chunks
 
 
-def _words(section: Sequence[Piece], tokenizer: Any) -> Iterator[list[tuple[int, float]]]:
-    """The tokens of each word, with its weight."""
+def _words(
+    section: Sequence[Piece], tokenizer: Any, embeddings: Mapping[str, Tensor]
+) -> Iterator[list[Token]]:
+    """The tokens of each word; id 0 holds the place of a vector."""
+    names = sorted(embeddings, key=len, reverse=True)
+    found = pattern(names)
     for text, weight in section:
-        word = []
-        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        for one, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
-            word.append((one, weight))
-            if token.endswith("</w>"):  # as CLIP marks the end of a word
-                yield word
-                word = []
-        yield word
+        start = 0
+        for match in found.finditer(text):
+            yield from _plain(text[start : match.start()], weight, tokenizer)
+            assert match.lastindex is not None
+            yield [(0, weight, vector) for vector in embeddings[names[match.lastindex - 1]]]
+            start = match.end()
+        yield from _plain(text[start:], weight, tokenizer)
+
+
+def _plain(text: str, weight: float, tokenizer: Any) -> Iterator[list[Token]]:
+    word: list[Token] = []
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    for one, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
+        word.append((one, weight, None))
+        if token.endswith("</w>"):  # as CLIP marks the end of a word
+            yield word
+            word = []
+    yield word

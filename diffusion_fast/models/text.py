@@ -5,7 +5,8 @@ The networks and tokenizers are those of ``transformers``, imported when the fir
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from ..files import AnyPath, CheckpointError, read_json
 from ..ops import checks
 from .clip_weights import assemble, read_states, save
-from .prompt import tokenize
+from .embeddings import Embeddings
+from .prompt import Tokens, tokenize
 from .single_file import TextState
 
 SUBFOLDERS = ("text_encoder", "text_encoder_2")
@@ -61,6 +63,7 @@ class TextEncoders:
             if len(tokenizer) > known:  # type: ignore[operator]
                 checks.fail("tokenizer", f"at most the encoder's {known} tokens", len(tokenizer))
         self.tokenizers, self.encoders = list(tokenizers), [one.eval() for one in encoders]
+        self.embeddings = Embeddings([one.config.hidden_size for one in encoders])  # type: ignore
 
     @classmethod
     def from_pretrained(
@@ -184,8 +187,7 @@ class TextEncoders:
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise TypeError(f"prompt: expected a string, got {type(prompt).__name__}")
-        pairs = list(zip(self.tokenizers, self.encoders, strict=True))
-        states = [self._states(*pair, prompts, clip_skip) for pair in pairs]
+        states = [self._states(i, prompts, clip_skip) for i in range(len(self.encoders))]
         contexts, pooled = zip(*states, strict=True)
         chunks = max(context.shape[1] for context in contexts)
         if any(context.shape[1] != chunks for context in contexts):
@@ -193,16 +195,20 @@ class TextEncoders:
         return TextStates(torch.cat(contexts, dim=-1), pooled[-1])
 
     def _states(
-        self, tokenizer: Any, encoder: Any, prompts: Sequence[str], clip_skip: int
+        self, number: int, prompts: Sequence[str], clip_skip: int
     ) -> tuple[Tensor, Tensor | None]:
+        """What one of the encoders says."""
+        encoder: Any = self.encoders[number]
         config = encoder.config
         two = len(self.encoders) == 2
         most = config.num_hidden_layers - 1 - two
         if not isinstance(clip_skip, int) or not 0 <= clip_skip <= most:
             checks.fail("clip_skip", f"an integer in [0, {most}]", repr(clip_skip))
-        tokens = tokenize(prompts, tokenizer, config.max_position_embeddings)
+        length, embeddings = config.max_position_embeddings, self.embeddings.of(number)
+        tokens = tokenize(prompts, self.tokenizers[number], length, embeddings)
         device = next(encoder.parameters()).device
-        output = encoder(tokens.ids.flatten(0, 1).to(device), output_hidden_states=True)
+        with _in_place(encoder.get_input_embeddings(), tokens):
+            output = encoder(tokens.ids.flatten(0, 1).to(device), output_hidden_states=True)
         states = output.hidden_states[-1 - clip_skip - two]  # [B * chunks, L, C]
         if not two:
             states = getattr(encoder, "text_model", encoder).final_layer_norm(states)
@@ -212,6 +218,23 @@ class TextEncoders:
         if pooled is not None:
             pooled = pooled.unflatten(0, tokens.ids.shape[:2])[:, 0]
         return states, pooled
+
+
+@contextlib.contextmanager
+def _in_place(layer: nn.Module, tokens: Tokens) -> Iterator[None]:
+    """While it lasts, the vectors of ``tokens`` are what a layer of token embeddings gives."""
+
+    def put(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        output = output.clone()  # [B * chunks, L, C]
+        for (i, k, j), vector in tokens.vectors.items():
+            output[i * tokens.ids.shape[1] + k, j] = vector.to(output)
+        return output
+
+    handle = layer.register_forward_hook(put)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def load_tokenizers(folder: AnyPath, count: int) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -19,8 +19,13 @@ if TYPE_CHECKING:
 Size = tuple[int, int]  # height, width
 
 
-def prompt_list(name: str, value: Any) -> list[str]:
+def prompt_list(name: str, value: Any, embeddings: Collection[str] = ()) -> list[str]:
     """One prompt or several, as a list.
+
+    Args:
+        name: the argument, for errors.
+        value: what the user gave.
+        embeddings: words that stand for embeddings.
 
     Raises:
         TypeError: something else than strings; ValueError: an empty list, a prompt that
@@ -32,7 +37,7 @@ def prompt_list(name: str, value: Any) -> list[str]:
     if not prompts:
         checks.fail(name, "at least one prompt", prompts)
     for prompt in prompts:
-        parse(prompt, name)
+        parse(prompt, name, embeddings)
     return list(prompts)
 
 

@@ -15,6 +15,7 @@ from ..engine.decoder import FreshDecoder
 from ..engine.engine import Callback
 from ..files import AnyPath
 from ..models import vae_memory
+from ..models.embeddings import Embeddings
 from ..models.lora import LoRAs
 from ..models.text import TextStates
 from ..models.vae import AutoencoderKL
@@ -36,8 +37,9 @@ class StableDiffusion:
 
     Make one with :meth:`from_pretrained` and call it. ``unet``, ``vae`` and ``text`` are the
     networks (``text.modules()`` the text encoders under their names), ``loras`` switches LoRAs on
-    them (:class:`~diffusion_fast.models.lora.LoRAs`). One engine is kept between calls, so that
-    prompts, seeds, samplers and guidance change without new buffers or graphs.
+    them (:class:`~diffusion_fast.models.lora.LoRAs`), ``embeddings`` gives prompts new words
+    (:class:`~diffusion_fast.models.embeddings.Embeddings`). One engine is kept between calls, so
+    that prompts, seeds, samplers and guidance change without new buffers or graphs.
 
     Args:
         parts: the networks and the schedule.
@@ -118,6 +120,11 @@ class StableDiffusion:
         save(self, folder)
 
     @property
+    def embeddings(self) -> Embeddings:
+        """Textual inversion: words that stand for trained vectors."""
+        return self.text.embeddings
+
+    @property
     def device(self) -> torch.device:
         return self.unet.conv_in.weight.device
 
@@ -184,7 +191,7 @@ class StableDiffusion:
             ValueError: an argument that can't be; the message names it.
             FloatingPointError: the U-Net's output was not finite.
         """
-        prompts = inputs.prompt_list("prompt", prompt)
+        prompts = inputs.prompt_list("prompt", prompt, self.embeddings.names)
         batch, steps, seed, size = inputs.plain((batch, steps, seed, size))
         guidance_scale, strength, clip_skip = inputs.plain((guidance_scale, strength, clip_skip))
         checks.positive_int("batch", batch)
@@ -209,7 +216,7 @@ class StableDiffusion:
             latents = self._ready(table, progress).sample(
                 shape,
                 self._context(positive, batch, (height, width)),
-                negative and self._context(negative, batch, (height, width)),
+                None if negative is None else self._context(negative, batch, (height, width)),
                 callback=callback,
                 generator=generators,
                 **self._start(shape, images, masks, table["strength"], generators, ways),
@@ -305,7 +312,9 @@ class StableDiffusion:
         if negative_prompt is None:
             negatives = [""] * len(prompts)
         else:
-            negatives = inputs.prompt_list("negative_prompt", negative_prompt)
+            negatives = inputs.prompt_list(
+                "negative_prompt", negative_prompt, self.embeddings.names
+            )
             if len(negatives) not in (1, len(prompts)):
                 expected = f"one, or one for each of {len(prompts)} prompts"
                 checks.fail("negative_prompt", expected, len(negatives))

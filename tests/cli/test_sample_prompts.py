@@ -229,6 +229,22 @@ def test_a_lora_with_and_without_a_scale(tiny: Path, tmp_path: Path, name: str) 
     assert done.returncode == 1
 
 
+@pytest.mark.parametrize("end", ["", "=style"])
+def test_an_embedding(tiny: Path, tmp_path: Path, end: str) -> None:
+    vectors, file = torch.randn(2, 32), tmp_path / ("style.pt" if not end else "a=b.pt")
+    torch.save({"emb_params": vectors}, file)
+    pipe = StableDiffusion.from_pretrained(tiny)
+    pipe.embeddings.load(file, "style")
+    expected = np.asarray(pipe("a (style:1.2)", steps=2).images[0]).tobytes()
+    drawing = ("a (style:1.2)", "--steps", 2, "--embedding", f"{file}{end}")
+    assert alone(tiny, tmp_path / "x.png", *drawing) == expected
+    done = run("sample", "--again", tmp_path / "x.png", "-o", tmp_path / "y.png")
+    assert done.returncode == 0, done.stderr
+    done = sample(tiny, tmp_path / "y.png", "embedding:style")
+    assert "got 'embedding:style'" in done.stderr
+    assert "--embedding FILE=NAME" in done.stderr
+
+
 def test_an_empty_folder_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     done = sample(tmp_path / "empty", tmp_path / "x.png", "a")
