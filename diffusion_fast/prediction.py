@@ -13,11 +13,10 @@ functions of x and m, that is as two coefficients each:
 from __future__ import annotations
 
 import numpy as np
-from torch import Tensor
 
 from .ops import checks
 from .ops.add_noise import TARGETS
-from .schedule import DiffusionSchedule, FloatArray
+from .schedule import FloatArray
 
 PREDICTION_TYPES = TARGETS
 
@@ -36,7 +35,8 @@ def x0_coefficients(
     if prediction_type == "sample":
         return np.zeros_like(signal), np.ones_like(signal)
     if not np.all(signal):
-        _fail_at_zero_snr()
+        expected = "v_prediction or sample at zero SNR (alpha-bar = 0)"
+        checks.fail("prediction_type", expected, "epsilon")
     return 1 / signal, -noise / signal
 
 
@@ -56,67 +56,3 @@ def epsilon_coefficients(
     if not np.all(noise):
         checks.fail("prediction_type", "epsilon or v_prediction where there is no noise", "sample")
     return 1 / noise, -signal / noise
-
-
-def predict_x0(
-    x_t: Tensor,
-    model_output: Tensor,
-    t: Tensor,
-    schedule: DiffusionSchedule,
-    prediction_type: str = "epsilon",
-) -> Tensor:
-    """x_0 from a model's output at x_t.
-
-    Args:
-        x_t, model_output: [B, ...], alike.
-        t: int64 [B], values in [0, T).
-        prediction_type: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
-
-    Returns:
-        x_0, like ``x_t``.
-
-    Raises:
-        ValueError: arguments that don't match, an unknown prediction type, epsilon at zero SNR.
-    """
-    signal, noise = _levels(x_t, model_output, t, schedule, prediction_type)
-    if prediction_type == "v_prediction":
-        x_0 = signal * x_t - noise * model_output
-    elif prediction_type == "sample":
-        x_0 = model_output
-    else:
-        # Only a schedule with zero terminal SNR pays for looking at t.
-        if schedule.alpha_bar[-1] == 0 and bool((signal == 0).any()):
-            _fail_at_zero_snr()
-        x_0 = (x_t - noise * model_output) / signal
-    return x_0.to(x_t.dtype)
-
-
-def predict_epsilon(
-    x_t: Tensor,
-    model_output: Tensor,
-    t: Tensor,
-    schedule: DiffusionSchedule,
-    prediction_type: str = "epsilon",
-) -> Tensor:
-    """epsilon from a model's output at x_t. Arguments and errors as in :func:`predict_x0`."""
-    signal, noise = _levels(x_t, model_output, t, schedule, prediction_type)
-    if prediction_type == "v_prediction":
-        epsilon = noise * x_t + signal * model_output
-    elif prediction_type == "sample":
-        epsilon = (x_t - signal * model_output) / noise
-    else:
-        epsilon = model_output
-    return epsilon.to(x_t.dtype)
-
-
-def _levels(
-    x_t: Tensor, model_output: Tensor, t: Tensor, schedule: DiffusionSchedule, prediction_type: str
-) -> tuple[Tensor, Tensor]:
-    checks.one_of("prediction_type", prediction_type, PREDICTION_TYPES)
-    checks.floating("x_t", x_t)
-    checks.like("model_output", model_output, "x_t", x_t)
-    return schedule.gather("signal", t, x_t), schedule.gather("noise", t, x_t)
-
-
-def _fail_at_zero_snr() -> None:
-    checks.fail("prediction_type", "v_prediction or sample at zero SNR (alpha-bar = 0)", "epsilon")

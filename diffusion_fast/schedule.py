@@ -95,17 +95,9 @@ class DiffusionSchedule:
         self.sqrt_alphas_cumprod = _float32(np.sqrt(product))
         self.sqrt_one_minus_alphas_cumprod = _float32(np.sqrt(1 - product))
 
-        # q(x_t | x_{t-1}) (Ho et al. eq. 2) and q(x_{t-1} | x_t, x_0) (eq. 6-7), abar_{-1} = 1.
-        before = np.concatenate(([1.0], product[:-1]))
-        alpha64 = alpha.astype(np.float64)
         self._tables = {
             "signal": self.sqrt_alphas_cumprod,
             "noise": self.sqrt_one_minus_alphas_cumprod,
-            "step_signal": _float32(np.sqrt(alpha64)),
-            "step_noise": _float32(np.sqrt(1 - alpha64)),
-            "posterior_x_0": _float32(np.sqrt(before) * (1 - alpha64) / (1 - product)),
-            "posterior_x_t": _float32(np.sqrt(alpha64) * (1 - before) / (1 - product)),
-            "posterior_variance": _float32((1 - alpha64) * (1 - before) / (1 - product)),
         }
         self._on_device: dict[torch.device, dict[str, Tensor]] = {}
 
@@ -166,106 +158,19 @@ class DiffusionSchedule:
         Raises:
             ValueError: as :func:`diffusion_fast.ops.add_noise`.
         """
-        return self._noised("x_0", x_0, t, noise, generator, "signal", "noise")
-
-    def step_forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """A sample of q(x_t | x_{t-1}) = N(sqrt(alpha_t) x_{t-1}, beta_t I) (Ho et al., eq. 2).
-
-        Arguments as in :meth:`add_noise`, with x_{t-1} in the place of x_0; x_{-1} is the data.
-        """
-        return self._noised("x", x, t, noise, generator, "step_signal", "step_noise")
-
-    def posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 6-7).
-
-        Args:
-            x_0, x_t: [B, ...], alike.
-            t: int64 [B], values in [0, T). At t = 0 the mean is ``x_0`` and the variance 0.
-
-        Returns:
-            The mean, like ``x_0``, and the variance, [B, 1, ...], float32 (float64 for float64).
-
-        Raises:
-            ValueError: shapes, dtypes or devices that don't match, ``t`` out of range.
-        """
         checks.floating("x_0", x_0)
-        checks.like("x_t", x_t, "x_0", x_0)
-        c_0, c_t, variance = (
-            self.gather(name, t, x_0)
-            for name in ("posterior_x_0", "posterior_x_t", "posterior_variance")
-        )
-        return (c_0 * x_0 + c_t * x_t).to(x_0.dtype), variance
-
-    def gather(self, name: str, t: Tensor, x: Tensor) -> Tensor:
-        """A table at ``t``, as [B, 1, ...] that multiplies ``x`` [B, ...]; at least float32.
-
-        ``name``: signal, noise, step_signal, step_noise, posterior_x_0, posterior_x_t or
-        posterior_variance.
-        """
-        checks.timesteps("t", t, x.shape[0], self.timesteps)
-        checks.same_device("t", t, "x", x)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return self.tables(x.device)[name][t].to(dtype).view(-1, *(1,) * (x.dim() - 1))
-
-    def _noised(
-        self,
-        argument: str,
-        x: Tensor,
-        t: Tensor,
-        noise: Tensor | None,
-        generator: torch.Generator | None,
-        signal: str,
-        sigma: str,
-    ) -> Tensor:
-        checks.floating(argument, x)
         if noise is None:
-            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        tables = self.tables(x.device)
-        return add_noise(x, noise, t, tables[signal], tables[sigma])[0]
+            noise = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device)
+        tables = self.tables(x_0.device)
+        return add_noise(x_0, noise, t, tables["signal"], tables["noise"])[0]
 
     def tables(self, device: torch.device) -> dict[str, Tensor]:
-        """The tables on a device, copied there once."""
+        """sqrt(abar) as ``signal`` and sqrt(1 - abar) as ``noise``, float32 [T], copied once."""
         if device.type == "cpu":
             return self._tables
         if device not in self._on_device:
             self._on_device[device] = {k: v.to(device) for k, v in self._tables.items()}
         return self._on_device[device]
-
-
-def alpha_bar_to_sigma(alpha_bar: Tensor) -> Tensor:
-    """sigma = sqrt((1 - abar) / abar), the noise level of x_0 + sigma z (Karras et al. 2022)."""
-    return ((1 - alpha_bar) / alpha_bar).sqrt()
-
-
-def sigma_to_alpha_bar(sigma: Tensor) -> Tensor:
-    """abar = 1 / (1 + sigma^2)."""
-    return 1 / (1 + sigma**2)
-
-
-def alpha_bar_to_snr(alpha_bar: Tensor) -> Tensor:
-    """SNR = abar / (1 - abar) = 1 / sigma^2 (Kingma et al. 2021, VDM)."""
-    return alpha_bar / (1 - alpha_bar)
-
-
-def snr_to_alpha_bar(snr: Tensor) -> Tensor:
-    """abar = SNR / (1 + SNR); an infinite SNR gives 1."""
-    return 1 / (1 + 1 / snr)
-
-
-def alpha_bar_to_log_snr(alpha_bar: Tensor) -> Tensor:
-    """log SNR = logit(abar), twice the lambda of the DPM-Solver papers."""
-    return torch.logit(alpha_bar)
-
-
-def log_snr_to_alpha_bar(log_snr: Tensor) -> Tensor:
-    """abar = sigmoid(log SNR)."""
-    return torch.sigmoid(log_snr)
 
 
 def _float32(table: FloatArray) -> Tensor:
