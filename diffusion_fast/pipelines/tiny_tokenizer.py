@@ -17,7 +17,7 @@ blue yellow black white old new big small bright dark beautiful
 
 def vocabulary() -> tuple[dict[str, int], list[str]]:
     """Token ids and merges; the last two ids are those of start and end."""
-    letters = list(_byte_letters())
+    letters = list(byte_letters())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
     merges: list[tuple[str, str]] = []
     for word in WORDS.split():
@@ -51,7 +51,7 @@ def _split(word: str, merges: list[tuple[str, str]]) -> list[str]:
     return parts
 
 
-def _byte_letters() -> str:
+def byte_letters() -> str:
     """A printable character for each byte (byte-level BPE, Radford et al. 2019)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = (256 + i for i in range(256 - len(printable)))
