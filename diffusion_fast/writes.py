@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -36,8 +36,14 @@ class Writes:
         self._ids, self._stepped = set(map(id, self._tensors)), False
         views: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         self._apart: list[Tensor] = []  # which have no such view
-        for tensor in filter(_has_memory, self._tensors):
-            sample = spread(tensor)
+        readable = [  # not on the meta device, and not spread over processes or compressed
+            tensor
+            for tensor in self._tensors
+            if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+            and not (tensor.is_meta or tensor.is_quantized)
+            and tensor.layout == torch.strided
+        ]
+        for tensor, sample in zip(readable, spread(*readable), strict=True):
             if sample.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
                 views.setdefault((sample.device, sample.dtype), []).append(sample)
             else:
@@ -62,7 +68,7 @@ class Writes:
         return list(map(_version, self._counted))
 
     def _read_elements(self) -> tuple[list[Tensor], list[int]]:
-        samples = [*map(torch.cat, self._views), *map(spread, self._apart)]
+        samples = [*map(torch.cat, self._views), *spread(*self._apart)]
         return samples, checksums(self._tensors) if self._verify else []
 
     def hear_of(self, parameters: Iterable[int]) -> None:
@@ -87,15 +93,17 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
 register_optimizer_step_post_hook(_after_step)
 
 
-def spread(tensor: Tensor) -> Tensor:
-    """At least 64 elements of a tensor, or all there are, as integers of their bits, 1-D.
+def spread(*tensors: Tensor) -> Iterator[Tensor]:
+    """At least 64 elements of each tensor, or all there are, as integers of their bits, 1-D.
 
     They lie evenly in memory. Their distance shares no factor with the sizes, so that they are of
     many rows and columns. It is a view, unless the tensor's elements lie apart or overlap.
     """
-    flat = _bits(tensor.detach().permute(sorted(range(tensor.dim()), key=tensor.stride)[::-1]))
-    count = flat.numel()
-    return flat[:: next((n for n in range(count // SAMPLE, 1, -1) if math.gcd(n, count) == 1), 1)]
+    orders = (sorted(range(tensor.dim()), key=tensor.stride)[::-1] for tensor in tensors)
+    for flat in _bits(tensor.permute(order) for tensor, order in zip(tensors, orders, strict=True)):
+        count = flat.numel()
+        distances = range(count // SAMPLE, 1, -1)
+        yield flat[:: next((n for n in distances if math.gcd(n, count) == 1), 1)]
 
 
 def checksums(tensors: Iterable[Tensor]) -> list[int]:
@@ -104,7 +112,10 @@ def checksums(tensors: Iterable[Tensor]) -> list[int]:
     The bits of element i, as an integer, times 2 i + 1, summed modulo 2^64. An odd factor has an
     inverse there, so no change of an element is lost.
     """
-    sums = list(map(_checksum, tensors))
+    sums = []
+    for flat in _bits(tensors):
+        odd = torch.arange(1, 2 * len(flat) + 1, 2, device=flat.device)
+        sums.append((flat.long() * odd).sum())
     found = [0] * len(sums)
     for device in {value.device for value in sums}:
         places = [i for i, value in enumerate(sums) if value.device == device]
@@ -114,20 +125,9 @@ def checksums(tensors: Iterable[Tensor]) -> list[int]:
     return found
 
 
-def _checksum(tensor: Tensor) -> Tensor:
-    flat = _bits(tensor.detach())
-    odd = torch.arange(1, 2 * len(flat) + 1, 2, device=flat.device)
-    return (flat.long() * odd).sum()
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The elements in their order as integers, which compare also where they are no numbers."""
-    flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    flat = flat.reshape(-1)
-    return flat.view(_INTEGERS[flat.element_size()]) if flat.is_floating_point() else flat
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    """Whether elements can be read where they are: not on the meta device, spread or compressed."""
-    own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    return not (own or tensor.is_meta or tensor.is_quantized) and tensor.layout == torch.strided
+def _bits(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The elements of each in their order as integers, which compare where they are no numbers."""
+    for tensor in tensors:
+        flat = tensor.detach()
+        flat = (torch.view_as_real(flat) if flat.is_complex() else flat).reshape(-1)
+        yield flat.view(_INTEGERS[flat.element_size()]) if flat.is_floating_point() else flat

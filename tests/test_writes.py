@@ -55,7 +55,7 @@ def test_what_is_no_number_compares() -> None:
 @given(st.lists(st.integers(1, 40), max_size=4))
 def test_a_sample_is_of_many_rows_and_columns(shape: list[int]) -> None:
     places = torch.arange(torch.Size(shape).numel()).view(shape)
-    sample = spread(places)
+    (sample,) = spread(places)
     assert len(sample) >= min(64, places.numel())
     assert len(sample.unique()) == len(sample)
     for dim, size in enumerate(shape):

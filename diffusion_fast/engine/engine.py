@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,10 +110,7 @@ class Engine:
         Up to ``max_steps`` model calls, this takes no new buffers.
         """
         with self._turns:
-            options = self._options.replace(**table)
-            self.table = table_of(options, self.schedule)
-            self._options = options
-            self._max_rows = max(self._max_rows, len(self.table))
+            self._configure(table)
 
     def sample(
         self,
@@ -126,6 +123,7 @@ class Engine:
         x_0: Tensor | None = None,
         mask: Tensor | None = None,
         extra_channels: Tensor | None = None,
+        table: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Run the loop.
 
@@ -149,6 +147,8 @@ class Engine:
                 A, S the level that the step has reached; after the last step, x_0 itself. Without
                 ``strength`` the loop starts from pure noise.
             extra_channels: [B or 1, C', ...], joined to the channels of every input of the model.
+            table: keywords of :meth:`configure`, for this run and those after it; no other thread's
+                run comes in between.
 
         Returns:
             [B, ...] on the engine's device, float32 (float64 for float64 models).
@@ -163,6 +163,8 @@ class Engine:
         shape = checked_shape(shape)
         check_extra(shape, extra_channels)
         with self._turns, _plain_tensors(), _evaluating(self.model):
+            if table is not None:
+                self._configure(table)
             from_image = self._options.strength is not None
             check_starts(shape, x_T, x_0, mask, has_strength=from_image)
             start = Start(x_T, x_0, mask, generator, from_image)
@@ -252,6 +254,12 @@ class Engine:
                     )
 
         return after
+
+    def _configure(self, table: Mapping[str, Any]) -> None:
+        options = self._options.replace(**table)
+        self.table = table_of(options, self.schedule)
+        self._options = options
+        self._max_rows = max(self._max_rows, len(self.table))
 
     def _notice_edits(self) -> None:
         """Nothing that was captured or derived from other weights is used again."""

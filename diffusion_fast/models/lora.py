@@ -27,7 +27,7 @@ class _Changed:
         """Whether nobody wrote to the weight since; it may have been moved or cast."""
         if weight._version != self.version:
             return False
-        return weight.dtype != self.dtype or torch.equal(spread(weight).cpu(), self.sample)
+        return weight.dtype != self.dtype or torch.equal(next(spread(weight)).cpu(), self.sample)
 
 
 @dataclass
@@ -118,5 +118,5 @@ class LoRAs:
                 delta = self._loaded[name][key].delta().to(total)
                 total = total + scale * delta.view(weight.shape)
         weight.copy_(total)
-        sample = spread(weight).to("cpu", copy=True)
+        sample = next(spread(weight)).to("cpu", copy=True)
         self._changed[key] = _Changed(base, weight._version, weight.dtype, sample)

@@ -23,7 +23,6 @@ from ..ops import checks
 from ..prediction import PREDICTION_TYPES
 from ..samplers import SamplerOptions
 from ..schedule import DiffusionSchedule
-from ..turns import Turns
 from . import inputs
 from .loading import Options, Parts, load
 from .result import Result
@@ -55,7 +54,6 @@ class StableDiffusion:
         self._graph, self._rewrites = graph, rewrites
         self._engine: Engine | None = None
         self._decode = FreshDecoder(self.vae, rewrites)
-        self._turns = Turns("StableDiffusion")  # the engine's settings belong to one call
 
     @classmethod
     def from_pretrained(
@@ -212,15 +210,15 @@ class StableDiffusion:
         generators = [torch.Generator().manual_seed(one) for one in seeds]
         shape = count, self.unet.config.out_channels, *self._small(height, width)
         ways: list[str] = []  # how the VAE ran
-        with self._turns:
-            latents = self._ready(table, progress).sample(
-                shape,
-                self._context(positive, batch, (height, width)),
-                None if negative is None else self._context(negative, batch, (height, width)),
-                callback=callback,
-                generator=generators,
-                **self._start(shape, images, masks, table["strength"], generators, ways),
-            )
+        latents = self._ready(table, progress).sample(
+            shape,
+            self._context(positive, batch, (height, width)),
+            None if negative is None else self._context(negative, batch, (height, width)),
+            callback=callback,
+            generator=generators,
+            table=table,
+            **self._start(shape, images, masks, table["strength"], generators, ways),
+        )
         settings = {
             "prompt": prompts,
             "negative_prompt": negative_prompt,
@@ -297,8 +295,6 @@ class StableDiffusion:
                 self.unet, self.scheduler.schedule, self._graph, rewrites=self._rewrites, **table
             )
             self._engine = engine
-        else:
-            engine.configure(**table)
         engine.progress = progress
         return engine
 
@@ -354,7 +350,7 @@ class StableDiffusion:
         strength: float | None,
         generators: list[torch.Generator],
         ways: list[str],
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """What the loop starts from. Each generator is asked in the order of diffusers."""
         start: dict[str, Tensor] = {}
         if images is not None and (strength is not None or not self.inpainting):
