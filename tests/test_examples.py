@@ -58,6 +58,22 @@ def test_digits(tmp_path: Path) -> None:
     assert re.search(r"ddpm\s+│\s+60\s", done.stdout)
     assert "read as asked" in done.stdout
     assert "real, held out" in done.stdout
+    assert "threads: " in done.stderr
+    assert re.search(r"training 6/6 +loss .* 0:00 left", done.stderr)
+
+
+@pytest.mark.slow
+def test_digits_on_a_slow_machine(tmp_path: Path) -> None:
+    """Little time: fewer steps of both, which it says, and all pictures."""
+    command = [sys.executable, ROOT / "examples" / "digits.py", "--out", tmp_path]
+    short = ("--per-class", "2", "--minutes", "0.05")
+    done = subprocess.run([*command, *short], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    steps = re.search(r"on this machine, (\d+) of 1000 steps .* took (\d+) of 1000", said)
+    assert steps is not None
+    assert all(1 <= int(number) < 1000 for number in steps.groups())
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 @pytest.mark.slow

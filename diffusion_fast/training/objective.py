@@ -66,7 +66,8 @@ class Objective:
         if processes.count > 1 and options.sharding == "fsdp":
             shard(model, processes, device)
         elif processes.count > 1:
-            self._parallel = DistributedDataParallel(model)
+            # Some models have parameters that a batch, or all batches, leave out of the loss.
+            self._parallel = DistributedDataParallel(model, find_unused_parameters=True)
         network = self._parallel or model
         self._network = torch.compile(network) if options.compile else network
 

@@ -1,51 +1,55 @@
-"""A training progress bar: step, loss, images per second, wait for data, time left."""
+"""How far training is: a bar on a terminal, else a line now and then."""
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 from .trainer import Progress
+
+EVERY = 10.0  # seconds between two lines
 
 
 @contextlib.contextmanager
 def show_progress(
     steps: int, batch_size: int, done: int = 0
 ) -> Iterator[Callable[[Progress], None]]:
-    """A bar on standard error, fed through the ``on_read`` of :meth:`Trainer.fit`.
+    """Show loss, speed, wait for data and time left on standard error.
 
     Args:
-        steps: of the run.
+        steps: number of steps of the run.
         batch_size: images per step, for the rate.
-        done: steps of the run that were done before.
+        done: number of steps of the run that were done before.
+
+    Yields:
+        A function for the ``on_read`` of :meth:`Trainer.fit`.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bar
 
-    bar = Bar(
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        TextColumn("{task.fields[rate]:.0f} images/s, waiting for data {task.fields[waiting]:.0%}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-    with bar:
-        task = bar.add_task(
-            "training", total=steps, completed=done, loss=float("nan"), rate=0.0, waiting=0.0
-        )
+    console = Console(stderr=True)
+    columns = (TextColumn("training"), BarColumn(), TextColumn("{task.fields[text]}"))
+    start = last = time.perf_counter()
+    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("training", total=steps, completed=done, text=f"{done}/{steps}")
 
         def on_read(progress: Progress) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            rate = (progress.step - done) / max(now - start, 1e-9)
+            left = round((steps - progress.step) / rate)
             recent = progress.losses[-50:]
-            elapsed = bar.tasks[0].elapsed or 1e-9
-            bar.update(
-                task,
-                completed=progress.step,
-                loss=sum(recent) / len(recent),
-                rate=(progress.step - done) * batch_size / elapsed,
-                waiting=progress.waiting,
+            text = (
+                f"{progress.step}/{steps}  loss {sum(recent) / len(recent):.4f} "
+                f" {rate * batch_size:.0f} images/s, waiting for data {progress.waiting:.0%} "
+                f" {left // 60}:{left % 60:02d} left"
             )
+            bar.update(task, completed=progress.step, text=text)
+            first = last == start
+            if not console.is_terminal and (first or now - last >= EVERY or progress.step == steps):
+                last = now
+                console.print(f"training {text}", soft_wrap=True, highlight=False)
 
         yield on_read

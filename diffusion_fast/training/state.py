@@ -37,6 +37,7 @@ def collect(trainer: Trainer) -> tuple[Groups, dict[str, Any]]:
         "step": trainer.step,
         "steps": trainer.steps,
         "batches": trainer.batches,
+        "threads": torch.get_num_threads(),
         "settings": settings(trainer),
     }
     if trainer.ema is not None:

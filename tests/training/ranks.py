@@ -58,6 +58,30 @@ def unet_run(folder: Path, sharding: str = "ddp") -> dict[str, dict[str, Tensor]
     return found | {"weights": {name: v.clone() for name, v in trainer.weights().items()}}
 
 
+class Partly(Points):
+    """A parameter that has no part in the loss, and one that is used in every third call alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = torch.nn.Linear(2, 2)
+        self.rare = torch.nn.Parameter(torch.zeros(2))
+        self.number = 0
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        self.number += 1
+        out = super().forward(x, t, context)
+        return out + self.rare if self.number % 3 == 1 else out
+
+
+def partly_used(accumulate: int, sharding: str = "ddp") -> dict[str, Tensor]:
+    """Weights after six steps of a model with parameters outside of the loss."""
+    torch.manual_seed(6)
+    options = {"accumulate": accumulate, "sharding": sharding, "weight_decay": 0.1, "seed": 0}
+    trainer = Trainer(Partly(), batches(12), SCHEDULE, learning_rate=0.01, **options)
+    trainer.fit(6)
+    return {name: value.clone() for name, value in trainer.weights().items()}
+
+
 def whole_run(
     folder: Path, sharding: str = "ddp", origin: Path | None = None
 ) -> tuple[Trainer, dict[str, Tensor]]:
@@ -123,6 +147,7 @@ def before_the_kill() -> None:
             "gradients": {n: one_step(n, sharding) for n in (1, 3)},
             "unet": unet_run(FOLDER / f"grids_{sharding}", sharding),
             "first_weights": first_weights(sharding),
+            "partly": {n: partly_used(n, sharding) for n in (1, 3)},
             "from_one": whole_run(FOLDER / f"one_{sharding}", sharding, FOLDER / "alone")[1],
         }
     trainer, found["fsdp"]["run"] = whole_run(FOLDER / "fsdp", "fsdp")

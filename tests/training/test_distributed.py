@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from numerics import error
-from ranks import ALONE, everything, one_step, unet_run
+from ranks import ALONE, everything, one_step, partly_used, unet_run
 from tiny import STEPS, Points, full_trainer
 from torch import Tensor
 
@@ -77,6 +77,18 @@ def test_gradients_are_those_of_the_joint_batch(
     writing = ranks if sharding == "ddp" else ranks[:1]  # the others have no whole tensors
     for rank in writing:
         assert_near(rank[sharding]["gradients"][accumulate], truth, 1e-6)
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_parameters_outside_of_the_loss(ranks: list[dict[str, Any]], sharding: str) -> None:
+    """Those of no batch, or of some batches alone."""
+    assert_near(ranks[0][sharding]["partly"][1], partly_used(1), AFTER_TWENTY_STEPS)
+
+
+def test_a_parameter_of_the_first_part_of_a_batch_alone(ranks: list[dict[str, Any]]) -> None:
+    ddp, fsdp = (ranks[0][sharding]["partly"][3] for sharding in SHARDINGS)
+    assert ddp["rare"].abs().min() > 0
+    assert_near(ddp, fsdp, AFTER_TWENTY_STEPS)
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)

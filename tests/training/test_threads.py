@@ -1,0 +1,139 @@
+"""The number of threads: the fastest for the first steps, then the same for the whole run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import run
+from tiny import SCHEDULE, Points, full_trainer
+
+from diffusion_fast.training import Checkpoints
+from diffusion_fast.training.threads import VARIABLE, choose_threads, rehearsal
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _four(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a machine of four cores."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def taking(seconds: Callable[[int], float]) -> Callable[[], None]:
+    return lambda: time.sleep(seconds(torch.get_num_threads()))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fastest"),
+    [
+        (lambda n: 0.08 / n, 4),
+        (lambda n: 0.01 * n, 1),
+        (lambda n: {1: 0.06, 2: 0.02}.get(n, 0.06), 2),
+        (lambda n: 0.05, 1),  # more would gain nothing
+    ],
+    ids=["quiet", "busy", "half busy", "all alike"],
+)
+def test_the_fastest_is_taken(seconds: Callable[[int], float], fastest: int) -> None:
+    said = choose_threads(taking(seconds))
+    assert torch.get_num_threads() == fastest
+    assert said.startswith(f"threads: {fastest} of 4, the fastest here")
+    assert "\n" not in said
+
+
+def test_the_variable_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(VARIABLE, "4")
+    calls: list[int] = []
+    assert choose_threads(lambda: calls.append(1)) == f"threads: 4, as {VARIABLE} says"
+    torch.set_num_threads(1)
+    full_trainer(tmp_path).fit(5)
+    torch.set_num_threads(4)
+    said = choose_threads(lambda: calls.append(1), Checkpoints(tmp_path).newest())
+    assert said.startswith(f"threads: 4, as {VARIABLE} says (1 in ")
+    assert (torch.get_num_threads(), calls) == (4, [])
+
+
+def test_a_resumed_run_has_the_threads_of_its_checkpoint(tmp_path: Path) -> None:
+    torch.set_num_threads(3)
+    full_trainer(tmp_path).fit(5)
+    torch.set_num_threads(4)
+    newest = Checkpoints(tmp_path).newest()
+    assert choose_threads(taking(lambda n: 0), newest) == f"threads: 3, as in {newest}"
+    assert torch.get_num_threads() == 3
+
+
+def test_a_checkpoint_without_them_or_with_nonsense(tmp_path: Path) -> None:
+    file = tmp_path / "state.json"
+    file.write_text("{}")
+    assert choose_threads(taking(lambda n: 0.01 * n), tmp_path).startswith("threads: 1 of 4")
+    for value in (0, "2", True):
+        file.write_text(json.dumps({"threads": value}))
+        with pytest.raises(ValueError, match=r"state\.json: threads: expected a positive integer"):
+            choose_threads(taking(lambda n: 0), tmp_path)
+
+
+def test_a_rehearsal_changes_nothing() -> None:
+    model = Points(dropout=0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(5)
+    rehearsal(model, SCHEDULE, (torch.randn(4, 2), torch.zeros(4, dtype=torch.int64)))()
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    torch.randn(4, 2)
+    assert torch.equal(drawn, torch.rand(1))
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_command_says_it_and_goes_on_with_it(tmp_path: Path) -> None:
+    short = ("--steps", 4, "--batch-size", 4, "--checkpoint-every", 2)
+    done = run("train", "--out", tmp_path, *short)
+    assert done.stderr.count("threads: ") == 1
+    chosen = torch.get_num_threads()
+    saved = json.loads((tmp_path / "checkpoints" / "step_00000004" / "state.json").read_text())
+    assert saved["threads"] == chosen
+    torch.set_num_threads(4)
+    done = run("train", "--out", tmp_path, *short, "--resume")
+    assert f"threads: {chosen}, as in {tmp_path}" in done.stderr
+    assert torch.get_num_threads() == chosen
+
+
+TRAIN = """
+import sys, time
+sys.path.insert(0, "examples")
+import digits
+start = time.perf_counter()
+digits.train(digits.load_digits()[0], 100, 64, 1000, digits.Clock(60))
+print(time.perf_counter() - start)
+"""
+
+
+@pytest.mark.slow  # trains twice
+def test_the_demo_beside_another_program() -> None:
+    """A core less does not bring it to a stand."""
+
+    def seconds() -> float:
+        command = [sys.executable, "-c", TRAIN]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        return float(done.stdout)
+
+    quiet = min(seconds() for _ in range(2))
+    others = max(1, (os.cpu_count() or 2) - 1)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(others)]
+    try:
+        assert seconds() < 4 * quiet
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
