@@ -49,7 +49,7 @@ def read_config(folder: Path, parse: Callable[[dict[str, Any]], Config]) -> Conf
     values = read_json(folder / CONFIG)
     try:
         return parse(values)
-    except ValueError as error:
+    except (ValueError, TypeError, OverflowError) as error:  # of values of another type too
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
 
 
@@ -72,20 +72,30 @@ def weight_files(
             raise CheckpointError(f"{path}: variant: expected None for a file, got {variant!r}")
         return [path]
     suffix = f".{variant}" if variant else ""
-    pickled = f"pytorch_{stem}" if stem == "model" else stem  # as transformers called it
-    for name, kind in ((stem, "safetensors"), (pickled, "bin")):
-        index = folder / f"{name}.{kind}.index{suffix}.json"
-        if index.is_file():
-            return _shards(index)
-        whole = folder / f"{name}{suffix}.{kind}"
-        if whole.is_file():
-            return [whole]
+    if (file := _weights(folder, variant, stem)) is not None:
+        return _shards(file) if file.suffix == ".json" else [file]
     expected = f"{stem}{suffix}.safetensors or {stem}.safetensors.index{suffix}.json"
     found = sorted(p.name for p in folder.iterdir())
     others = _variants(stem, found)
     hint = "".join(f"; pass variant={other!r}" for other in others[:1])
     names = ", ".join(found) or "nothing"
     raise CheckpointError(f"{folder}: expected {expected}, found {names}{hint}")
+
+
+def has_weights(folder: Path, variant: str | None, stem: str = STEM) -> bool:
+    """Whether a folder has a model's weights in this variant."""
+    return _weights(folder, variant, stem) is not None
+
+
+def _weights(folder: Path, variant: str | None, stem: str) -> Path | None:
+    """The file with all weights, or the index of those that have them."""
+    suffix = f".{variant}" if variant else ""
+    pickled = f"pytorch_{stem}" if stem == "model" else stem  # as transformers called it
+    for name, kind in ((stem, "safetensors"), (pickled, "bin")):
+        for file in (f"{name}.{kind}.index{suffix}.json", f"{name}{suffix}.{kind}"):
+            if (folder / file).is_file():
+                return folder / file
+    return None
 
 
 def _variants(stem: str, names: list[str]) -> list[str]:

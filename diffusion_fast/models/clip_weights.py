@@ -16,13 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..files import CheckpointError, write_json
-from .checkpoints import CONFIG, weight_files
-from .tensors import read, stored
+from ..files import write_json
+from .checkpoints import CONFIG, has_weights, weight_files
+from .tensors import compare, read, stored
 
 _OPTIONAL = re.compile(r"(^|\.)(text_model|vision_model)(?=\.)")
 _UNUSED = ("position_ids", "logit_scale")  # of older files, and of whole CLIP models
 _BESIDE = ("text_projection.", "visual_projection.")  # the transformer
+_VISION = ("vision_model.", "visual_projection.")
 
 
 def read_states(
@@ -33,11 +34,19 @@ def read_states(
 ) -> dict[str, Tensor]:
     """The tensors of a ``transformers`` folder; on the CPU mapped from its files.
 
+    Args:
+        folder: holds ``config.json`` and the weights.
+        dtype, device: of the tensors read; None for the dtype of the files.
+        variant: such as ``"fp16"``; where the folder lacks it, its plain files are read.
+
     Raises:
-        CheckpointError: no file with weights (of this variant), or a damaged one.
+        CheckpointError: no file with weights, or a damaged one.
     """
-    files = weight_files(folder, folder, variant, stem="model")
-    return read(stored(files, _used), dtype, device)
+    variant = variant if has_weights(folder, variant, "model") else None
+    names = stored(weight_files(folder, folder, variant, stem="model"), _used)
+    if any(name.startswith("text_model.") for name in names):  # a whole CLIP: its text half
+        names = {n: tensor for n, tensor in names.items() if not n.startswith(_VISION)}
+    return read(names, dtype, device)
 
 
 def assemble(
@@ -51,23 +60,17 @@ def assemble(
         source: what error messages name.
 
     Raises:
-        CheckpointError: tensors that are missing, extra or misshapen (listed by name).
+        CheckpointError: tensors that are missing or misshapen (listed by name). Of tensors that
+            the network doesn't have a warning tells.
     """
     with torch.device("meta"):
         model = build()
-    expected = {_plain(name): (name, value) for name, value in model.state_dict().items()}
+    own = {_plain(name): (name, tuple(value.shape)) for name, value in model.state_dict().items()}
     found = {_plain(name): value for name, value in states.items() if _used(name)}
-    problems = [f"missing: {n} {list(expected[n][1].shape)}" for n in expected.keys() - found]
-    problems += [f"extra: {n} {list(found[n].shape)}" for n in found.keys() - expected]
-    for name in expected.keys() & found:
-        wanted, got = list(expected[name][1].shape), list(found[name].shape)
-        if wanted != got:
-            problems.append(f"misshapen: {name} expected {wanted}, got {got}")
-    if problems:
-        lines = "".join(f"\n  {problem}" for problem in sorted(problems))
-        count = f"{len(problems)} of its tensors" if len(problems) > 1 else "one of its tensors"
-        raise CheckpointError(f"{source}: not this model's weights, {count}:{lines}")
-    state = {name: found[plain] for plain, (name, _) in expected.items()}
+    needed = {n: v for n, v in found.items() if n in own or not n.startswith(_BESIDE)}
+    shapes = {name: tuple(value.shape) for name, value in needed.items()}
+    compare(Path(source), {n: shape for n, (_, shape) in own.items()}, shapes, further_layers=True)
+    state = {name: found[plain].reshape(shape) for plain, (name, shape) in own.items()}
     model.load_state_dict(state, assign=True)
     device = next(model.parameters()).device
     for module in model.modules():  # not in the files: 0, 1, 2 ...

@@ -12,6 +12,8 @@ import torch
 from .tensors import Stored
 
 HEAD_DIM = 64  # of every CLIP text encoder that Stable Diffusion uses
+SD2_LAYERS = 23  # SD 2.x conditions on what the last but one of 24 gives
+OPEN_CLIP_WIDTH = 1024  # of the narrowest OpenCLIP encoder in use; OpenAI's has 768
 
 _CONFIG: dict[str, Any] = {
     "model_type": "clip_text_model",
@@ -22,6 +24,7 @@ _CONFIG: dict[str, Any] = {
     "pad_token_id": 1,
 }
 _IGNORED = ("position_ids", "logit_scale", "attn_mask")
+_BESIDE = ("text_projection.", "visual_projection.", "vision_model.")  # not read by SD
 _OPEN_CLIP = {
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
     "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
@@ -43,12 +46,13 @@ def clip_tensors(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
 
     Args:
         tensors: names without prefix; ``text_model.`` may be missing, as in newer versions of
-            transformers, and ``position_ids`` be there, as in older ones.
+            transformers, and ``position_ids`` be there, as in older ones. What else a whole CLIP
+            has, Stable Diffusion doesn't read.
     """
     return {
         "text_model." + name.removeprefix("text_model."): tensor
         for name, tensor in tensors.items()
-        if name.rpartition(".")[2] not in _IGNORED
+        if name.rpartition(".")[2] not in _IGNORED and not name.startswith(_BESIDE)
     }
 
 
@@ -59,15 +63,14 @@ def open_clip_tensors(tensors: Mapping[str, Stored], projected: bool) -> dict[st
 
     Args:
         tensors: names without prefix.
-        projected: keep all layers and the projection. Else the last layer is left out: SD 2.x
-            conditions on the one before it.
+        projected: keep all layers and the projection. Else only the layers that SD 2.x reads are
+            kept, whether the file has the one behind them or not.
     """
     matches = {name: _RESBLOCK.fullmatch(name) for name in tensors}
-    last = max((int(match[1]) for match in matches.values() if match), default=0)
     found: dict[str, Stored] = {}
     for name, tensor in tensors.items():
         match = matches[name]
-        if match and (projected or int(match[1]) < last):
+        if match and (projected or int(match[1]) < SD2_LAYERS):
             found |= _layer(f"text_model.encoder.layers.{match[1]}.", match[2], tensor)
         elif name == "text_projection" and projected:
             found["text_projection.weight"] = tensor.through(torch.t)
@@ -104,7 +107,7 @@ def text_config(tensors: Mapping[str, Stored], open_clip: bool) -> dict[str, Any
     return {
         **_CONFIG,
         "architectures": ["CLIPTextModelWithProjection" if projection else "CLIPTextModel"],
-        "hidden_act": "gelu" if open_clip else "quick_gelu",
+        "hidden_act": "gelu" if open_clip or tokens[1] >= OPEN_CLIP_WIDTH else "quick_gelu",
         "hidden_size": tokens[1],
         "vocab_size": tokens[0],
         "max_position_embeddings": positions[0],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from .tensors import Stored
 from .vae_config import VAEConfig
 
 _COMPVIS = [
@@ -25,12 +26,25 @@ _COMPVIS = [
 ]
 
 
+_LEVEL = re.compile(r"encoder\.down_blocks\.(\d+)\.resnets\.")
+
+
+def in_compvis_names(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The tensors of an autoencoder in diffusers' names, in those of CompVis."""
+    levels = 1 + max((int(m[1]) for m in map(_LEVEL.match, tensors) if m), default=0)
+    return {_vae_name(name, levels): tensor for name, tensor in tensors.items()}
+
+
 def vae_name(name: str, config: VAEConfig) -> str:
     """The name in a CompVis checkpoint, without its prefix, of a parameter of our autoencoder."""
+    return _vae_name(name, config.num_levels)
+
+
+def _vae_name(name: str, levels: int) -> str:
     for pattern, new in _COMPVIS:
         name = pattern.sub(new, name)
     # Here the decoder's levels are counted from the finest, there from the first to run.
-    last = config.num_levels - 1
+    last = levels - 1
     return re.sub(r"\.up\.(\d+)\.", lambda match: f".up.{last - int(match[1])}.", name)
 
 

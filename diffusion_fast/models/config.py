@@ -13,6 +13,8 @@ from .config_json import json_values, own_fields
 DOWN_BLOCK_TYPES = ("DownBlock2D", "CrossAttnDownBlock2D")
 UP_BLOCK_TYPES = ("UpBlock2D", "CrossAttnUpBlock2D")
 
+MOST_LAYERS = 1000  # of a kind in a level; a damaged config could have us build forever
+
 # Fields of diffusers' UNet2DConditionModel that this model fixes, with the values that mean "off"
 # or "as usual". The first one is what `to_dict` writes.
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -146,6 +148,8 @@ class UNetConfig:
                 checks.fail(name, f"one value or {self.num_levels}, one per level", values)
             for value in values:
                 checks.positive_int(name, value)
+                if "layers" in name and value > MOST_LAYERS:
+                    checks.fail(name, f"at most {MOST_LAYERS}", value)
         checks.positive_int("norm_num_groups", self.norm_num_groups)
         heads = self.per_level("attention_head_dim")
         for level, width in enumerate(channels):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,26 +19,29 @@ def own_fields(config: type, kind: str, fixed: Fixed, values: Mapping[str, Any])
 
     Args:
         config: a dataclass.
-        kind: the class of diffusers that it stands for.
+        kind: name of the diffusers class that it stands for.
         fixed: the fields of that class which the config doesn't have.
         values: the contents of a ``config.json``.
 
+    Fields that neither has, such as those that a trainer adds, are left out with one warning.
+
     Raises:
-        ValueError: another kind of model, an unknown field, or one with an unsupported value.
+        ValueError: another kind of model, or a field with an unsupported value.
     """
     got = values.get("_class_name", kind)
     if got != kind:
         checks.fail("_class_name", kind, repr(got))
     names = {field.name for field in dataclasses.fields(config)}
+    given = {name: value for name, value in values.items() if not name.startswith("_")}
+    unknown = sorted(given.keys() - names - fixed.keys())
+    if unknown:
+        listed = ", ".join(map(repr, unknown))
+        warnings.warn(f"{kind}: unknown fields of its config are left out: {listed}", stacklevel=2)
     own = {}
-    for name, value in values.items():
-        if name.startswith("_"):
-            continue
+    for name, value in given.items():
         if name in names:
             own[name] = value
-        elif name not in fixed:
-            checks.fail(config.__name__, f"fields of {kind}", f"unknown {name!r}")
-        elif not _is_fixed(value, fixed[name]):
+        elif name in fixed and not _is_fixed(value, fixed[name]):
             supported = " or ".join(repr(known) for known in fixed[name])
             raise ValueError(f"{name}: {value!r} is not supported, only {supported}")
     return own

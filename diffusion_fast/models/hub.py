@@ -4,29 +4,45 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..files import CheckpointError
+from .checkpoints import CONFIG, STEM, has_weights
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+MODELS = {"unet": STEM, "vae": STEM, "text_encoder": "model", "text_encoder_2": "model"}
+OTHERS = (
+    "model_index.json",
+    *(f"{name}/*.json" for name in ("scheduler", "feature_extractor", "safety_checker")),
+    *(f"{name}/*.{kind}" for name in ("tokenizer", "tokenizer_2") for kind in ("json", "txt")),
+)
 
 
 def resolve(
     path_or_id: str | os.PathLike[str],
     *,
     revision: str | None = None,
-    allow_patterns: Sequence[str] | None = None,
+    models: Mapping[str, str] = MODELS,
+    variant: str | None = None,
+    others: Sequence[str] = OTHERS,
 ) -> Path:
     """A local path as it is; a hub id as the folder that its files were fetched to.
+
+    Of each model one form of its weights is fetched, the first that the repository has: the
+    variant, else the plain ones; as safetensors, else as pickles.
 
     ``HF_HUB_OFFLINE``, ``HF_HOME`` and the other settings of ``huggingface_hub`` hold.
 
     Args:
         path_or_id: what exists here is a path; only another string can be a hub id.
         revision: a branch, tag or commit of the hub's repository.
-        allow_patterns: the files to fetch, see :func:`model_files` and :func:`pipeline_files`;
-            None for those of a pipeline.
+        models: the folders of the models to fetch, with what their weights' names begin with; ""
+            is the repository's root. All of a pipeline by default.
+        variant: which weights, such as ``"fp16"``.
+        others: patterns of more files to fetch.
 
     Raises:
         CheckpointError: neither a path that exists nor an id; an id that isn't in the cache and
@@ -47,9 +63,18 @@ def resolve(
             f"{path_or_id}: no such file or folder; to fetch it as a hub id,"
             " pip install huggingface_hub"
         ) from error
-    patterns = pipeline_files() if allow_patterns is None else list(allow_patterns)
+    forms = [(v, kind) for v in dict.fromkeys((variant, None)) for kind in ("safetensors", "bin")]
+    patterns, found = list(others), Path()
     try:
-        found = snapshot_download(path_or_id, revision=revision, allow_patterns=patterns)
+        for form in forms:
+            patterns += [name for model in models.items() for name in model_files(*model, *form)]
+            found = Path(snapshot_download(path_or_id, revision=revision, allow_patterns=patterns))
+            models = {
+                name: stem for name, stem in models.items() if _lacks(found / name, form[0], stem)
+            }
+            patterns = []
+            if not models:
+                break
     except (OSError, ValueError) as error:
         if isinstance(error, (HfHubHTTPError, HFValidationError)):
             reason = f"as a hub id it is refused: {_first_line(error)}"
@@ -60,40 +85,33 @@ def resolve(
                 f" `hf download {path_or_id}` and copy the folder here or into the cache"
             )
         raise CheckpointError(f"{path_or_id}: no such file or folder, and {reason}") from error
-    return Path(found)
+    return found
 
 
-def model_files(subfolder: str, variant: str | None = None, stem: str = "") -> list[str]:
-    """Patterns of a model's files, in a pipeline's folder ``subfolder`` or at the root.
+def model_files(folder: str, stem: str, variant: str | None, kind: str) -> list[str]:
+    """Patterns of one model's files: its config, and one form of its weights.
 
     Args:
-        variant: such as ``"fp16"``; other variants aren't fetched.
-        stem: what the weights' names begin with, that of diffusers by default.
+        folder: the model's place in the repository; "" for the root.
+        stem: what the names of its weights begin with.
+        variant: such as ``"fp16"``.
+        kind: ``"safetensors"`` or ``"bin"``.
     """
-    stem = stem or "diffusion_pytorch_model"
+    name = f"pytorch_{stem}" if (stem, kind) == ("model", "bin") else stem
     label = f".{variant}" if variant else ""
     weights = [
-        f"{stem}{label}.safetensors",
-        f"{stem}{label}-?????-of-?????.safetensors",
-        f"{stem}-?????-of-?????{label}.safetensors",
-        f"{stem}.safetensors.index{label}.json",
+        f"{name}{label}.{kind}",
+        f"{name}{label}-?????-of-?????.{kind}",
+        f"{name}-?????-of-?????{label}.{kind}",
+        f"{name}.{kind}.index{label}.json",
     ]
-    names = ["config.json", *dict.fromkeys(weights)]
-    return [f"{subfolder}/{name}" for name in names] + names
+    prefix = f"{folder}/" if folder else ""
+    return [prefix + one for one in ("config.json", *dict.fromkeys(weights))]
 
 
-def pipeline_files(variant: str | None = None) -> list[str]:
-    """Patterns of everything that a Stable Diffusion pipeline reads."""
-    models = [name for model in ("unet", "vae") for name in model_files(model, variant)]
-    texts = [
-        name
-        for encoder in ("text_encoder", "text_encoder_2")
-        for name in model_files(encoder, variant, "model")
-    ]
-    folders = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor", "safety_checker")
-    others = ["model_index.json", *(f"{folder}/*.json" for folder in folders)]
-    others += [f"{folder}/*.txt" for folder in ("tokenizer", "tokenizer_2")]
-    return sorted({name for name in models + texts if "/" in name}) + others
+def _lacks(folder: Path, variant: str | None, stem: str) -> bool:
+    """Whether a model is there but its weights are not."""
+    return (folder / CONFIG).is_file() and not has_weights(folder, variant, stem)
 
 
 def _first_line(error: Exception) -> str:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..files import AnyPath
 from ..ops import checks
 from ..writes import spread
-from .lora_file import LoRALayer, read_lora
+from .adapters import Adapter
+from .lora_file import read_lora
 
 
 @dataclass
@@ -34,8 +35,9 @@ class _Changed:
 class LoRAs:
     """The LoRAs of a model's networks. Weights change in place, in the model's dtype.
 
-    A changed weight is W + sum_i scale_i (alpha_i / r_i) B_i A_i, summed in float32 from a kept
-    copy of W: switching adds up no rounding, and taking all of them off restores every bit.
+    A changed parameter is W + sum_i scale_i D_i(W), with D_i as :class:`~.adapters.Adapter` says,
+    summed in float32 from a kept copy of W: switching adds up no rounding, and taking all of them
+    off restores every bit.
 
     Args:
         components: the networks by their names in a pipeline: ``unet``, ``text_encoder``,
@@ -44,7 +46,7 @@ class LoRAs:
 
     components: Mapping[str, nn.Module]
     scales: dict[str, float] = field(default_factory=dict, init=False)
-    _loaded: dict[str, dict[tuple[str, str], LoRALayer]] = field(
+    _loaded: dict[str, dict[tuple[str, str], Adapter]] = field(
         default_factory=dict, init=False, repr=False
     )
     _changed: dict[tuple[str, str], _Changed] = field(default_factory=dict, init=False, repr=False)
@@ -55,7 +57,7 @@ class LoRAs:
         return list(self._loaded)
 
     def load(self, path: AnyPath, name: str, scale: float = 1.0) -> None:
-        """Read a file of diffusers, PEFT or kohya-ss and switch it on, beside those that are on.
+        """Read a file (see :func:`~.lora_file.read_lora`) and switch it on, beside those that are.
 
         Raises:
             CheckpointError: a damaged file, or one for another model; nothing changes then.
@@ -66,9 +68,9 @@ class LoRAs:
         checks.finite("scale", scale)
         found = read_lora(path, self.components)
         self._loaded[name] = {
-            (component, layer): pair
-            for component, pairs in found.items()
-            for layer, pair in pairs.items()
+            (component, name): adapter
+            for component, adapters in found.items()
+            for name, adapter in adapters.items()
         }
         self.set({**self.scales, name: scale})
 
@@ -105,18 +107,18 @@ class LoRAs:
         del self._loaded[name]
 
     def _weight(self, key: tuple[str, str]) -> Tensor:
-        component, layer = key
-        return self.components[component].get_parameter(f"{layer}.weight")
+        component, name = key
+        return self.components[component].get_parameter(name)
 
     def _change(self, key: tuple[str, str], scales: Mapping[str, float]) -> None:
         weight = self._weight(key)
         kept = self._changed.get(key)
         base = weight.clone() if kept is None else kept.base.to(weight)
-        total = base.float() if base.dtype != torch.float64 else base.clone()
+        wide = base if base.dtype == torch.float64 else base.float()
+        total = wide
         for name, scale in scales.items():
             if key in self._loaded[name]:
-                delta = self._loaded[name][key].delta().to(total)
-                total = total + scale * delta.view(weight.shape)
+                total = total + scale * self._loaded[name][key].delta(wide)
         weight.copy_(total)
         sample = next(spread(weight)).to("cpu", copy=True)
         self._changed[key] = _Changed(base, weight._version, weight.dtype, sample)

@@ -1,114 +1,161 @@
-"""LoRA files: the pairs of low-rank matrices they hold, in the names of any of the usual tools."""
+"""Adapter files: LoRAs and those of LyCORIS, in the names of any of the usual tools."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..files import AnyPath, CheckpointError
+from ..files import AnyPath, CheckpointError, read_json
+from . import contents
+from .adapters import Adapter, rank
 from .compvis_unet import unet_name
 from .config import UNetConfig
-from .tensors import read, stored
+from .tensors import metadata, read, stored
 
 METADATA = "lora_adapter_metadata"  # diffusers' key for PEFT's settings
+SETTINGS = "adapter_config.json"  # PEFT's own
+PEFT = "base_model.model."  # what PEFT puts before all names
 KOHYA = {
-    "unet": ("lora_unet",),
+    "unet": ("lora_unet", "lycoris"),
     "text_encoder": ("lora_te", "lora_te1"),
     "text_encoder_2": ("lora_te2",),
 }
+COMFYUI = {"text_encoder": ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",)}
 
-# What follows a layer's name: PEFT's, diffusers' older ones, kohya's.
-_PARTS = (
-    (re.compile(r"\.lora_A(?:\.default)?\.weight"), "down"),
-    (re.compile(r"\.lora_B(?:\.default)?\.weight"), "up"),
-    (re.compile(r"(?:\.lora|_lora|\.lora_linear_layer)\.down\.weight"), "down"),
-    (re.compile(r"(?:\.lora|_lora|\.lora_linear_layer)\.up\.weight"), "up"),
-    (re.compile(r"\.lora_down\.weight"), "down"),
-    (re.compile(r"\.lora_up\.weight"), "up"),
-    (re.compile(r"\.alpha"), "alpha"),
+# What follows a layer's name, and the part of an adapter that it is: PEFT's, diffusers' older ones,
+# kohya's, LyCORIS' (both name a part as we do).
+_PARTS = tuple(
+    (re.compile(pattern + r"$"), part)
+    for pattern, part in (
+        (r"\.lora_A(?:\.[\w-]+)?\.weight", "lora_down"),
+        (r"\.lora_B(?:\.[\w-]+)?\.weight", "lora_up"),
+        (r"\.lora_(?:B(?:\.[\w-]+)?|up)\.bias", "up_bias"),
+        (r"(?:\.lora|_lora|\.lora_linear_layer)\.(down|up)\.weight", r"lora_\1"),
+        (r"\.(lora_down|lora_up|lora_mid)\.weight", r"\1"),
+        (r"\.lora_magnitude_vector(?:\.[\w-]+)*", "magnitude"),
+        (r"\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))(?:\.[\w-]+)?", r"\1"),
+        (r"\.(alpha|scalar|dora_scale|diff|diff_b)", r"\1"),
+        (r"\.w_norm", "diff"),
+        (r"\.b_norm", "diff_b"),
+    )
 )
+# Adapters by other formulas, by a part that only they have.
+_OTHERS = {
+    "an OFT or BOFT": r"\.(oft_(blocks|diag|[rR])|boft_[rRsS])\b",
+    "an IA3": r"\.(on_input|ia3_l)\b",
+    "a GLoRA": r"\.[ab][12]\.weight$|\.bm\.weight$",
+    "a T-LoRA": r"\.(lambda_layer|[pq]_layer\.weight)$",
+    "a VeRA": r"vera_(lambda|[AB])",
+    "a LoRA of token embeddings": r"\.lora_embedding_[AB]\b",
+    "an HRA": r"\.hra_u\b",
+}
+# PEFT's settings that change what an adapter means, with the values that we know.
+_KNOWN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA", "LOHA", "LOKR"),
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "modules_to_save": ([],),
+    "layer_replication": (),
+    "use_qalora": (False,),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+    "target_parameters": ([],),
+    "trainable_token_indices": ([],),
+}
 
 
-@dataclass(frozen=True)
-class LoRALayer:
-    """A change of a weight, W + scale (alpha / r) B A (Hu et al. 2021, arXiv:2106.09685, sec. 4.1).
+def read_lora(path: AnyPath, components: Mapping[str, nn.Module]) -> dict[str, dict[str, Adapter]]:
+    """The adapters in a file, for the parameters of a model that they change.
 
-    Attributes:
-        down: A, [r, in] or [r, in, kh, kw].
-        up: B, [out, r] or [out, r, 1, 1].
-        alpha: r where a file says nothing.
-    """
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[out, in * kh * kw] of the weight, as a matrix."""
-        return self.up.shape[0], self.down[0].numel()
-
-    def delta(self) -> Tensor:
-        """(alpha / r) B A in float32, [out, in * kh * kw]."""
-        down, up = self.down.float().flatten(1), self.up.float().flatten(1)
-        return (up @ down) * (self.alpha / len(down))
-
-
-def read_lora(
-    path: AnyPath, components: Mapping[str, nn.Module]
-) -> dict[str, dict[str, LoRALayer]]:
-    """The layers of a LoRA file, for the layers of a model that they change.
+    What stands beside them (embeddings, layers that the model lacks, unknown names) is left out
+    with one warning.
 
     Args:
-        path: a file of diffusers, PEFT or kohya-ss, or a folder that holds one such file.
+        path: a file of diffusers, PEFT, kohya-ss, LyCORIS, OneTrainer or ComfyUI, or a folder that
+            holds one such file. PEFT's ``adapter_config.json`` beside it is read too.
         components: the networks it may change: ``unet``, ``text_encoder``, ``text_encoder_2``.
 
     Returns:
-        For each component with changes: its layers' names to what changes them.
+        For each component with changes: its parameters' names to what changes them.
 
     Raises:
-        CheckpointError: a damaged file, another kind of adapter, layers that the model doesn't have
-            or of other shapes (listed by name).
+        CheckpointError: a damaged file, one that is no adapter or for another model (named where
+            it shows), adapters or settings of a kind without a formula here, layers of other shapes
+            (listed by name).
     """
     file = _file(Path(path))
-    halves = _halves(file)
+    layers, unknown = _layers(file)
     targets = _targets(components)
-    found: dict[str, dict[str, LoRALayer]] = {}
-    problems, settings = [], _settings(file)
-    for stem, parts in sorted(halves.items()):
-        if stem not in targets:
-            problems.append(f"extra: {stem}")
-            continue
-        component, name, weight = targets[stem]
-        if "down" not in parts or "up" not in parts:
-            problems.append(f"missing: one of the two matrices of {stem}")
-            continue
-        down, up = parts["down"], parts["up"]
-        if "alpha" in parts:
-            alpha = float(parts["alpha"])
-        else:
-            alpha = _alpha(settings, component, name, len(down))
-        layer = LoRALayer(down, up, alpha)
-        wanted = (weight.shape[0], weight[0].numel())
-        if len(down) != up.shape[1] or layer.shape != wanted:
-            shapes = f"{list(up.shape)} and {list(down.shape)}"
-            problems.append(f"misshapen: {stem} is for a weight {list(weight.shape)}, got {shapes}")
-            continue
-        found.setdefault(component, {})[name] = layer
+    settings = _settings(file, layers)
+    found: dict[str, dict[str, Adapter]] = {}
+    problems: list[str] = []
+    known = {stem: parts for stem, parts in sorted(layers.items()) if stem in targets}
+    for stem, parts in known.items():
+        component, name, layer = targets[stem]
+        for kind, adapter in _adapters(parts, settings, component, name):
+            parameter = getattr(layer, kind, None)
+            if parameter is None and not adapter.parts["diff"].any():
+                continue
+            if problem := _misfit(adapter, parameter):
+                problems.append(problem.format(stem=stem, kind=kind))
+                continue
+            found.setdefault(component, {})[f"{name}.{kind}"] = adapter
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
         raise CheckpointError(
-            f"{file}: a LoRA for another model, {len(problems)} of its {len(halves)} layers:{lines}"
+            f"{file}: a LoRA for another model, {len(problems)} of its {len(layers)} layers:{lines}"
         )
+    if not found:
+        model = contents.network(layers)
+        whose = f"for {model}" if model else "for another model"
+        some = ", ".join(sorted(layers)[:3])
+        raise CheckpointError(f"{file}: a LoRA {whose}, the model has none of its layers: {some}")
+    if beside := sorted([*unknown, *(layers.keys() - known.keys())]):
+        some = ", ".join(beside[:5]) + (" and others" if len(beside) > 5 else "")
+        message = f"{file}: {len(beside)} names that this model has no layer for, left out: {some}"
+        warnings.warn(message, stacklevel=3)
     return found
+
+
+def _misfit(adapter: Adapter, parameter: Tensor | None) -> str | None:
+    """What is wrong with an adapter of a parameter, with places for their names."""
+    parts = {name: part.to("meta") for name, part in adapter.parts.items()}
+    shapes = ", ".join(f"{name} {list(part.shape)}" for name, part in parts.items())
+    if parameter is None:
+        return "extra: {kind} of {stem}, which has none"
+    try:
+        Adapter(parts).delta(parameter.detach().float().to("meta"))
+    except KeyError as error:
+        return f"missing: one of the matrices of {{stem}} ({error.args[0]}), got {shapes}"
+    except (RuntimeError, ValueError, IndexError):
+        wanted = list(parameter.shape)
+        return f"misshapen: {{stem}} is for a {{kind}} {wanted}, got {shapes}"
+    return None
+
+
+def _adapters(
+    parts: Mapping[str, Tensor], settings: Mapping[str, Any], component: str, name: str
+) -> Iterator[tuple[str, Adapter]]:
+    """What a layer's parts change: its weight, its bias, or both."""
+    inner = {n: p for n, p in parts.items() if n not in ("alpha", "up_bias", "diff_b", "magnitude")}
+    if "magnitude" in parts:  # PEFT's is one number for each row, whatever its shape
+        inner["dora_scale"] = parts["magnitude"].flatten()
+    r, scale = rank(parts), 1.0
+    if "alpha" in parts and r is not None:
+        scale = float(parts["alpha"]) / r
+    elif "alpha" not in parts and "diff" not in parts:
+        scale = _scale(settings, component, name, r)
+    if inner:
+        yield "weight", Adapter(inner, scale)
+    for bias, factor in (("diff_b", 1.0), ("up_bias", scale)):
+        if bias in parts:
+            yield "bias", Adapter({"diff": parts[bias]}, factor)
 
 
 def _file(path: Path) -> Path:
@@ -116,52 +163,52 @@ def _file(path: Path) -> Path:
         if not path.exists():
             raise CheckpointError(f"{path}: no such file or folder")
         return path
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) != 1:
+    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    usual = [f for f in files if f.stem in ("adapter_model", "pytorch_lora_weights")]
+    if len(usual or files) != 1:
         names = ", ".join(file.name for file in files) or "none"
         raise CheckpointError(
             f"{path}: expected one .safetensors file in the folder, found {names}"
         )
-    return files[0]
+    return (usual or files)[0]
 
 
-def _halves(file: Path) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each layer by the layer's name in the file."""
-    tensors = read(stored([file]))
+def _layers(file: Path) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """The parts of each layer by the layer's name in the file, and names of anything else."""
+    names = stored([file])
+    for kind, pattern in _OTHERS.items():
+        if any(re.search(pattern, name) for name in names):
+            raise CheckpointError(f"{file}: {kind} is not supported, only LoRA, LoHa, LoKr, DoRA")
     layers: dict[str, dict[str, Tensor]] = {}
     unknown = []
-    for name, tensor in tensors.items():
-        for pattern, part in _PARTS:
-            match = pattern.search(name)
-            if match and match.end() == len(name):
-                layers.setdefault(_plain(name[: match.start()]), {})[part] = tensor
-                break
-        else:
+    for name, tensor in read(names).items():
+        matches = ((pattern.search(name), part) for pattern, part in _PARTS)
+        match, part = next(((m, part) for m, part in matches if m), (None, ""))
+        if match is None:
             unknown.append(name)
-    if unknown or not layers:
-        some = ", ".join(sorted(unknown)[:3]) or "no tensors"
-        raise CheckpointError(
-            f"{file}: expected the pairs of matrices of a LoRA (diffusers, PEFT or kohya), got"
-            f" {some}{' and others' if len(unknown) > 3 else ''}"
-        )
-    return layers
+        else:
+            layers.setdefault(_plain(name[: match.start()]), {})[match.expand(part)] = tensor
+    if not layers:
+        kind = contents.by_names(names) or f"others: {', '.join(sorted(unknown)[:3]) or 'none'}"
+        raise CheckpointError(f"{file}: expected the matrices of a LoRA, got {kind}")
+    return layers, unknown
 
 
 def _plain(stem: str) -> str:
-    """A layer's name without what older files put around it."""
-    stem = stem.removeprefix("base_model.model.").replace(".processor.", ".")
+    """A layer's name without what some writers put around it."""
+    stem = stem.removeprefix(PEFT).removeprefix("model.").replace(".processor.", ".")
+    stem = re.sub(r"\.self_attn\.to_(q|k|v|out)$", r".self_attn.\1_proj", stem)
     return re.sub(r"\.to_out$", ".to_out.0", stem)
 
 
-def _targets(components: Mapping[str, nn.Module]) -> dict[str, tuple[str, str, Tensor]]:
-    """Every layer by every name that a file may give it: its component, name and weight there."""
-    targets = {}
+def _targets(components: Mapping[str, nn.Module]) -> dict[str, tuple[str, str, nn.Module]]:
+    """Every layer with a weight by every name a file may give it: its component, its name there."""
+    targets: dict[str, tuple[str, str, nn.Module]] = {}
     for component, module in components.items():
         for name, layer in module.named_modules():
-            if not isinstance(layer, (nn.Linear, nn.Conv2d)):
-                continue
-            for stem in _stems(component, name, getattr(module, "config", None)):
-                targets[stem] = (component, name, layer.weight)
+            if isinstance(getattr(layer, "weight", None), nn.Parameter):
+                for stem in _stems(component, name, getattr(module, "config", None)):
+                    targets.setdefault(stem, (component, name, layer))
     return targets
 
 
@@ -172,31 +219,52 @@ def _stems(component: str, name: str, config: Any) -> list[str]:
         stems = [name, f"unet.{name}"]
         if isinstance(config, UNetConfig):
             dotted.append(unet_name(f"{name}.weight", config).removesuffix(".weight"))
+        stems += [f"diffusion_model.{one}" for one in dotted]
     else:
         if not name.startswith("text_model."):  # newer versions of transformers
             dotted.append(f"text_model.{name}")
-        stems = [f"{component}.{one}" for one in dotted]
+        places = [f"text_encoders.{one}.transformer" for one in COMFYUI[component]]
+        stems = [f"{place}.{one}" for place in (component, *places) for one in dotted]
+        stems += dotted  # PEFT's files of a text encoder alone
     prefixes = KOHYA[component]
     return stems + [f"{p}_{one.replace('.', '_')}" for p in prefixes for one in dotted]
 
 
-def _settings(file: Path) -> dict[str, Any]:
-    """PEFT's settings, with a component's name before each, where the file carries them."""
+def _settings(file: Path, layers: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's settings, of each component or of all; empty where nothing is said.
+
+    Raises:
+        CheckpointError: a setting that changes what the adapter means and isn't known here.
+    """
     try:
-        with safe_open(file, framework="pt") as handle:
-            text = (handle.metadata() or {}).get(METADATA, "{}")
-        settings = json.loads(text)
-    except (SafetensorError, OSError, ValueError):  # a pickle, or no JSON: nothing is said
-        return {}
-    return settings if isinstance(settings, dict) else {}
+        settings = json.loads(metadata(file).get(METADATA, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: {METADATA} in its header is no JSON: {error}") from error
+    beside = file.parent / SETTINGS
+    if not settings and file.stem == "adapter_model" and beside.is_file():
+        file, settings = beside, read_json(beside)
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{file}: expected PEFT's settings as a JSON object")
+    for key, value in settings.items():
+        known = _KNOWN.get(key.rpartition(".")[2])
+        if known is not None and value is not None and value not in known:
+            raise CheckpointError(f"{file}: {key}={value!r} is not supported")
+    return settings
 
 
-def _alpha(settings: Mapping[str, Any], component: str, name: str, rank: int) -> float:
-    """The layer's alpha by PEFT's settings; the rank where they say nothing."""
-    alpha = settings.get(f"{component}.lora_alpha", rank)
-    for pattern, value in (settings.get(f"{component}.alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
-            alpha = value
-            break
+def _scale(settings: Mapping[str, Any], component: str, name: str, r: int | None) -> float:
+    """alpha / r by PEFT's settings; 1 where they say nothing."""
+
+    def setting(key: str, usual: Any = None) -> Any:
+        return settings.get(f"{component}.{key}", settings.get(key, usual))
+
+    def by_pattern(key: str, usual: Any) -> Any:
+        for pattern, value in (setting(key) or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", name):
+                return value
+        return usual
+
+    r = r or by_pattern("rank_pattern", setting("r", 1))
+    alpha = by_pattern("alpha_pattern", setting("lora_alpha", setting("alpha", r)))
     # With use_rslora the scale is alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732).
-    return alpha * math.sqrt(rank) if settings.get(f"{component}.use_rslora") else float(alpha)
+    return float(alpha / (math.sqrt(r) if setting("use_rslora") else r))

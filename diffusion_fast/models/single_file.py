@@ -1,8 +1,10 @@
 """Whole Stable Diffusion models in one CompVis (LDM) file: ``.safetensors`` or ``.ckpt``.
 
-What the file holds is known from its tensors' names and shapes. It doesn't say what the U-Net
-predicts: SD 2.x exists with epsilon (512 x 512) and with v (768 x 768) in the same shapes, so users
-of such a file pass ``prediction_type=``. EMA copies (``model_ema.``) are left alone.
+What the file holds is known from its tensors' names and shapes. What the U-Net predicts is not in
+the shapes: it is read from the empty tensors ``v_pred`` and ``ztsnr`` (zero terminal SNR), or from
+the header (``modelspec.prediction_type``, ``modelspec.architecture``). SD 2.x exists with epsilon
+(512 x 512) and with v (768 x 768), and most of its files say nothing, so users pass
+``prediction_type=``. EMA copies (``model_ema.``) are left alone.
 """
 
 from __future__ import annotations
@@ -17,29 +19,30 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..files import AnyPath, CheckpointError
+from . import contents
 from .compvis_text import clip_tensors, open_clip_tensors, text_config
 from .compvis_unet import unet_config, unet_name
-from .compvis_vae import vae_config, vae_name
+from .compvis_vae import in_compvis_names, vae_config, vae_name
 from .config import UNetConfig
-from .tensors import Source, Stored, read, stored
+from .tensors import Source, Stored, metadata, read, stored
 from .vae_config import VAEConfig
 
 SUPPORTED = "SD 1.x, SD 2.x and SDXL base"
 
-_UNET = "model.diffusion_model."
-_VAES = ("first_stage_model.", "vae.", "")  # the last: a file of nothing but an autoencoder
+_UNETS = ("model.diffusion_model.", "diffusion_model.", "")  # the last: nothing but a U-Net
+_VAES = ("first_stage_model.", "vae.", "")  # the last: nothing but an autoencoder
 _VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _CLIPS = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
 _OPEN_CLIPS = ("cond_stage_model.model.", "conditioner.embedders.1.model.")
-
-# Models that look like ours at first sight, by a prefix that gives them away.
-_OTHERS = {
-    "Stable Diffusion 3": (_UNET + "joint_blocks.", "joint_blocks."),
-    "Flux": (_UNET + "double_blocks.", "double_blocks."),
-    "a ControlNet": ("control_model.",),
-    "the SDXL refiner": ("conditioner.embedders.0.model.",),
-    "the Stable Diffusion upscaler": (_UNET + "label_emb.weight",),
-    "Stable Cascade": ("clip_txt_mapper.", "down_blocks.1.0.channelwise."),
+_FIRST = "input_blocks.0.0.weight"  # of every U-Net
+_PREDICTIONS = {
+    **dict.fromkeys(("v", "v_pred", "vpred", "v_prediction", "v-prediction"), "v_prediction"),
+    **dict.fromkeys(("epsilon", "eps"), "epsilon"),
+    **dict.fromkeys(("sample", "x0"), "sample"),
+}
+_ARCHITECTURES = {
+    "stable-diffusion-v2-768-v": "v_prediction",
+    "stable-diffusion-v2-512": "epsilon",
 }
 
 
@@ -79,12 +82,16 @@ class Kind:
         name: ``"sd1"``, ``"sd2"``, ``"sdxl"``, or ``"vae"`` for an autoencoder alone.
         unet, vae: their configs and tensors, None where the file has none.
         text: ``"text_encoder"`` and for SDXL ``"text_encoder_2"``.
+        prediction_type: what the file says that its U-Net predicts, None where it says nothing.
+        zero_terminal_snr: the file says that the last step of its schedule is pure noise.
     """
 
     name: str
     unet: Source[UNetConfig] | None = None
     vae: Source[VAEConfig] | None = None
     text: dict[str, TextState] = field(default_factory=dict)
+    prediction_type: str | None = None
+    zero_terminal_snr: bool = False
 
     @property
     def inpainting(self) -> bool:
@@ -93,10 +100,10 @@ class Kind:
 
 
 def is_single_file(names: Mapping[str, Any]) -> bool:
-    """Whether these are names of tensors in a CompVis file."""
-    others = [prefix for prefixes in _OTHERS.values() for prefix in prefixes]
-    marks = (_UNET, *_VAES[:2], "encoder.down.", *_CLIPS, *_OPEN_CLIPS, *others)
-    return any(name.startswith(marks) for name in names)
+    """Whether these are names of tensors in a CompVis file, or in one of no use to us."""
+    marks = (*_UNETS[:2], *_VAES[:2], "encoder.down.", *_CLIPS, *_OPEN_CLIPS)
+    found = _FIRST in names or any(name.startswith(marks) for name in names)
+    return found or contents.by_names(names) is not None
 
 
 def identify(path: AnyPath, scaling: float | None = None) -> Kind:
@@ -121,8 +128,8 @@ def identify_tensors(
     file: Path, tensors: Mapping[str, Stored], scaling: float | None = None
 ) -> Kind:
     """:func:`identify` of a file whose header has been read."""
-    _refuse_others(file, tensors)
-    unet = _under(tensors, _UNET)
+    unet = _unet_tensors(tensors)
+    _refuse_others(file, tensors, unet)
     name = _family(unet) if unet else "vae"
     if name == "sdxl" and _under(tensors, "cond_stage_model."):
         raise CheckpointError(f"{file}: SD 2.x unCLIP is not supported, only {SUPPORTED}")
@@ -132,6 +139,8 @@ def identify_tensors(
             _unet_source(file, unet, name) if unet else None,
             _vae_source(file, tensors, name, scaling),
             _text_states(tensors),
+            _prediction(file, tensors),
+            "ztsnr" in tensors,
         )
     except KeyError as error:
         raise CheckpointError(f"{file}: missing: {error.args[0]}") from error
@@ -151,16 +160,34 @@ def text_states(path: AnyPath) -> dict[str, TextState]:
     return found
 
 
-def _refuse_others(file: Path, tensors: Mapping[str, Stored]) -> None:
-    for other, prefixes in _OTHERS.items():
-        if any(name.startswith(prefixes) for name in tensors):
-            raise CheckpointError(f"{file}: {other} is not supported, only {SUPPORTED}")
-    if not _under(tensors, _UNET) and not _vae_tensors(tensors):
+def _refuse_others(file: Path, tensors: Mapping[str, Stored], unet: Mapping[str, Stored]) -> None:
+    if kind := contents.by_names(tensors):
+        raise CheckpointError(f"{file}: {kind} is not supported, only {SUPPORTED}")
+    if not unet and not _vae_tensors(tensors):
         some = ", ".join(sorted(tensors)[:3]) or "nothing"
         raise CheckpointError(
-            f"{file}: neither a U-Net ({_UNET}...) nor an autoencoder of {SUPPORTED} in it;"
+            f"{file}: neither a U-Net ({_UNETS[0]}...) nor an autoencoder of {SUPPORTED} in it;"
             f" it holds {some}" + (" ..." if len(tensors) > 3 else "")
         )
+
+
+def _prediction(file: Path, tensors: Mapping[str, Stored]) -> str | None:
+    """What the file says that its U-Net predicts."""
+    if "v_pred" in tensors:
+        return "v_prediction"
+    said = metadata(file)
+    if value := said.get("modelspec.prediction_type"):
+        if value.lower() not in _PREDICTIONS:
+            raise CheckpointError(f"{file}: modelspec.prediction_type {value!r} is not supported")
+        return _PREDICTIONS[value.lower()]
+    return _ARCHITECTURES.get(said.get("modelspec.architecture", ""))
+
+
+def _unet_tensors(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    found = _under(tensors, _UNETS[0])
+    if found:
+        return found
+    return next((f for f in (_under(tensors, p) for p in _UNETS[1:]) if _FIRST in f), {})
 
 
 def _under(tensors: Mapping[str, Stored], prefix: str) -> dict[str, Stored]:
@@ -185,8 +212,11 @@ def _unet_source(file: Path, tensors: dict[str, Stored], name: str) -> Source[UN
 
 
 def _vae_tensors(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The autoencoder's tensors, in CompVis' names."""
     for prefix in _VAES:
         found = {n: t for n, t in _under(tensors, prefix).items() if n.startswith(_VAE_PARTS)}
+        if "encoder.down_blocks.0.resnets.0.conv1.weight" in found:
+            found = in_compvis_names(found)
         if "encoder.down.0.block.0.conv1.weight" in found:
             return found
     return {}

@@ -98,6 +98,8 @@ class TextEncoders:
                     f"{folder / name / 'config.json'}: expected model_type clip_text_model"
                     f" (CLIP and OpenCLIP encoders), got {kind!r}"
                 )
+            if kind == "clip":  # a whole CLIP
+                config = config.get("text_config") or config
             states = read_states(folder / name, dtype, device, variant)
             encoders.append(_encoder(name, config, states, folder / name))
         return cls(load_tokenizers(tokenizer or folder, len(encoders)), encoders)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..ops import checks
+from .config import MOST_LAYERS
 from .config_json import json_values, own_fields
 
 DOWN_BLOCK_TYPE = "DownEncoderBlock2D"
@@ -95,6 +96,8 @@ class VAEConfig:
     def _check_values(self) -> None:
         for name in ("in_channels", "out_channels", "layers_per_block", "latent_channels"):
             checks.positive_int(name, getattr(self, name))
+        if self.layers_per_block > MOST_LAYERS:
+            checks.fail("layers_per_block", f"at most {MOST_LAYERS}", self.layers_per_block)
         for name in (
             "force_upcast",
             "use_quant_conv",

@@ -12,8 +12,8 @@ import torch
 
 from ..files import AnyPath, CheckpointError, read_json
 from ..models import UNet2DCondition
-from ..models.checkpoints import CONFIG
-from ..models.hub import model_files, pipeline_files, resolve
+from ..models.checkpoints import CONFIG, STEM, has_weights
+from ..models.hub import MODELS, resolve
 from ..models.single_file import SUPPORTED as FILES
 from ..models.single_file import Kind, identify, scaling_factor
 from ..models.text import TextEncoders
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .safety import SafetyChecker
 
 INDEX = "model_index.json"
+CHECKER = "safety_checker"
 SUPPORTED = (
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
@@ -84,14 +85,8 @@ def load(path: AnyPath, options: Options) -> Parts:
     if str(path) in TINY:
         with tempfile.TemporaryDirectory() as folder:  # CPU tensors keep their files mapped
             return _load(make_tiny(Path(folder) / "tiny", TINY[str(path)]), options)
-    return _load(resolve(path, allow_patterns=_hub_files(options)), options)
-
-
-def _hub_files(options: Options) -> list[str]:
-    """Patterns of the files to fetch from the hub."""
-    checker = model_files("safety_checker", options.variant, "model")
-    checker = [name for name in checker if "/" in name and options.safety_checker]
-    return [*pipeline_files(options.variant), *checker]
+    models = MODELS | ({CHECKER: "model"} if options.safety_checker else {})
+    return _load(resolve(path, models=models, variant=options.variant), options)
 
 
 def _load(path: Path, options: Options) -> Parts:
@@ -103,6 +98,7 @@ def _load(path: Path, options: Options) -> Parts:
 def _from_folder(folder: Path, options: Options) -> Parts:
     index = _index(folder)
     two = "XL" in index["_class_name"]
+    found = _variants(folder, options.variant)
     text = TextEncoders.from_pretrained(
         folder, variant=options.variant, tokenizer=options.tokenizer, **options.placing
     )
@@ -111,16 +107,24 @@ def _from_folder(folder: Path, options: Options) -> Parts:
             f"{folder}: expected {1 + two} text encoders for {index['_class_name']},"
             f" got {len(text.encoders)} (the SDXL refiner is not supported)"
         )
-    unet = UNet2DCondition.from_pretrained(folder, variant=options.variant, **options.placing)
+    unet = UNet2DCondition.from_pretrained(folder, variant=found["unet"], **options.placing)
     return Parts(
         unet,
-        _vae(folder, options, _own_scaling(folder, two)),
+        _vae(folder, options, _own_scaling(folder, two), found["vae"]),
         text,
         _scheduler(folder / "scheduler" / "scheduler_config.json", options),
         _safety_checker(folder, index, options),
         zero_empty=two and bool(index.get("force_zeros_for_empty_prompt", True)),
         random_weights=bool(index.get(RANDOM, False)),
     )
+
+
+def _variants(folder: Path, variant: str | None) -> dict[str, str | None]:
+    """The variant of each model that has it; the plain files of the others are read."""
+    found = {n: variant if has_weights(folder / n, variant, s) else None for n, s in MODELS.items()}
+    if variant is not None and not any(found.values()):
+        raise CheckpointError(f"{folder}: variant: no model in it has weights of {variant!r}")
+    return found
 
 
 def _index(folder: Path) -> dict[str, Any]:
@@ -154,7 +158,10 @@ def _from_file(file: Path, options: Options) -> Parts:
         "timestep_spacing": "leading",
         "steps_offset": 1,
     }
-    config["prediction_type"] = options.prediction_type or _usual_prediction(file, kind)
+    told = options.prediction_type or kind.prediction_type
+    config["prediction_type"] = told or _usual_prediction(file, kind)
+    if kind.zero_terminal_snr:  # sampled from the last step on (Lin et al. 2023, arXiv:2305.08891)
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     unet = UNet2DCondition.from_pretrained(file, **options.placing)
     if kind.name == "sd2" and config["prediction_type"] == "epsilon":
         unet.config = replace(unet.config, sample_size=64)  # those are for 512 x 512
@@ -191,14 +198,14 @@ def _own_scaling(folder: Path, two: bool) -> float:
     return read_json(config).get("scaling_factor", usual) if config.is_file() else usual
 
 
-def _vae(path: Path, options: Options, scaling: float) -> AutoencoderKL:
+def _vae(path: Path, options: Options, scaling: float, variant: str | None = None) -> AutoencoderKL:
     """The VAE in a model, or that in its place; ``scaling`` for one that doesn't tell its own."""
     if isinstance(options.vae, AutoencoderKL):
         return options.vae.to(device=options.device, dtype=options.dtype).eval()
     if options.vae is not None:
-        path = resolve(options.vae, allow_patterns=model_files("vae"))
+        path = resolve(options.vae, models={"vae": STEM, "": STEM}, others=())
         return AutoencoderKL.from_pretrained(path, scaling_factor=scaling, **options.placing)
-    return AutoencoderKL.from_pretrained(path, variant=options.variant, **options.placing)
+    return AutoencoderKL.from_pretrained(path, variant=variant, **options.placing)
 
 
 def _safety_checker(folder: Path, index: dict[str, Any], options: Options) -> SafetyChecker | None:

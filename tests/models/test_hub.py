@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import fnmatch
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from small_unets import small_config
 from unet_parity import twins
 
 from diffusion_fast.models import CheckpointError, UNet2DCondition, hub
+from diffusion_fast.models.checkpoints import STEM
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NOT_FETCHED = (
@@ -57,11 +59,11 @@ def test_what_exists_is_a_path(
 
 def test_an_id_is_fetched(snapshots: list[dict[str, Any]]) -> None:
     assert hub.resolve("owner/some-model.v1", revision="fp16") == Path("/fetched")
-    assert hub.resolve("owner/name", allow_patterns=["unet/*"]) == Path("/fetched")
+    assert hub.resolve("owner/name", models={"unet": STEM}, others=["x/*"]) == Path("/fetched")
     first, second = snapshots
     assert (first["repo"], first["revision"]) == ("owner/some-model.v1", "fp16")
-    assert first["allow_patterns"] == hub.pipeline_files()
-    assert second["allow_patterns"] == ["unet/*"]
+    assert set(hub.OTHERS) < set(first["allow_patterns"])
+    assert second["allow_patterns"] == ["x/*", *hub.model_files("unet", STEM, None, "safetensors")]
 
 
 @pytest.mark.parametrize("text", ["model", "a b/c", "./a/b", "/a/b", "a/b/c", "~/a", "", "a/.."])
@@ -152,33 +154,83 @@ def test_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         hub.resolve("owner/name")
 
 
-def test_only_what_is_read_is_fetched() -> None:
-    wanted = (
-        "model_index.json",
-        "unet/config.json",
-        "unet/diffusion_pytorch_model.safetensors",
-        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
-        "unet/diffusion_pytorch_model.safetensors.index.json",
-        "vae/diffusion_pytorch_model.safetensors",
-        "text_encoder_2/model.safetensors",
-        "scheduler/scheduler_config.json",
-        "tokenizer/merges.txt",
-        "tokenizer_2/vocab.json",
-    )
+WANTED = (
+    "model_index.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+    "unet/diffusion_pytorch_model.safetensors.index.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder_2/model.safetensors",
+    "scheduler/scheduler_config.json",
+    "tokenizer/merges.txt",
+    "tokenizer_2/vocab.json",
+)
+
+
+def test_only_what_is_read_is_fetched(snapshots: list[dict[str, Any]]) -> None:
     half = ("unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors")
-    assert chosen(hub.pipeline_files(), wanted + half + NOT_FETCHED) == list(wanted)
-    names = chosen(hub.pipeline_files("fp16"), wanted + half + NOT_FETCHED)
+    hub.resolve("owner/name")
+    hub.resolve("owner/name", variant="fp16")
+    plain, halves = (call["allow_patterns"] for call in snapshots)
+    assert chosen(plain, WANTED + half + NOT_FETCHED) == list(WANTED)
+    names = chosen(halves, WANTED + half + NOT_FETCHED)
     assert set(half) <= set(names)
     assert "unet/diffusion_pytorch_model.safetensors" not in names
 
 
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Fetches from a repository that has these files, and tells what came."""
+
+    def fetched(files: Sequence[str], variant: str | None = None) -> list[str]:
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+
+        def snapshot_download(_: str, allow_patterns: list[str], **__: Any) -> str:
+            for name in chosen(allow_patterns, tuple(files)):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).touch()
+            return str(folder)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        hub.resolve("owner/name", variant=variant)
+        return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+    return fetched
+
+
+UNET = "unet/diffusion_pytorch_model"
+TEXT = ("text_encoder/config.json", "text_encoder/pytorch_model.bin")
+
+
+def test_pickles_are_fetched_where_there_is_nothing_else(
+    repository: Callable[..., list[str]],
+) -> None:
+    files = ("model_index.json", "unet/config.json", f"{UNET}.bin", *TEXT)
+    assert repository(files) == sorted(files)
+    better = (*files, f"{UNET}.safetensors")
+    assert repository(better) == sorted({*better} - {f"{UNET}.bin"})
+
+
+def test_a_variant_of_some_parts_only(repository: Callable[..., list[str]]) -> None:
+    """The variant where it is, the plain files of the other parts; never both."""
+    files = ("unet/config.json", f"{UNET}.fp16.safetensors", f"{UNET}.safetensors", *TEXT)
+    wanted = sorted({*files} - {f"{UNET}.safetensors"})
+    assert repository(files, variant="fp16") == wanted
+    assert repository(files) == sorted({*files} - {f"{UNET}.fp16.safetensors"})
+
+
 def test_one_models_files() -> None:
-    files = ("config.json", "diffusion_pytorch_model.safetensors", *NOT_FETCHED)
-    assert chosen(hub.model_files("unet"), files) == list(files[:2])
+    def files(folder: str, variant: str | None, kind: str = "safetensors") -> list[str]:
+        return hub.model_files(folder, STEM, variant, kind)
+
+    root = ("config.json", "diffusion_pytorch_model.safetensors", *NOT_FETCHED)
+    assert chosen(files("", None), root) == list(root[:2])
+    assert chosen(files("unet", None, "bin"), root) == [f"{UNET}.bin"]
     sharded = (
-        "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
-        "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
-        "unet/diffusion_pytorch_model-00001-of-00002.fp16.safetensors",
+        f"{UNET}.safetensors.index.fp16.json",
+        f"{UNET}.fp16-00001-of-00002.safetensors",
+        f"{UNET}-00001-of-00002.fp16.safetensors",
     )
-    assert chosen(hub.model_files("unet", "fp16"), sharded) == list(sharded)
-    assert chosen(hub.model_files("unet"), sharded) == []
+    assert chosen(files("unet", "fp16"), sharded) == list(sharded)
+    assert chosen(files("unet", None), sharded) == []

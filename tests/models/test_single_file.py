@@ -19,7 +19,10 @@ from compvis_files import (
     UNET,
     UNETS,
     VAES,
+    clip_states,
     file_states,
+    open_clip_states,
+    unet_states,
     vae_states,
     write_file,
 )
@@ -165,6 +168,78 @@ def test_full_size_vae(preset: str) -> None:
     checkpoint = {"first_stage_model." + name: value for name, value in named.items()}
     back = theirs.convert_ldm_vae_checkpoint(checkpoint, config.to_dict())
     assert {n: v.shape for n, v in back.items()} == {n: v.shape for n, v in judge.items()}
+
+
+EMPTY = torch.zeros(0)
+SAYS: list[tuple[dict[str, Tensor], dict[str, str], str | None, bool]] = [
+    ({}, {}, None, False),
+    ({"v_pred": EMPTY}, {}, "v_prediction", False),
+    ({"v_pred": EMPTY, "ztsnr": EMPTY}, {}, "v_prediction", True),
+    ({"ztsnr": EMPTY}, {"modelspec.prediction_type": "v"}, "v_prediction", True),
+    ({}, {"modelspec.prediction_type": "epsilon"}, "epsilon", False),
+    ({}, {"modelspec.architecture": "stable-diffusion-v2-768-v"}, "v_prediction", False),
+    ({}, {"modelspec.architecture": "stable-diffusion-xl-v1-base"}, None, False),
+]
+
+
+@pytest.mark.parametrize(("tensors", "header", "prediction", "zero"), SAYS)
+def test_what_a_file_says_that_it_predicts(
+    tensors: dict[str, Tensor],
+    header: dict[str, str],
+    prediction: str | None,
+    zero: bool,
+    file: File,
+    tmp_path: Path,
+) -> None:
+    save_file(file[1] | tensors, tmp_path / "model.safetensors", metadata=header)
+    found = single_file.identify(tmp_path / "model.safetensors")
+    assert (found.prediction_type, found.zero_terminal_snr) == (prediction, zero)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "header", "message"),
+    [
+        (["edm_mean", "edm_std"], {}, r"Playground v2\.5"),
+        (["edm_vpred.sigma_max"], {}, "CosXL"),
+        ([], {"modelspec.prediction_type": "flow"}, "modelspec.prediction_type 'flow' is not"),
+    ],
+)
+def test_formulas_that_are_not_supported_are_named(
+    tensors: list[str], header: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    state = file_states("sdxl") | dict.fromkeys(tensors, torch.ones(1))
+    save_file({n: v.clone() for n, v in state.items()}, tmp_path / "m.safetensors", metadata=header)
+    with pytest.raises(CheckpointError, match=message):
+        single_file.identify(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("layers", [24, 23])
+def test_sd2_reads_the_first_23_layers_whatever_the_file_has(layers: int, tmp_path: Path) -> None:
+    state = open_clip_states(OPEN_CLIP["sd2"], layers=layers) | unet_states(UNETS["sd2"])
+    save_file(state, tmp_path / "model.safetensors")
+    config, load = single_file.text_states(tmp_path / "model.safetensors")["text_encoder"]
+    assert config["num_hidden_layers"] == 23
+    assert "text_model.encoder.layers.22.mlp.fc1.weight" in load()
+
+
+@pytest.mark.parametrize(("width", "activation"), [(64, "quick_gelu"), (1024, "gelu")])
+def test_the_activation_of_a_text_encoder_in_transformers_names(
+    width: int, activation: str, tmp_path: Path
+) -> None:
+    state = clip_states(CLIP["sd1"], width=width, layers=1) | unet_states(UNETS["sd1"])
+    save_file(state, tmp_path / "model.safetensors")
+    config, _ = single_file.text_states(tmp_path / "model.safetensors")["text_encoder"]
+    assert config["hidden_act"] == activation
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+def test_a_unet_alone(prefix: str, tmp_path: Path) -> None:
+    state = unet_states(UNETS["sd1"])
+    alone = {n.replace(UNET, prefix): v for n, v in state.items()}
+    save_file(alone, tmp_path / "unet.safetensors")
+    model = UNet2DCondition.from_pretrained(tmp_path / "unet.safetensors")
+    assert model.config == UNETS["sd1"]
+    same(model.state_dict(), theirs.convert_ldm_unet_checkpoint(state, UNETS["sd1"].to_dict()))
 
 
 def test_inpainting(tmp_path: Path) -> None:

@@ -107,7 +107,6 @@ def test_unsupported_options_are_named(field: str, value: Any, supported: str) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shape": 3}, "unknown 'shape'"),
         ({"_class_name": "FluxTransformer2DModel"}, "expected UNet2DConditionModel, got 'Flux"),
         ({"down_block_types": ["DownBlock2D"]}, "down_block_types: expected 2 names"),
         (

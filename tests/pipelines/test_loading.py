@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from compvis_files import VAES, vae_states, write_file
@@ -110,6 +111,28 @@ def test_v_prediction_of_a_single_file(tiny_folder: Folder, tmp_path: Path) -> N
         assert pipe.unet.config.sample_size == size
 
 
+def test_a_file_that_says_v_prediction_and_zero_snr(tiny_folder: Folder, tmp_path: Path) -> None:
+    """diffusers reads the same from the folder that we write; what the user says comes first."""
+    path, states = write_file("sdxl", tmp_path)
+    for name, value in states.items():
+        if "token_embedding" in name:
+            states[name] = torch.randn(TOKENS, value.shape[1])
+    save_file(states | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, path)
+    pipe = StableDiffusion.from_pretrained(path, tokenizer=tiny_folder("sdxl"))
+    made = pipe("a cat", steps=2, size=64, output="latent")
+    assert made.settings["prediction_type"] == "v_prediction"
+    assert made.settings["timestep_spacing"] == "trailing"
+    assert made.latents.isfinite().all()
+    pipe.save_pretrained(tmp_path / "saved")
+    judge = diffusers.EulerDiscreteScheduler.from_pretrained(tmp_path / "saved" / "scheduler")
+    assert judge.alphas_cumprod[-1] < 1e-6
+    assert judge.config.prediction_type == "v_prediction"
+    told = StableDiffusion.from_pretrained(
+        path, tokenizer=tiny_folder("sdxl"), prediction_type="sample"
+    )
+    assert told.scheduler.table()["prediction_type"] == "sample"
+
+
 @pytest.mark.parametrize(("kind", "factor"), [("sd15", 0.18215), ("sdxl", 0.13025)])
 def test_a_vae_file_of_its_own_takes_the_models_scaling_factor(
     tiny_folder: Folder, tmp_path: Path, kind: str, factor: float
@@ -166,6 +189,40 @@ def test_variants(tiny_folder: Folder, tmp_path: Path) -> None:
     kept = StableDiffusion.from_pretrained(folder, variant="fp16")
     assert {p.dtype for p in kept.unet.parameters()} == {torch.float16}
     assert {p.dtype for p in kept.text.encoders[1].parameters()} == {torch.float16}
+
+
+def test_a_variant_of_some_parts_only(tiny_folder: Folder, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder("sdxl"), tmp_path / "copy")
+    for part, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder_2", "model")):
+        file = folder / part / f"{stem}.safetensors"
+        file.rename(file.with_name(f"{stem}.fp16.safetensors"))
+    plain, mixed = (
+        StableDiffusion.from_pretrained(one, variant=variant)("a cat", steps=1, output="latent")
+        for one, variant in ((tiny_folder("sdxl"), None), (folder, "fp16"))
+    )
+    assert torch.equal(plain.latents, mixed.latents)
+    with pytest.raises(CheckpointError, match="no model in it has weights of 'bf16'"):
+        StableDiffusion.from_pretrained(folder, variant="bf16")
+
+
+def test_a_whole_clip_as_text_encoder(tiny_folder: Folder, tmp_path: Path) -> None:
+    """What else it has is left alone, and its config's text half is read."""
+    folder = shutil.copytree(tiny_folder("sd15"), tmp_path / "copy")
+    place = folder / "text_encoder"
+    text = json.loads((place / "config.json").read_text())
+    extra = {
+        "vision_model.encoder.layers.0.mlp.fc1.weight": torch.ones(3),
+        "visual_projection.weight": torch.ones(3, 3),
+        "text_projection.weight": torch.ones(3, 3),
+        "logit_scale": torch.ones(()),
+    }
+    save_file(load_file(place / "model.safetensors") | extra, place / "model.safetensors")
+    (place / "config.json").write_text(json.dumps({"model_type": "clip", "text_config": text}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipes = [StableDiffusion.from_pretrained(one) for one in (tiny_folder("sd15"), folder)]
+    first, second = (one.text.encode(["a cat"]).context for one in pipes)
+    assert torch.equal(first, second)
 
 
 def test_a_folder_of_pickles(tiny_folder: Folder, tmp_path: Path) -> None:
