@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -102,30 +103,49 @@ def statements(path: Path) -> int:
     return sum(isinstance(node, ast.stmt) for node in nodes) - len(docstrings)
 
 
-def circle() -> list[str]:
-    """Files that import each other in a circle, package __init__ files left out; none if empty."""
-    names: dict[tuple[str, ...], Path] = {}
-    for path in sources("diffusion_fast", "kernels"):
-        if path.name != "__init__.py":
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            names[parts if parts[0] == "diffusion_fast" else ("diffusion_fast", *parts)] = path
-    graph: dict[str, set[str]] = {}
-    for name, path in names.items():
-        graph[".".join(name)] = imported = set()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                base: tuple[str, ...] = ()
-                if isinstance(node, ast.ImportFrom):
-                    base = name[: len(name) - node.level] if node.level else ()
-                    base += tuple(node.module.split(".")) if node.module else ()
-                for alias in node.names:
-                    there = (*base, *alias.name.split("."))
-                    imported |= {".".join(n) for n in (there, base) if n in names and n != name}
+def circle(unchecked: Collection[str] = ()) -> list[str]:
+    """Files that import each other in a circle, package __init__ files left out; none if empty.
+
+    Args:
+        unchecked: rooms, such as ``"pipelines"``, whose imports of themselves are left out.
+    """
+    files = [path for path in sources("diffusion_fast", "kernels") if path.name != "__init__.py"]
+    names = {_module(path): path for path in files}
+    graph = {
+        name: {
+            there
+            for there in _imported(path, name.split("."))
+            if there in names and there != name and _room(there, name) not in unchecked
+        }
+        for name, path in names.items()
+    }
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         return list(error.args[1])
     return []
+
+
+def _module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts if parts[0] == "diffusion_fast" else ("diffusion_fast", *parts))
+
+
+def _room(module: str, other: str) -> str | None:
+    """The folder that two modules share."""
+    first, second = module.split("."), other.split(".")
+    return first[1] if first[1] == second[1] else None
+
+
+def _imported(path: Path, module: list[str]) -> Iterator[str]:
+    """Names that may be modules, of everything imported, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*module[: -node.level or 0], *filter(None, [node.module])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
 def show_way(way: list[tuple[list[Place], int]]) -> None:

@@ -97,9 +97,9 @@ class Engine:
         self._loops: OrderedDict[Layout, Loop] = OrderedDict()
         self._predictors: dict[tuple[Any, ...], Predictor] = {}
         self._watch = Watch(verify)
-        self._max_rows = max_steps or MAX_STEPS
-        self._options = SamplerOptions()
-        self.configure(**table)
+        self._options = SamplerOptions().replace(**table)
+        self.table = table_of(self._options, schedule)
+        self._max_rows = max(max_steps or MAX_STEPS, len(self.table))
 
     def configure(self, **table: Any) -> None:
         """Another sampler, number of steps, guidance and so on; what is not named stays.

@@ -106,6 +106,7 @@ class WhileLoop(_StepsGraph):
 
     def __init__(self, step: torch.cuda.CUDAGraph, counter: Tensor, count: Tensor) -> None:
         self._counter, self._count = counter, count
+        self._module: Any = None
         super().__init__(step, counter.device)
 
     def _fill(self, graph: Any, step: Any) -> None:
@@ -119,7 +120,7 @@ class WhileLoop(_StepsGraph):
 
     def __del__(self) -> None:
         super().__del__()
-        if hasattr(self, "_module"):
+        if self._module is not None:
             self._driver.cuModuleUnload(self._module)
 
 
