@@ -83,7 +83,8 @@ def positive_int(argument: str, value: Any) -> int:
 
 def finite(argument: str, value: Any) -> float:
     """A finite number of Python or NumPy, as a float."""
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+    # By comparison, which a compiler that takes the number for a variable can trace.
+    if not isinstance(value, numbers.Real) or not abs(value) < math.inf:
         fail(argument, "a finite number", repr(value))
     return float(value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -141,7 +142,10 @@ def _channels_last(value: Tensor) -> bool:
     """As PyTorch sees it: where one channel or one pixel fits both layouts, strides decide."""
     if checks.transformed():  # then a tensor won't say, and nobody sees the layout
         return False
-    if value.shape[1:].numel() == 1 or not value.is_contiguous(memory_format=torch.channels_last):
+    # Size.numel() would make a compiler take the sizes for constants.
+    if math.prod(value.shape[1:]) == 1 or not value.is_contiguous(
+        memory_format=torch.channels_last
+    ):
         return False
     return value.stride(1) == 1 and value.stride(3) == value.shape[1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -166,7 +167,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Matrix products, for which PyTorch's own are as good as any: no op of its own."""
     x, weight, bias, mean, rstd, sums = ctx.saved_tensors
-    needs, rows = ctx.needs_input_grad, x.shape[:-1].numel()
+    needs, rows = ctx.needs_input_grad, math.prod(x.shape[:-1])
     compute = x.dtype if mean is None else mean.dtype
     x2, w = x.to(compute).reshape(rows, x.shape[-1]), weight.to(compute)
     dy = grad.to(compute).reshape(rows, grad.shape[-1])
