@@ -3,6 +3,11 @@
 Each block that needs the timestep or the context says what it computes from them in a method of its
 own (``project_time``, ``project_kv``): neither depends on the image, so a sampling loop can do that
 work once instead of once per step.
+
+A sampling loop runs the same blocks with other leaves, see :mod:`diffusion_fast.engine.rewrites`.
+All that the blocks know of it: a residual block may read two sources (``reads_two``), a leaf may
+stand for several layers (``ResBlock.timed``, ``Attention.to_qkv``), and what was computed for one
+half of guidance is :func:`widened` to both where the first full batch meets it.
 """
 
 from __future__ import annotations
@@ -41,8 +46,14 @@ def timestep_embedding(t: Tensor, dim: int, cosine_first: bool, freq_shift: int)
     return F.pad(out, (0, 1)) if dim % 2 else out
 
 
+class Composite(nn.Module):
+    """A block: a module of ours that only calls others."""
+
+
 class Linear(nn.Linear):
     """A linear layer with its neighbours in one op, see :func:`diffusion_fast.ops.linear`."""
+
+    joins = True
 
     def forward(self, x: Tensor, residual: Tensor | None = None, geglu: bool = False) -> Tensor:
         return ops.linear(x, self.weight, self.bias, residual=residual, geglu=geglu)
@@ -58,6 +69,8 @@ class Conv2d(nn.Conv2d):
     Raises:
         ValueError: those with other values, or strides that differ.
     """
+
+    joins = True
 
     def __init__(
         self,
@@ -90,9 +103,13 @@ class Conv2d(nn.Conv2d):
         return cast("tuple[int, int, int, int]", padding)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        stride = self.stride[0]
         return ops.conv2d(
-            x, self.weight, self.bias, stride=stride, padding=self.pads, residual=residual
+            x,
+            self.weight,
+            self.bias,
+            stride=self.stride[0],
+            padding=self.pads,
+            residual=residual,
         )
 
 
@@ -102,19 +119,42 @@ def hooked(module: nn.Module) -> bool:
     return bool(hooks) or "forward" in module.__dict__
 
 
-def with_residual(layer: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """layer(x) + residual, in one op where the layer is ours.
+def joins(layer: nn.Module) -> bool:
+    """Whether a layer takes what follows it, a residual or a gate, as an argument.
 
-    Whatever stands in its place (a LoRA), or is hooked to it, sees the layer alone.
+    Ours do. A replaced or hooked layer (a LoRA) is called with its input alone.
     """
+    return getattr(layer, "joins", False) and not hooked(layer)
+
+
+def with_residual(layer: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """layer(x) + residual, in one op where the layer :func:`joins` them."""
     if residual is None:
         return layer(x)
-    if type(layer) in (Linear, Conv2d) and not hooked(layer):
+    if joins(layer):
         return layer(x, residual=residual)
     return layer(x) + residual
 
 
-class TimestepEmbedding(nn.Module):
+def widened(x: Tensor, batch: int) -> Tensor:
+    """Both halves of guidance [batch, ...] of the one that served for both so far.
+
+    A tensor of that batch, or of a larger one, stays as it is.
+    """
+    return x if len(x) >= batch else torch.cat([x] * (batch // len(x)))
+
+
+def pixels(x: Tensor) -> Tensor:
+    """An image [B, C, H, W] as [B, HW, C]: a view if it is channels_last."""
+    return x.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
+
+
+def image(x: Tensor, size: torch.Size) -> Tensor:
+    """Pixels [B, HW, C] as an image [B, C, H, W] in channels_last: a view."""
+    return x.unflatten(1, size).permute(0, 3, 1, 2)
+
+
+class TimestepEmbedding(Composite):
     """Two linear layers with a SiLU between them."""
 
     def __init__(self, in_features: int, features: int) -> None:
@@ -132,15 +172,18 @@ class GroupNorm(nn.GroupNorm):
     def forward(
         self,
         x: Tensor,
+        x2: Tensor | None = None,
+        *,
         silu: bool = True,
         add: Tensor | None = None,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
+        row: Tensor | None = None,
     ) -> Tensor:
         # Under autocast x is narrower than the parameters; elsewhere .to() does nothing.
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         return ops.group_norm_silu(
-            x, self.num_groups, weight, bias, self.eps, silu, add, scale, shift
+            x, self.num_groups, weight, bias, self.eps, silu, add, scale, shift, x2, row
         )
 
 
@@ -152,12 +195,19 @@ class LayerNorm(nn.LayerNorm):
         return ops.layer_norm(x, weight, bias, self.eps)
 
 
-class ResBlock(nn.Module):
+class ResBlock(Composite):
     """The residual block of Ho et al. (2020): x + conv(silu(norm(conv(silu(norm(x))) + time))).
 
     With ``scale_shift`` the time embedding scales and shifts the second norm instead (Dhariwal &
     Nichol 2021, section 3.1). ``time_dim=None`` makes a block without time (an autoencoder's).
+
+    Attributes:
+        timed: a leaf for ``conv1``, the time and ``norm2`` at once, or None.
+        reads_two: whether ``norm1`` and ``conv_shortcut`` read two sources where they lie; else
+            they are concatenated.
     """
+
+    reads_two = False
 
     def __init__(
         self,
@@ -179,32 +229,51 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = Conv2d(channels, channels, 3, padding=1)
         self.conv_shortcut = Conv2d(in_channels, channels, 1) if in_channels != channels else None
+        self.timed: nn.Module | None = None
 
     def project_time(self, emb: Tensor) -> Tensor:
         """What the block takes from the time embedding [B, T]: [B, C], or [B, 2C]."""
         return self.time_emb_proj(emb)
 
-    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        h = self.conv1(self.norm1(x))  # [B, C, H, W]
-        if self.scale_shift and time is not None:
-            scale, shift = time.chunk(2, dim=1)
-            h = self.norm2(h, scale=scale, shift=shift)
-        else:
-            h = self.norm2(h, add=time)
-        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return with_residual(self.conv2, self.dropout(h), shortcut)
+    def forward(self, x: Tensor, skip: Tensor | None = None, time: Any = None) -> Tensor:
+        """[B, C, H, W] to [B, C', H, W].
+
+        Args:
+            x: the input, or its first channels.
+            skip: its other channels [B, C2, H, W].
+            time: what :meth:`project_time` gave, or what the leaf ``timed`` takes.
+        """
+        if skip is not None and not self.reads_two:
+            x, skip = torch.cat((x, skip), dim=1), None
+        h = self.norm1(x, skip)
+        h = self._timed(h, time) if self.timed is None else self.timed(h, time)
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x) if skip is None else self.conv_shortcut(x, x2=skip)
+        return with_residual(self.conv2, self.dropout(h), x)
+
+    def _timed(self, h: Tensor, time: Tensor | None) -> Tensor:
+        h = self.conv1(h)  # [B, C, H, W]
+        if not self.scale_shift or time is None:
+            return self.norm2(h, add=time)
+        scale, shift = time.chunk(2, dim=1)
+        return self.norm2(h, scale=scale, shift=shift)
 
 
-class Attention(nn.Module):
-    """Multi-head attention to keys and values made elsewhere (Vaswani et al. 2017, section 3.2)."""
+class MultiHead(Composite):
+    """The projections of multi-head attention (Vaswani et al. 2017, section 3.2).
 
-    def __init__(self, channels: int, context_dim: int, heads: int) -> None:
+    Attributes:
+        to_qkv: a leaf that gives q, k and v of the same input, [B, S, C] each, or None.
+    """
+
+    def __init__(self, channels: int, context_dim: int, heads: int, bias: bool = False) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = Linear(channels, channels, bias=False)
-        self.to_k = Linear(context_dim, channels, bias=False)
-        self.to_v = Linear(context_dim, channels, bias=False)
+        self.to_q = Linear(channels, channels, bias)
+        self.to_k = Linear(context_dim, channels, bias)
+        self.to_v = Linear(context_dim, channels, bias)
         self.to_out = nn.ModuleList([Linear(channels, channels)])
+        self.to_qkv: nn.Module | None = None
 
     def split_heads(self, x: Tensor) -> Tensor:
         """[B, S, C] as [B, S, H, D]: a view."""
@@ -214,19 +283,44 @@ class Attention(nn.Module):
         """Keys and values [B, L, H, D] of what is attended to, [B, L, C]."""
         return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
 
+    def attend(
+        self, x: Tensor, kv: KeyValue | None = None, key_lengths: Tensor | None = None
+    ) -> Tensor:
+        """What ``to_out`` projects, [B, S, C], of x [B, S, C]; for the arguments see Attention."""
+        if kv is not None:
+            q = widened(self.split_heads(self.to_q(x)), len(kv[0]))  # [B, S, H, D]
+            k, v = kv
+        elif self.to_qkv is not None:
+            q, k, v = map(self.split_heads, self.to_qkv(x))
+        else:
+            q, (k, v) = self.split_heads(self.to_q(x)), self.project_kv(x)
+        return ops.attention(q, k, v, key_lengths=key_lengths).flatten(2)
+
+
+class Attention(MultiHead):
+    """Attention of [B, S, C] to itself or to keys and values made elsewhere."""
+
     def forward(
         self,
         x: Tensor,
-        kv: KeyValue,
+        kv: KeyValue | None = None,
         key_lengths: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        q = self.split_heads(self.to_q(x))  # [B, S, H, D]
-        out = ops.attention(q, *kv, key_lengths=key_lengths)
-        return with_residual(self.to_out[0], out.flatten(2), residual)  # [B, S, C]
+        """attention(x) + residual, [B, S, C].
+
+        Args:
+            x: [B, S, C], or what the leaf in the place of a norm hands to the projections.
+            kv: the result of :meth:`project_kv`; None for that of x itself.
+            key_lengths: int64 [B], how many of the keys each item sees; None for all.
+            residual: [B, S, C], or None.
+        """
+        h = self.attend(x, kv, key_lengths)
+        residual = residual if residual is None else widened(residual, len(h))
+        return with_residual(self.to_out[0], h, residual)
 
 
-class GEGLU(nn.Module):
+class GEGLU(Composite):
     """A linear layer to twice the width, gated (Shazeer 2020)."""
 
     def __init__(self, channels: int, width: int) -> None:
@@ -234,12 +328,12 @@ class GEGLU(nn.Module):
         self.proj = Linear(channels, 2 * width)
 
     def forward(self, x: Tensor) -> Tensor:
-        if type(self.proj) is Linear and not hooked(self.proj):
+        if joins(self.proj):
             return self.proj(x, geglu=True)
         return ops.geglu(self.proj(x))
 
 
-class FeedForward(nn.Module):
+class FeedForward(Composite):
     """The gated feed-forward layer of a transformer, four channels wide for each of its input."""
 
     def __init__(self, channels: int) -> None:
@@ -252,7 +346,7 @@ class FeedForward(nn.Module):
         return with_residual(self.net[2], self.net[0](x), residual)
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Composite):
     """Self-attention, cross-attention and feed-forward, each after a layer norm and residual."""
 
     def __init__(self, channels: int, context_dim: int, heads: int) -> None:
@@ -265,13 +359,12 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, kv: KeyValue, key_lengths: Tensor | None = None) -> Tensor:
-        h = self.norm1(x)  # [B, S, C]
-        x = self.attn1(h, self.attn1.project_kv(h), residual=x)
+        x = self.attn1(self.norm1(x), residual=x)  # [B, S, C]
         x = self.attn2(self.norm2(x), kv, key_lengths, residual=x)
         return self.ff(self.norm3(x), residual=x)
 
 
-class Transformer2D(nn.Module):
+class Transformer2D(Composite):
     """Transformer blocks over the pixels of an image (Rombach et al. 2022, appendix E.2.1)."""
 
     def __init__(
@@ -297,18 +390,10 @@ class Transformer2D(nn.Module):
         return [block.attn2.project_kv(context) for block in blocks]
 
     def forward(self, x: Tensor, kv: list[KeyValue], key_lengths: Tensor | None = None) -> Tensor:
-        batch, channels, height, width = x.shape
-        h = self.norm(x, silu=False)
-        h = h.permute(0, 2, 3, 1).contiguous()  # [B, H, W, C]; a view if x is channels_last
-        h = project(self.proj_in, h.view(batch, height * width, channels))  # [B, HW, C]
+        h = project(self.proj_in, pixels(self.norm(x, silu=False)))  # [B, HW, C]
         for block, block_kv in zip(self.transformer_blocks, kv, strict=True):
             h = block(h, block_kv, key_lengths)
-        tokens = x.permute(0, 2, 3, 1)
-        if not tokens.is_contiguous():
-            h = project(self.proj_out, h)
-            return x + h.view(tokens.shape).permute(0, 3, 1, 2)
-        h = project(self.proj_out, h, residual=tokens.flatten(1, 2))
-        return h.view(tokens.shape).permute(0, 3, 1, 2)
+        return project_onto(widened(x, len(h)), self.proj_out, h)
 
 
 def _projection(channels: int, linear: bool) -> nn.Module:
@@ -316,16 +401,25 @@ def _projection(channels: int, linear: bool) -> nn.Module:
 
 
 def project(layer: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """A linear layer, or a 1x1 convolution as one, on [B, S, C]."""
+    """layer(x) + residual for [B, S, C] and a linear layer, or a 1x1 convolution as one."""
     if cast("Tensor", layer.weight).dim() == 2:
         return with_residual(layer, x, residual)
-    if type(layer) is Conv2d and not hooked(layer):
-        return ops.linear(x, layer.weight.flatten(1), layer.bias, residual=residual)
+    if joins(layer):
+        weight, bias = cast("tuple[Tensor, Tensor | None]", (layer.weight, layer.bias))
+        return ops.linear(x, weight.flatten(1), bias, residual=residual)
     y = layer(x.mT[..., None])[..., 0].mT.contiguous()
     return y if residual is None else y + residual
 
 
-class Downsample(nn.Module):
+def project_onto(x: Tensor, layer: nn.Module, h: Tensor) -> Tensor:
+    """x + layer(h) for an image [B, C, H, W] and pixels [B, HW, C]; one op in channels_last."""
+    tokens = x.permute(0, 2, 3, 1)
+    if tokens.is_contiguous():
+        return image(project(layer, h, residual=tokens.flatten(1, 2)), x.shape[2:])
+    return x + image(project(layer, h), x.shape[2:])
+
+
+class Downsample(Composite):
     """Half the height and width by a strided convolution."""
 
     def __init__(self, channels: int, padding: int) -> None:
@@ -338,7 +432,7 @@ class Downsample(nn.Module):
         return self.conv(x)
 
 
-class Upsample(nn.Module):
+class Upsample(Composite):
     """Nearest neighbours up to a size of about twice the input's, then a convolution."""
 
     def __init__(self, channels: int) -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..files import AnyPath
 from ..ops import checks
 from .blocks import (
+    Composite,
     Conv2d,
     Downsample,
     GroupNorm,
@@ -20,16 +21,17 @@ from .blocks import (
     Transformer2D,
     Upsample,
     timestep_embedding,
+    widened,
 )
 from .checkpoints import save_model
 from .config import UNetConfig
 from .pretrained import find_pretrained
 
-TimeProjections = list[list[Tensor]]  # per block, per residual block: [B, C] or [B, 2C]
+TimeProjections = list[list[Any]]  # per block, per residual block: [B, C] or [B, 2C]
 ContextProjections = list[list[list[KeyValue]]]  # per block, per transformer, per layer
 
 
-class Block(nn.Module):
+class Block(Composite):
     """Residual blocks of one resolution, with a transformer after each where there is attention."""
 
     def __init__(
@@ -67,6 +69,19 @@ class Block(nn.Module):
         attentions = cast("list[Transformer2D]", self.attentions)
         return [attention.project_context(context) for attention in attentions]
 
+    def layer(
+        self,
+        i: int,
+        x: Tensor,
+        skip: Tensor | None,
+        time: list[Any],
+        kv: list[list[KeyValue]],
+        key_lengths: Tensor | None,
+    ) -> Tensor:
+        """Residual block i of x and what was kept for it, and the transformer behind it if any."""
+        x = self.resnets[i](x, skip, time[i])
+        return self.attentions[i](x, kv[i], key_lengths) if i < len(kv) else x
+
 
 class DownBlock(Block):
     """One level on the way down. Keeps every result for the way up."""
@@ -87,14 +102,12 @@ class DownBlock(Block):
         self,
         x: Tensor,
         skips: list[Tensor],
-        time: list[Tensor],
+        time: list[Any],
         kv: list[list[KeyValue]],
         key_lengths: Tensor | None,
     ) -> Tensor:
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(x, time[i])
-            if kv:
-                x = self.attentions[i](x, kv[i], key_lengths)
+        for i in range(len(time)):
+            x = self.layer(i, x, None, time, kv, key_lengths)
             skips.append(x)
         for downsample in self.downsamplers:
             x = downsample(x)
@@ -110,15 +123,11 @@ class MidBlock(Block):
         super().__init__(config, config.num_levels - 1, [(channels, channels)] * 2, 1)
 
     def forward(
-        self,
-        x: Tensor,
-        time: list[Tensor],
-        kv: list[list[KeyValue]],
-        key_lengths: Tensor | None,
+        self, x: Tensor, time: list[Any], kv: list[list[KeyValue]], key_lengths: Tensor | None
     ) -> Tensor:
-        x = self.resnets[0](x, time[0])
-        x = self.attentions[0](x, kv[0], key_lengths)
-        return self.resnets[1](x, time[1])
+        for i in range(len(time)):
+            x = self.layer(i, x, None, time, kv, key_lengths)
+        return x
 
 
 class UpBlock(Block):
@@ -141,20 +150,18 @@ class UpBlock(Block):
         self,
         x: Tensor,
         skips: list[Tensor],
-        time: list[Tensor],
+        time: list[Any],
         kv: list[list[KeyValue]],
         key_lengths: Tensor | None,
     ) -> Tensor:
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat((x, skips.pop()), dim=1), time[i])
-            if kv:
-                x = self.attentions[i](x, kv[i], key_lengths)
+        for i in range(len(time)):
+            x = self.layer(i, x, widened(skips.pop(), len(x)), time, kv, key_lengths)
         for upsample in self.upsamplers:
             x = upsample(x, skips[-1].shape[2:])  # odd sizes don't just double
         return x
 
 
-class UNet2DCondition(nn.Module):
+class UNet2DCondition(Composite):
     """Predicts the noise (or v, or x_0) in an image, given the timestep and a context.
 
     Parameters have the names and shapes of diffusers' ``UNet2DConditionModel`` of the same config.
@@ -304,16 +311,54 @@ class UNet2DCondition(nn.Module):
         kv: ContextProjections,
         context_lengths: Tensor | None = None,
     ) -> Tensor:
-        """The U itself, top to bottom and up again: the part that depends on the image."""
-        bottom = len(self.down_blocks)
+        """The U itself, top to bottom and up again: the part that depends on the image.
 
+        Args:
+            x: as :meth:`forward` takes it.
+            time: the result of :meth:`project_time`.
+            kv: the result of :meth:`project_context`.
+            context_lengths: as :meth:`forward` takes it.
+        """
+        x, skips = self.down(x, time, kv, context_lengths)
+        x = self.mid(x, time, kv, context_lengths)
+        return self.up(x, skips, time, kv, context_lengths)
+
+    def down(
+        self,
+        x: Tensor,
+        time: TimeProjections,
+        kv: ContextProjections,
+        context_lengths: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The way down; also what each of its layers leaves for the way up, the last one last."""
         x = self.conv_in(x)  # [B, C, H, W]
         skips = [x]
-        for i, down_block in enumerate(self.down_blocks):
-            x = down_block(x, skips, time[i], kv[i], context_lengths)
-        x = self.mid_block(x, time[bottom], kv[bottom], context_lengths)
-        for i, up_block in enumerate(self.up_blocks, bottom + 1):
-            x = up_block(x, skips, time[i], kv[i], context_lengths)
+        for i, block in enumerate(self.down_blocks):
+            x = block(x, skips, time[i], kv[i], context_lengths)
+        return x, skips
+
+    def mid(
+        self,
+        x: Tensor,
+        time: TimeProjections,
+        kv: ContextProjections,
+        context_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """The bottom of the U."""
+        bottom = len(self.down_blocks)
+        return self.mid_block(x, time[bottom], kv[bottom], context_lengths)
+
+    def up(
+        self,
+        x: Tensor,
+        skips: list[Tensor],
+        time: TimeProjections,
+        kv: ContextProjections,
+        context_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """The way up; takes all that the way down left out of ``skips``."""
+        for i, block in enumerate(self.up_blocks, len(self.down_blocks) + 1):
+            x = block(x, skips, time[i], kv[i], context_lengths)
         return self.conv_out(self.conv_norm_out(x))
 
     def check_image(self, x: Any) -> None:

@@ -10,10 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..files import AnyPath
 from ..ops import checks
-from .blocks import Conv2d, Downsample, GroupNorm, Linear, ResBlock, Upsample
+from .blocks import (
+    Composite,
+    Conv2d,
+    Downsample,
+    GroupNorm,
+    MultiHead,
+    ResBlock,
+    Upsample,
+    pixels,
+    project_onto,
+)
 from .checkpoints import save_model
 from .pretrained import find_pretrained
 from .vae_config import VAEConfig
@@ -64,28 +73,19 @@ class LatentDistribution:
         )
 
 
-class PixelAttention(nn.Module):
+class PixelAttention(MultiHead):
     """Every pixel attends to all pixels, with one head: x + attention(norm(x))."""
 
     def __init__(self, channels: int, groups: int) -> None:
-        super().__init__()
+        super().__init__(channels, channels, heads=1, bias=True)
         self.group_norm = GroupNorm(groups, channels, EPS)
-        self.to_q = Linear(channels, channels)
-        self.to_k = Linear(channels, channels)
-        self.to_v = Linear(channels, channels)
-        self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        h = self.group_norm(x, silu=False)
-        h = h.permute(0, 2, 3, 1).contiguous()  # [B, H, W, C]; a view if x is channels_last
-        h = h.view(batch, height * width, 1, channels)
-        h = ops.attention(self.to_q(h), self.to_k(h), self.to_v(h))  # [B, HW, 1, C]
-        h = self.to_out[0](h).view(batch, height, width, channels)
-        return x + h.permute(0, 3, 1, 2)
+        h = self.attend(pixels(self.group_norm(x, silu=False)))  # [B, HW, C]
+        return project_onto(x, self.to_out[0], h)
 
 
-class Block(nn.Module):
+class Block(Composite):
     """Residual blocks of one resolution."""
 
     def __init__(self, config: VAEConfig, in_channels: int, channels: int, layers: int) -> None:
@@ -150,7 +150,7 @@ class UpBlock(Block):
         return x
 
 
-class Encoder(nn.Module):
+class Encoder(Composite):
     """Images [B, C, H, W] to means and log variances of latents, [B, 2 C', H / f, W / f]."""
 
     def __init__(self, config: VAEConfig) -> None:
@@ -172,7 +172,7 @@ class Encoder(nn.Module):
         return self.conv_out(self.conv_norm_out(x))
 
 
-class Decoder(nn.Module):
+class Decoder(Composite):
     """Latents [B, C', h, w] to images [B, C, f h, f w]."""
 
     def __init__(self, config: VAEConfig) -> None:
