@@ -27,7 +27,7 @@ from diffusion_fast.benchmarks.models import (
     store,
     variants,
 )
-from diffusion_fast.engine.cost import Cost
+from diffusion_fast.engine.rewrites.cost import Cost
 
 GROUP = store.Group("unet", "small", "float32", 1, 1)
 FACTS = {

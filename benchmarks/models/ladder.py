@@ -10,7 +10,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
-from diffusion_fast.engine.plan import DOES
+from diffusion_fast.engine.rewrites.plan import REWRITES
 
 from .limits import step_cost
 from .measure import Call, Variant, measure
@@ -20,7 +20,7 @@ from .variants import engine_loop, loop_truth, on_reference, plain_loop
 FIRST, OPS = "our model on the reference ops", "our ops"
 GRAPHS = {"step": "one CUDA graph replayed per step", "loop": "the whole loop as one CUDA graph"}
 
-ROWS = ("eager", OPS, *DOES, *(f"graph={name}" for name in GRAPHS))
+ROWS = ("eager", OPS, *REWRITES, *(f"graph={name}" for name in GRAPHS))
 
 
 def measure_ladder(
@@ -64,10 +64,10 @@ class Rung:
 def _rungs(refused: Container[str]) -> list[Rung]:
     on: tuple[str, ...] = ()
     rungs = [Rung(OPS, "kernels and fused ops, each where it is the fastest", on)]
-    for name, does in DOES.items():
+    for name, rewrite in REWRITES.items():
         if name not in refused:
             on = (*on, name)
-            rungs.append(Rung(name, does, on))
+            rungs.append(Rung(name, rewrite.does, on))
     return rungs + [Rung(f"graph={name}", does, on, name) for name, does in GRAPHS.items()]
 
 
@@ -87,5 +87,5 @@ def _in_order(rows: list[dict[str, Any]], refused: dict[str, str]) -> list[dict[
     """Rows of rewrites that are off stand where they would have been."""
     by_name = {row["variant"]: row for row in rows}
     for name, why in refused.items():
-        by_name[name] = {"variant": name, "does": DOES[name], "reason": why}
+        by_name[name] = {"variant": name, "does": REWRITES[name].does, "reason": why}
     return [by_name[name] for name in ROWS]

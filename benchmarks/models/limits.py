@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import torch
 
-from diffusion_fast.engine.cost import Bench, Counter
-from diffusion_fast.engine.plan import make_plan
+from diffusion_fast.engine.rewrites.cost import Bench, Counter
+from diffusion_fast.engine.rewrites.prepare import prepare
 
 from ..lib.environment import GPU
 from ..lib.timing import copy_rate, product_rate
@@ -20,7 +20,7 @@ def step_cost(
     """Launches, bytes and FLOPs of a step of ``batch`` images with guidance, by op."""
     bench = Bench(kind.unet, dtype, 2 * batch, (kind.side, kind.side), TOKENS)
     plan = {"batch": batch, "halves": 2, "max_rows": 1, "rewrites": rewrites}
-    return bench.step(lambda twin: make_plan(twin, **plan))
+    return bench.step(lambda twin: prepare(twin, **plan))
 
 
 def limit_seconds(cost: Counter, dtype: torch.dtype) -> float | None:

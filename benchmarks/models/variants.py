@@ -10,7 +10,7 @@ from torch import Tensor
 
 import diffusion_fast as df
 from diffusion_fast.engine.clock import Clock
-from diffusion_fast.engine.plan import make_plan
+from diffusion_fast.engine.rewrites.prepare import prepare
 from diffusion_fast.pipelines.loading import Parts
 from diffusion_fast.pipelines.stable_diffusion import StableDiffusion
 
@@ -93,7 +93,7 @@ def step_variants(networks: Networks, images: int, steps: int, compiles: bool) -
         return lambda: model(x, t, **options)[0]
 
     def engine() -> Call:
-        network = make_plan(networks.unet, batch=images, halves=2, max_rows=1)
+        network = prepare(networks.unet, batch=images, halves=2, max_rows=1)
         network.prepare(given, t.reshape(1))
         clock = Clock(networks.device)
         return replayed(lambda: network(x, clock)) if GPU else lambda: network(x, clock)

@@ -12,7 +12,8 @@ from ..conditioning import Context, Model, bind
 from ..models import UNet2DCondition
 from ..ops import checks
 from .clock import Clock
-from .plan import REWRITES, Row, bypassed, make_plan
+from .rewrites.plan import REWRITES, RewriteReport, bypassed
+from .rewrites.prepare import prepare
 
 
 class Predictor(Protocol):
@@ -41,8 +42,8 @@ class Predictor(Protocol):
         """After the weights' values changed: derived tensors are computed again, in place."""
         ...
 
-    def explain(self) -> Sequence[Row]:
-        """A row for each rewrite: what it did and what it saves."""
+    def explain(self) -> Sequence[RewriteReport]:
+        """A report of each rewrite: what it did and what it saves."""
         ...
 
 
@@ -96,8 +97,8 @@ class PlainPredictor:
     def refresh(self) -> None:
         """Nothing is derived from the weights."""
 
-    def explain(self) -> Sequence[Row]:
-        return [Row(name, False, self.why) for name in REWRITES] if self.why else []
+    def explain(self) -> Sequence[RewriteReport]:
+        return [RewriteReport(name, False, self.why) for name in REWRITES] if self.why else []
 
 
 def predictor_for(
@@ -120,9 +121,7 @@ def predictor_for(
     if isinstance(model, UNet2DCondition) and rewrites != "none":
         hooked = bypassed(model)
         if hooked is None or rewrites != "all":
-            return make_plan(
-                model, batch=batch, halves=halves, max_rows=max_rows, rewrites=rewrites
-            )
+            return prepare(model, batch=batch, halves=halves, max_rows=max_rows, rewrites=rewrites)
         why = f"a hook on {hooked!r}, or a forward of its own, would not run"
     if rewrites not in ("all", "none"):
         kind = f"{type(model).__name__}, which is no UNet2DCondition"

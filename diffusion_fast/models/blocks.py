@@ -231,6 +231,11 @@ class ResBlock(Composite):
         self.conv_shortcut = Conv2d(in_channels, channels, 1) if in_channels != channels else None
         self.timed: nn.Module | None = None
 
+    @property
+    def time_width(self) -> int:
+        """How many numbers the block takes from the time embedding of an image."""
+        return self.norm2.num_channels * (2 if self.scale_shift else 1)
+
     def project_time(self, emb: Tensor) -> Tensor:
         """What the block takes from the time embedding [B, T]: [B, C], or [B, 2C]."""
         return self.time_emb_proj(emb)

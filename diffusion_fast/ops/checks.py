@@ -84,7 +84,7 @@ def positive_int(argument: str, value: Any) -> int:
 def finite(argument: str, value: Any) -> float:
     """A finite number of Python or NumPy, as a float."""
     # By comparison, which a compiler that takes the number for a variable can trace.
-    if not isinstance(value, numbers.Real) or not abs(value) < math.inf:
+    if not isinstance(value, numbers.Real) or not abs(float(value)) < math.inf:
         fail(argument, "a finite number", repr(value))
     return float(value)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..engine import Engine
-from ..engine.decoder import FreshDecoder
 from ..engine.engine import Callback
+from ..engine.rewrites.decoder import FreshDecoder
 from ..files import AnyPath
 from ..models import vae_memory
 from ..models.embeddings import Embeddings

@@ -14,8 +14,7 @@ from small_unets import pooled_text, small_config
 from torch import Tensor, nn
 
 from diffusion_fast.engine.clock import Clock
-from diffusion_fast.engine.network import PreparedUNet
-from diffusion_fast.engine.plan import make_plan
+from diffusion_fast.engine.rewrites.prepare import PreparedUNet, prepare
 from diffusion_fast.models import UNet2DCondition, UNetConfig
 
 LEVELS = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -84,7 +83,7 @@ def prepared(
     batch: int = 2,
     halves: int = 2,
 ) -> PreparedUNet:
-    network = make_plan(model, batch=batch, halves=halves, max_rows=5, rewrites=rewrites)
+    network = prepare(model, batch=batch, halves=halves, max_rows=5, rewrites=rewrites)
     network.prepare(given, GRID)
     return network
 

@@ -10,7 +10,7 @@ from numerics import error
 from prepared import LIKE_SDXL, TEXT_TIME, at, check, conditions, images, plain, prepared, unet
 from torch import Tensor, nn
 
-from diffusion_fast.engine.plan import REWRITES
+from diffusion_fast.engine.rewrites.plan import REWRITES
 from diffusion_fast.models import UNet2DCondition
 from diffusion_fast.models.blocks import Conv2d
 

@@ -6,8 +6,9 @@ import torch
 from torch.nn import functional as F
 
 from diffusion_fast import ops
-from diffusion_fast.engine.cost import DEVICE, Bench, Cost, Counter
-from diffusion_fast.engine.plan import REWRITES, Plan, PreparedUNet
+from diffusion_fast.engine.rewrites.cost import DEVICE, Bench, Cost, Counter
+from diffusion_fast.engine.rewrites.plan import REWRITES, RewritePlan
+from diffusion_fast.engine.rewrites.prepare import PreparedUNet
 from diffusion_fast.models import UNetConfig
 
 
@@ -71,8 +72,8 @@ def test_sd15_has_the_flops_that_are_known_of_it() -> None:
     config, off = UNetConfig.preset("sd15"), dict.fromkeys(REWRITES, "")
     bench = Bench(config, torch.bfloat16, 2, (64, 64), 77)
 
-    def plan(off: dict[str, str]) -> Plan:
-        return Plan(1, 2, 1, torch.bfloat16, DEVICE, off)
+    def plan(off: dict[str, str]) -> RewritePlan:
+        return RewritePlan(1, 2, 1, torch.bfloat16, DEVICE, off)
 
     none = bench.step(lambda model: PreparedUNet(model, plan(off)))
     assert round(none.total.flops / 1e12, 3) == 1.606

@@ -14,7 +14,8 @@ from numerics import assert_close, error
 from prepared import LEVELS, randomize
 from torch import Tensor, nn
 
-from diffusion_fast.engine.decoder import REWRITES, FreshDecoder, PreparedDecoder
+from diffusion_fast.engine.rewrites.decoder import REWRITES, FreshDecoder, PreparedDecoder
+from diffusion_fast.engine.rewrites.leaves import Leaf
 from diffusion_fast.models.blocks import Conv2d
 from diffusion_fast.models.vae import AutoencoderKL
 from diffusion_fast.models.vae_config import VAEConfig
@@ -90,11 +91,12 @@ def test_refresh_keeps_the_addresses() -> None:
     model = autoencoder(torch.float64)
     decode = PreparedDecoder(model)
     check(model, decode)
-    places = [layer.weight.data_ptr() for layer in decode.layers()]
+    leaves = [leaf for leaf in decode.network.modules() if isinstance(leaf, Leaf)]
+    places = [leaf.weight.data_ptr() for leaf in leaves]
     randomize(model)
     decode.refresh()
     check(model, decode)
-    assert [layer.weight.data_ptr() for layer in decode.layers()] == places
+    assert [leaf.weight.data_ptr() for leaf in leaves] == places
 
 
 EDITS: dict[str, Callable[[AutoencoderKL], object]] = {

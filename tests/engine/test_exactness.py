@@ -12,7 +12,7 @@ from tape import TapeCapturer, tape
 from torch import Tensor
 
 import diffusion_fast as df
-from diffusion_fast.engine.plan import REWRITES
+from diffusion_fast.engine.rewrites.plan import REWRITES
 from diffusion_fast.samplers import SAMPLERS
 
 __all__ = ["tape"]  # a fixture

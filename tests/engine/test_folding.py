@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffusion_fast import ops
-from diffusion_fast.engine import folding
+from diffusion_fast.engine.rewrites import folding
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

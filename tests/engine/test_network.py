@@ -27,8 +27,11 @@ from prepared import (
 from small_unets import ATTENTION_IN_THE_MIDDLE_ONLY, ONE_LEVEL, configs
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from diffusion_fast.engine.plan import REWRITES, make_plan
+from diffusion_fast.engine.rewrites.leaves import Leaf
+from diffusion_fast.engine.rewrites.plan import REWRITES
+from diffusion_fast.engine.rewrites.prepare import PreparedUNet, prepare
 from diffusion_fast.models import UNetConfig
 
 CHOICES: dict[str, str | Iterable[str]] = {
@@ -88,7 +91,7 @@ def test_weights_in_channels_last(choice: str) -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     config=configs({"num_classes": 3}, TEXT_TIME),
-    rewrites=st.sets(st.sampled_from(REWRITES)),
+    rewrites=st.sets(st.sampled_from(list(REWRITES))),
     size=st.tuples(st.integers(4, 11), st.integers(4, 11)),
     batch=st.integers(1, 2),
     halves=st.integers(1, 2),
@@ -106,12 +109,12 @@ def test_sd15_at_a_small_latent(choice: str) -> None:
     check(of_config(UNetConfig.preset("sd15")), choice, batch=1, size=(16, 16), tokens=77)
 
 
-def addresses(network: Any) -> list[int]:
-    kept = [layer.weight for layer in network.layers()]
-    kept += [layer.bias for layer in network.layers() if layer.bias is not None]
-    kept += [layer.column_sums for layer in network.layers() if layer.column_sums is not None]
-    kept += [*network.times._tables, *network.contexts._now]
-    return [value.data_ptr() for value in kept]
+def addresses(network: PreparedUNet) -> list[int]:
+    """Of all that a captured graph of the network reads beside its input."""
+    leaves = [leaf.weights for leaf in network.network.modules() if isinstance(leaf, Leaf)]
+    tables = None if network.times is None else network.times.tables
+    kept = tree_leaves((leaves, tables, network.given))
+    return [value.data_ptr() for value in kept if value is not None]
 
 
 def test_refresh_follows_the_weights_and_keeps_the_addresses() -> None:
@@ -180,12 +183,13 @@ def test_contexts_of_another_length_leave_the_first_ones_be(choice: str) -> None
     model = unet(torch.float64)
     first = conditions(model, 4, tokens=3)
     network = prepared(model, first, choice)
-    kept = [value.clone() for value in network.contexts._now]
-    tensors = list(network.contexts._now)
+    tensors = [value for value in tree_leaves(network.given) if value is not None]
+    kept = [value.clone() for value in tensors]
     network.prepare(conditions(model, 4, tokens=8), GRID)
     assert all(torch.equal(a, b) for a, b in zip(kept, tensors, strict=True))
     network.prepare(first, GRID)
-    assert [v.data_ptr() for v in network.contexts._now] == [v.data_ptr() for v in tensors]
+    again = [value for value in tree_leaves(network.given) if value is not None]
+    assert all(a is b for a, b in zip(tensors, again, strict=True))
 
 
 @pytest.mark.parametrize("choice", ["all", "none"])
@@ -238,8 +242,10 @@ def test_a_call_leaves_its_input_and_the_parameters_alone() -> None:
 def test_parameters_are_shared() -> None:
     model = unet()
     own = {p.data_ptr() for p in model.parameters()}
-    network = make_plan(model, batch=1, halves=2, max_rows=2, rewrites="none")
-    assert all(layer.weight.data_ptr() in own for layer in network.layers())
+    network = prepare(model, batch=1, halves=2, max_rows=2, rewrites="none")
+    leaves = [leaf for leaf in network.network.modules() if isinstance(leaf, Leaf)]
+    assert leaves
+    assert all(leaf.weight.data_ptr() in own for leaf in leaves)
 
 
 class LowRank(nn.Module):
@@ -319,7 +325,7 @@ def test_hooks_on_layers_run() -> None:
 @pytest.mark.parametrize("size", [0, 6])
 def test_bad_grids(size: int) -> None:
     model = unet()
-    network = make_plan(model, batch=1, halves=1, max_rows=5)
+    network = prepare(model, batch=1, halves=1, max_rows=5)
     with pytest.raises(ValueError, match=r"timesteps: expected \[N\] with N in \[1, 5\]"):
         network.prepare(conditions(model, 1), torch.zeros(size))
 
@@ -333,12 +339,12 @@ def test_bad_grids(size: int) -> None:
     ],
 )
 def test_bad_contexts(context: Any, message: str) -> None:
-    network = make_plan(unet(), batch=1, halves=2, max_rows=5)
+    network = prepare(unet(), batch=1, halves=2, max_rows=5)
     with pytest.raises(ValueError, match=message):
         network.prepare(context, GRID)
 
 
 def test_unknown_keywords_of_a_context() -> None:
-    network = make_plan(unet(), batch=1, halves=2, max_rows=5)
+    network = prepare(unet(), batch=1, halves=2, max_rows=5)
     with pytest.raises(TypeError, match="style"):
         network.prepare({"context": torch.randn(2, 5, 24), "style": torch.zeros(2)}, GRID)

@@ -9,14 +9,15 @@ import torch
 from prepared import LIKE_SDXL, TEXT_TIME, at, conditions, images, prepared, unet
 
 from diffusion_fast import DiffusionSchedule, Engine
-from diffusion_fast.engine import plan
-from diffusion_fast.engine.plan import REWRITES, make_plan
+from diffusion_fast.engine.rewrites import plan
+from diffusion_fast.engine.rewrites.plan import REWRITES, make_plan
+from diffusion_fast.engine.rewrites.prepare import prepare
 from diffusion_fast.models import UNet2DCondition
 
 
 def decisions(model: UNet2DCondition, rewrites: Any = "all", **sizes: int) -> dict[str, str]:
     sizes = {"batch": 1, "halves": 2, "max_rows": 10, **sizes}
-    return make_plan(model, rewrites=rewrites, **sizes).plan.off
+    return make_plan(model, rewrites=rewrites, **sizes).off
 
 
 def test_all_leaves_out_what_does_not_pay() -> None:
@@ -127,7 +128,7 @@ def test_a_model_with_hooks_on_blocks_runs_as_it_is_and_says_so(name: str) -> No
 
 
 def test_explain_before_the_first_call() -> None:
-    rows = make_plan(unet(), batch=1, halves=2, max_rows=3).explain()
+    rows = prepare(unet(), batch=1, halves=2, max_rows=3).explain()
     assert [row.name for row in rows] == list(REWRITES)
     assert all(row.launches is row.bytes is row.flops is None for row in rows)
     assert [row.name for row in rows if not row.on] == ["split_skips", "folded_layer_norm"]

@@ -26,15 +26,17 @@ from prepared import (
 from tape import TapeCapturer, tape
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import diffusion_fast as df
 from diffusion_fast import ops
-from diffusion_fast.engine import prepared_blocks
 from diffusion_fast.engine.clock import Clock
-from diffusion_fast.engine.cost import DEVICE, Counter
-from diffusion_fast.engine.network import PreparedUNet
-from diffusion_fast.engine.plan import REWRITES, Plan
+from diffusion_fast.engine.rewrites import leaves
+from diffusion_fast.engine.rewrites.cost import DEVICE, Counter
+from diffusion_fast.engine.rewrites.plan import REWRITES, RewritePlan
+from diffusion_fast.engine.rewrites.prepare import PreparedUNet
 from diffusion_fast.models import UNet2DCondition
+from diffusion_fast.models.blocks import ResBlock
 
 __all__ = ["tape"]  # a fixture
 
@@ -57,18 +59,18 @@ CHOICES: dict[str, Any] = {
 @pytest.fixture(params=["convolution", "norm"])
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where the time enters, as on a CPU and as on a GPU."""
-    monkeypatch.setattr(prepared_blocks, "joins_norm", lambda _: request.param == "norm")
+    monkeypatch.setattr(leaves, "joins_norm", lambda _: request.param == "norm")
     return request.param
 
 
 @pytest.fixture
 def in_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared_blocks, "joins_norm", lambda _: True)
+    monkeypatch.setattr(leaves, "joins_norm", lambda _: True)
 
 
 def test_the_device_decides() -> None:
-    assert not prepared_blocks.joins_norm(torch.device("cpu"))
-    assert prepared_blocks.joins_norm(torch.device("cuda"))
+    assert not leaves.joins_norm(torch.device("cpu"))
+    assert leaves.joins_norm(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -112,11 +114,11 @@ def test_the_kernel_picks_the_row(variant: str, in_norm: None) -> None:
     assert error(result, plain(model, x, 1, given)) <= 1e-9
 
 
-def twin(**changes: Any) -> tuple[UNet2DCondition, Plan]:
+def twin(**changes: Any) -> tuple[UNet2DCondition, RewritePlan]:
     """A model without data, and the plan of all rewrites for it."""
     with DEVICE:
         model = UNet2DCondition(unet(**changes).config).eval()
-    return model, Plan(1, 1, 5, torch.float32, DEVICE, {})
+    return model, RewritePlan(1, 1, 5, torch.float32, DEVICE, {})
 
 
 @pytest.mark.parametrize("variant", ["small", "scale_shift"])
@@ -137,12 +139,15 @@ def test_no_op_but_the_norm_picks(variant: str, in_norm: None) -> None:
 
 def test_the_first_convolution_has_no_bias_of_its_own(place: str) -> None:
     model, plan = twin()
-    blocks = [m for m in model.modules() if isinstance(m, prepared_blocks.plain.ResBlock)]
-    for block in blocks:
-        made = prepared_blocks.ResBlock(block, plan.on)
-        assert made.conv1.bias is None
-        assert made.conv2.bias is block.conv2.bias
-        assert made.shifts == (place == "convolution")
+    made = PreparedUNet(model, plan).network
+    blocks = [name for name, m in model.named_modules() if isinstance(m, ResBlock)]
+    kind = leaves.TimeInBias if place == "convolution" else leaves.TimeInNorm
+    assert blocks
+    for name in blocks:
+        block = made.get_submodule(name)
+        assert block.conv1.weights.bias is None
+        assert block.conv2.weights.bias is model.get_submodule(name).conv2.bias
+        assert isinstance(block.timed, kind)
 
 
 @pytest.mark.parametrize("variant", ["small", "text_time", "scale_shift"])
@@ -173,12 +178,13 @@ def test_refresh_follows_the_bias(place: str) -> None:
     given, x = conditions(model, 4), images(model, 2, 2)
     network = prepared(model, given)
     network(x, at(0))
-    tables = [table.data_ptr() for table in network.times._tables]
+    assert network.times is not None
+    tables = [table.data_ptr() for table in tree_leaves(network.times.tables)]
     randomize(model)
     network.refresh()
     network.prepare(given, GRID)
     assert error(network(x, at(1)), plain(model, x, 1, given)) <= 1e-9
-    assert [table.data_ptr() for table in network.times._tables] == tables
+    assert [table.data_ptr() for table in tree_leaves(network.times.tables)] == tables
 
 
 def test_a_hooked_convolution_keeps_its_bias(place: str) -> None:
@@ -219,6 +225,7 @@ def test_autocast(variant: str, place: str) -> None:
         with clock.on_device(), Casts() as casts:
             results.append(network(x, clock))
     assert casts.places
-    assert not casts.places & {table.data_ptr() for table in network.times._tables}
+    assert network.times is not None
+    assert not casts.places & {table.data_ptr() for table in tree_leaves(network.times.tables)}
     assert_close(results[0], expected, narrow)
     assert torch.equal(*results)

@@ -238,6 +238,30 @@ def test_parts_are_separate() -> None:
     assert torch.equal(ours.denoise(a["x"], time, kv), ours(**a))
 
 
+def test_the_way_down_and_the_middle_run_alone() -> None:
+    """As a ControlNet needs it, whose residuals join what the way down leaves and the middle."""
+    config = small_config(**THREE_LEVELS)
+    ours, theirs = twins(config)
+    a = inputs(config)
+    time = ours.project_time(ours.embed_time(a["t"]))
+    kv = ours.project_context(a["context"])
+    with torch.no_grad():
+        x, skips = ours.down(a["x"], time, kv)
+        assert torch.equal(skips[-1], x)
+        x = ours.mid(x, time, kv)
+        added, middle = [torch.randn_like(skip) for skip in skips], torch.randn_like(x)
+        joined = [skip + residual for skip, residual in zip(skips, added, strict=True)]
+        result = ours.up(x + middle, joined, time, kv)
+        expected = theirs(
+            a["x"],
+            a["t"],
+            a["context"],
+            down_block_additional_residuals=tuple(added),
+            mid_block_additional_residual=middle,
+        ).sample
+    assert error(result, expected) <= 1e-5
+
+
 def test_classes_are_one_token_each() -> None:
     classes = UNet2DCondition(small_config(num_classes=5)).eval()
     text = UNet2DCondition(UNetConfig(**SMALL)).eval()

@@ -16,7 +16,7 @@ from numerics import error
 from PIL import Image
 
 from diffusion_fast.engine import Engine
-from diffusion_fast.engine.decoder import FreshDecoder, PreparedDecoder
+from diffusion_fast.engine.rewrites.decoder import FreshDecoder, PreparedDecoder
 from diffusion_fast.pipelines import Result, StableDiffusion
 
 Folder = Callable[[str], Path]

@@ -21,8 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ... import ops
-
 _LAYERS = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Dropout)
 _ATTRIBUTES = {
     nn.Linear: ("in_features", "out_features"),
@@ -51,7 +49,6 @@ class Called(nn.Module):
     def __init__(self, layer: nn.Module, ours: nn.Module) -> None:
         super().__init__()
         self.layer = layer
-        self.convolves = isinstance(ours, nn.Conv2d)
         pads = getattr(ours, "pads", 0)
         self.pads = pads if isinstance(pads, tuple) else None  # diffusers pads these beforehand
 
@@ -60,13 +57,8 @@ class Called(nn.Module):
         """Empty, of the layer's dtype and device: the layer must be called, its weight not read."""
         return torch.empty_like(self.layer.weight[:0])
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, geglu: bool = False) -> Tensor:
-        if self.convolves and x.dim() == 3:  # a 1x1 convolution of [B, S, C]
-            y = self.layer(x.transpose(1, 2)[..., None])[..., 0].transpose(1, 2).contiguous()
-        else:
-            y = self.layer(x if self.pads is None else F.pad(x, self.pads))
-        y = ops.geglu(y) if geglu else y
-        return y if residual is None else y + residual
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x if self.pads is None else F.pad(x, self.pads))
 
 
 class Unlike(ValueError):

@@ -6,20 +6,17 @@ The network runs once on the meta device, where tensors have shapes and no data,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..models import UNet2DCondition, UNetConfig
-from .clock import Clock
-
-if TYPE_CHECKING:
-    from .predictor import Predictor
-
+from ...models import UNet2DCondition, UNetConfig
+from ..clock import Clock
+from .plan import REWRITES, RewritePlan, RewriteReport
 
 DEVICE = torch.device("meta")
 
@@ -111,10 +108,11 @@ class Bench:
     """Counts steps of predictors for a model of the same config, without its weights.
 
     Args:
-        config, dtype: of the model.
-        batch: of its input, all halves counted.
+        config: the model's config.
+        dtype: dtype of its parameters.
+        batch: images in a call, all halves of guidance counted.
         size: height and width of its input.
-        tokens: of the context; 1 for labels.
+        tokens: number of tokens of the context; 1 for labels.
     """
 
     def __init__(
@@ -138,7 +136,7 @@ class Bench:
                 self._context["text_embeds"] = self._x.new_empty(batch, pooled)
                 self._context["time_ids"] = torch.empty(batch, sizes)
 
-    def step(self, prepare: Callable[[UNet2DCondition], Predictor]) -> Counter:
+    def step(self, prepare: Callable[[UNet2DCondition], Any]) -> Counter:
         """The cost of one call of the predictor that ``prepare`` makes for a model."""
         with DEVICE, torch.no_grad():
             predictor, clock = prepare(self.twin), Clock(DEVICE)
@@ -146,3 +144,37 @@ class Bench:
             with Counter() as counter:
                 predictor(self._x, clock)
         return counter
+
+
+def explain(
+    plan: RewritePlan,
+    config: UNetConfig,
+    build: Callable[[UNet2DCondition, RewritePlan], Any],
+    size: tuple[int, int] | None,
+    tokens: int,
+) -> list[RewriteReport]:
+    """What each rewrite saves: the cost of a step without it, less that of a step with all.
+
+    Args:
+        plan: the rewrites that are on, and the sizes they were planned for.
+        config: config of the U-Net.
+        build: makes the predictor of a U-Net and a plan.
+        size: height and width of the U-Net's input; None leaves the savings open.
+        tokens: number of tokens of the context.
+    """
+    steps = size and Bench(config, plan.dtype, plan.halves * plan.batch, size, max(tokens, 1))
+
+    def cost_of(on: Collection[str]) -> Cost:
+        off = {name: "" for name in REWRITES if name not in on}
+        part = RewritePlan(plan.batch, plan.halves, 1, plan.dtype, DEVICE, off)
+        assert steps is not None
+        return steps.step(lambda twin: build(twin, part)).total
+
+    now, reports = cost_of(plan.on) if steps else None, []
+    for name, rewrite in REWRITES.items():
+        on, saved = name in plan.on, Cost() if now else None
+        if on and now:
+            saved = cost_of(plan.on - {name}) - now
+        why = rewrite.does if on else plan.off[name]
+        reports.append(RewriteReport(name, on, why, *(astuple(saved) if saved else ())))
+    return reports

@@ -4,45 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..models import blocks as plain
-from ..models.vae import AutoencoderKL, Decoder, PixelAttention, UpBlock
-from ..models.vae_config import VAEConfig
-from ..ops import checks
-from ..ops.op import Site
-from ..turns import Turns
-from . import folding
-from .layers import Layer, Linear, is_plain
-from .plan import bypassed
-from .prepared_blocks import GroupNorm, On, ResBlock, Upsample, attend, image, pixels, same_conv
-from .staleness import Edit, Watch
+from ...models.vae import AutoencoderKL
+from ...models.vae_config import VAEConfig
+from ...ops import checks
+from ...turns import Turns
+from ..staleness import Edit, Watch
+from .plan import asked_for, bypassed
+from .prepare import rewritten
 
 REWRITES = ("folded_upsample", "fused_qkv", "epilogues", "packed_weights", "removed_no_ops")
-
-
-class PreparedPixelAttention:
-    """Every pixel attends to all pixels, with one head."""
-
-    def __init__(self, attention: PixelAttention, on: On) -> None:
-        self.norm, self._op = GroupNorm(attention.group_norm), Site("attention")
-        layers = [attention.to_q, attention.to_k, attention.to_v]
-        if "fused_qkv" in on and all(map(is_plain, layers)):
-            self.to_qkv = [Linear(lambda: folding.fused(*layers), on, derived=True)]
-        else:
-            self.to_qkv = [_linear(layer, on) for layer in layers]
-        self.to_out = _linear(cast("nn.Linear", attention.to_out[0]), on)
-        self.layers = [*self.to_qkv, self.to_out]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        h = pixels(self.norm(x, silu=False))  # [B, HW, C]
-        made = [layer(h) for layer in self.to_qkv]
-        q, k, v = made if len(made) == 3 else made[0].chunk(3, dim=-1)
-        h = attend(self._op, q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2))
-        return image(self.to_out(h, residual=pixels(x)), x.shape[2:])
 
 
 class PreparedDecoder:
@@ -61,30 +36,12 @@ class PreparedDecoder:
 
     def __init__(self, vae: AutoencoderKL, rewrites: str | Iterable[str] = "all") -> None:
         self.vae = vae
-        self.on = frozenset(_names(rewrites))
+        self.on = asked_for(rewrites, REWRITES)
         weight = vae.decoder.conv_in.weight
         self._placement = weight.dtype, weight.device
         upcast = weight.dtype == torch.float16 and vae.config.force_upcast
         self._decoder = copy.deepcopy(vae.decoder).float() if upcast else vae.decoder
-        with torch.no_grad():
-            self._build(self._decoder)
-
-    def _build(self, decoder: Decoder) -> None:
-        on, mid = self.on, decoder.mid_block
-        self.conv_in, self.conv_out = (
-            same_conv(decoder.conv_in, on),
-            same_conv(decoder.conv_out, on),
-        )
-        self.norm_out = GroupNorm(decoder.conv_norm_out)
-        first, last = (ResBlock(cast("plain.ResBlock", block), on) for block in mid.resnets)
-        attentions = (
-            PreparedPixelAttention(cast("PixelAttention", block), on) for block in mid.attentions
-        )
-        blocks: list[ResBlock | PreparedPixelAttention | Upsample] = [first, *attentions, last]
-        for level in cast("list[UpBlock]", decoder.up_blocks):
-            blocks += [ResBlock(one, on) for one in cast("list[plain.ResBlock]", level.resnets)]
-            blocks += [Upsample(one, on) for one in cast("list[plain.Upsample]", level.upsamplers)]
-        self.blocks = blocks
+        self.network, self._leaves = rewritten(self._decoder, self.on)
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
@@ -100,15 +57,7 @@ class PreparedDecoder:
         x = x.to(self._decoder.conv_in.weight.dtype)
         if "packed_weights" in self.on:
             x = x.contiguous(memory_format=torch.channels_last)
-        x = self.conv_in(x)
-        for block in self.blocks:
-            if isinstance(block, ResBlock):
-                x = block(x, None, None)
-            elif isinstance(block, Upsample):
-                x = block(x, torch.Size((2 * x.shape[2], 2 * x.shape[3])))
-            else:
-                x = block(x)
-        return self.conv_out(self.norm_out(x)).to(latents.dtype)
+        return self.network(x).to(latents.dtype)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -123,13 +72,8 @@ class PreparedDecoder:
             checks.fail("vae", made, f"{weight.dtype} on {weight.device}")
         if self._decoder is not self.vae.decoder:
             self._decoder.load_state_dict(self.vae.decoder.state_dict())
-        for layer in self.layers():
-            layer.refresh()
-
-    def layers(self) -> list[Layer]:
-        """Every product and convolution."""
-        inner = [layer for block in self.blocks for layer in block.layers]
-        return [self.conv_in, *inner, self.conv_out]
+        for leaf in self._leaves:
+            leaf.refresh()
 
 
 class FreshDecoder:
@@ -169,17 +113,3 @@ class FreshDecoder:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.vae, self.rewrites)
-
-
-def _linear(layer: nn.Linear, on: On) -> Linear:
-    return Linear(lambda: folding.of(layer), on, opaque=layer)
-
-
-def _names(rewrites: str | Iterable[str]) -> Iterable[str]:
-    if isinstance(rewrites, str):
-        checks.one_of("rewrites", rewrites, ("all", "none"))
-        return REWRITES if rewrites == "all" else ()
-    names = list(rewrites)
-    for name in names:
-        checks.one_of("rewrites", name, REWRITES)
-    return names

@@ -11,8 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-Rows = tuple[Tensor, Tensor]  # mean and 1 / deviation of each row, [...]
-
 
 class Weights(NamedTuple):
     """What a linear layer or a convolution runs on."""
@@ -27,16 +25,19 @@ def of(layer: nn.Linear | nn.Conv2d) -> Weights:
     return Weights(layer.weight, layer.bias)
 
 
-def as_linear(layer: nn.Linear | nn.Conv2d) -> Weights:
-    """A 1x1 convolution as a product over the channels: a view. Linear layers stay as they are."""
-    return Weights(layer.weight.flatten(1), layer.bias)
+def as_linear(weights: Weights) -> Weights:
+    """A 1x1 convolution [O, C, 1, 1] as a product over the channels [O, C]: a view.
+
+    Weights [O, C] stay as they are.
+    """
+    return Weights(weights.weight.flatten(1), weights.bias)
 
 
-def fused(*layers: nn.Linear) -> Weights:
+def fused(*layers: Weights) -> Weights:
     """Layers that read the same input as one, [x A^T, x B^T] = x [A; B]^T. None has a bias, or all.
 
     Args:
-        layers: of [N_i, K].
+        layers: weights [N_i, K].
 
     Returns:
         [sum N_i, K], the outputs one behind the other.
@@ -57,8 +58,8 @@ def with_layer_norm(weights: Weights, norm: nn.LayerNorm) -> Weights:
     must hold the same W'.
 
     Args:
-        weights: [N, K].
-        norm: over K.
+        weights: a weight [N, K] and its bias.
+        norm: a layer norm of K channels.
     """
     weight, bias, _ = weights
     exact = weight.double()
@@ -70,7 +71,7 @@ def with_layer_norm(weights: Weights, norm: nn.LayerNorm) -> Weights:
     return Weights(folded, shift.to(weight.dtype), sums)
 
 
-def with_upsample(conv: nn.Conv2d) -> Weights:
+def with_upsample(conv: Weights) -> Weights:
     """A 3x3 convolution of an image doubled by nearest neighbours, as 2x2 ones of the image itself.
 
     In one dimension, output 2i reads the doubled image at 2i-1, 2i, 2i+1, which is x at i-1, i, i;
@@ -83,7 +84,7 @@ def with_upsample(conv: nn.Conv2d) -> Weights:
     4 O outputs, parities (0,0), (0,1), (1,0), (1,1) of (row, column): see :func:`interleaved`.
 
     Args:
-        conv: weight [O, C, 3, 3], padding 1.
+        conv: weight [O, C, 3, 3] of a convolution with padding 1, and its bias.
 
     Returns:
         weight [4 O, C, 2, 2], for padding 1.

@@ -1,52 +1,78 @@
-"""The exact rewrites: which of them a U-Net's loop uses, why, and what they save.
+"""The exact rewrites: which of them a network uses, why, and what they save.
 
 Each rewrite leaves the mathematics alone and changes what is computed when, how often, or in how
-many passes. What it does stands where it is done: :mod:`.folding` has the algebra,
-:mod:`.conditions` and :mod:`.prepared_blocks` the order of the work, :mod:`.network` the whole.
+many passes. Most are swaps of leaves (:mod:`.leaves`); the others are done by what calls the
+network (:mod:`.prepare`). To add one is a line of :data:`REWRITES`, and a file for its swap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..models import UNet2DCondition
-from ..models.blocks import ResBlock, hooked
-from ..ops import checks
-from .cost import DEVICE, Bench, Cost
-from .network import PreparedUNet
-from .prepared_blocks import time_width
+from ...models import UNet2DCondition
+from ...models.blocks import ResBlock, hooked
+from ...ops import checks
+from . import leaves
 
-DOES = {
-    "cached_context": "keys and values of cross-attention once per prompt",
-    "time_table": "time embedding and its projections once per run, a table row per step",
-    "shared_prefix": "one half of guidance until the first cross-attention",
-    "folded_upsample": "nearest neighbours and 3x3 convolution as four 2x2 ones of the small image",
-    "split_skips": "norm and shortcut read both sources, nothing is concatenated for them",
-    "fused_qkv": "q, k and v of self-attention as one product",
-    "epilogues": "gate, residual and, on a CPU, time as part of the product or convolution before",
-    "folded_layer_norm": "the layer norm's affine in the next product's weight",
-    "packed_weights": "channels_last throughout, weights laid out once as the products read them",
-    "removed_no_ops": "no dropout, no pass that only pads",
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A rewrite.
+
+    Attributes:
+        does: what changes, in words.
+        swap: puts its leaves into a network; None where it is what calls the network that changes.
+    """
+
+    does: str
+    swap: Callable[[nn.Module], None] | None = None
+
+
+# In the order in which leaves are swapped: one may build on those before.
+REWRITES = {
+    "cached_context": Rewrite("keys and values of cross-attention once per prompt"),
+    "time_table": Rewrite("time embedding and its projections once per run, a table row per step"),
+    "shared_prefix": Rewrite("one half of guidance until the first cross-attention"),
+    "folded_upsample": Rewrite(
+        "nearest neighbours and 3x3 convolution as four 2x2 ones of the small image",
+        leaves.folded_upsample,
+    ),
+    "split_skips": Rewrite(
+        "norm and shortcut read both sources, nothing is concatenated for them",
+        leaves.split_skips,
+    ),
+    "fused_qkv": Rewrite("q, k and v of self-attention as one product", leaves.fused_qkv),
+    "epilogues": Rewrite(
+        "gate, residual and, on a CPU, time as part of the product or convolution before",
+        leaves.epilogues,
+    ),
+    "folded_layer_norm": Rewrite(
+        "the layer norm's affine in the next product's weight", leaves.folded_layer_norm
+    ),
+    "packed_weights": Rewrite(
+        "channels_last throughout, weights laid out once as the products read them",
+        leaves.packed_weights,
+    ),
+    "removed_no_ops": Rewrite("no dropout, no pass that only pads", leaves.removed_no_ops),
 }
-REWRITES = tuple(DOES)
 TABLE_LIMIT = 2**28  # bytes of a time table; a larger one is not worth its memory
 
 
 @dataclass(frozen=True)
-class Row:
+class RewriteReport:
     """What a rewrite did, and what it saves in each step at the size of the last call.
 
     Attributes:
-        name: of the rewrite.
+        name: the rewrite's name among :data:`REWRITES`.
         on: whether it is used.
         why: what it does, or why it is not used.
-        launches: passes over memory or products saved; None where the size is not known yet.
-        bytes: read and written.
-        flops: of products, convolutions and attention.
+        launches: saved passes over memory and products; None where the size is not known yet.
+        bytes: saved bytes, read and written.
+        flops: saved operations of products, convolutions and attention.
     """
 
     name: str
@@ -58,15 +84,15 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RewritePlan:
     """The rewrites of one network at one batch.
 
     Attributes:
-        batch: images, without the halves of guidance.
-        halves: of guidance that run in a call, 1 or 2.
-        max_rows: of the sampler's tables to come.
-        dtype, device: of the model.
-        off: why each rewrite that is not used is not.
+        batch: number of images, without the halves of guidance.
+        halves: how many halves of guidance run in a call, 1 or 2.
+        max_rows: the most rows of the sampler's tables to come.
+        dtype, device: those of the model's parameters.
+        off: why each rewrite that is not used is not, by name.
     """
 
     batch: int
@@ -93,37 +119,6 @@ class Plan:
             planned = f"a model of {self.dtype} on {self.device}, as planned"
             checks.fail("model", planned, f"{weight.dtype} on {weight.device}")
 
-    def explain(
-        self, model: UNet2DCondition, size: tuple[int, int] | None, tokens: int
-    ) -> list[Row]:
-        """A row for each rewrite; see :class:`Row`.
-
-        Args:
-            model: the plain U-Net.
-            size: height and width of its input; None leaves the savings open.
-            tokens: of the context.
-        """
-
-        bench = size and Bench(
-            model.config, self.dtype, self.halves * self.batch, size, max(tokens, 1)
-        )
-
-        def cost_of(on: Collection[str]) -> Cost:
-            off = {name: "" for name in REWRITES if name not in on}
-            plan = Plan(self.batch, self.halves, 1, self.dtype, DEVICE, off)
-            assert bench is not None
-            return bench.step(lambda twin: PreparedUNet(twin, plan)).total
-
-        now = cost_of(self.on) if bench else None
-        rows = []
-        for name in REWRITES:
-            on, saved = name not in self.off, Cost() if now else None
-            if on and now:
-                saved = cost_of(self.on - {name}) - now
-            why = DOES[name] if on else self.off[name]
-            rows.append(Row(name, on, why, *(astuple(saved) if saved else ())))
-        return rows
-
 
 def make_plan(
     model: UNet2DCondition,
@@ -132,14 +127,14 @@ def make_plan(
     halves: int,
     max_rows: int,
     rewrites: str | Iterable[str] = "all",
-) -> PreparedUNet:
-    """A U-Net as a sampling loop runs it, see :class:`PreparedUNet`.
+) -> RewritePlan:
+    """The rewrites that a sampling loop uses for a U-Net.
 
     Args:
-        model: the plain U-Net; its parameters are shared, not copied.
-        batch: images, without the halves of guidance.
-        halves: of guidance that run in a call, 1 or 2.
-        max_rows: of the sampler's tables to come.
+        model: the plain U-Net.
+        batch: number of images, without the halves of guidance.
+        halves: how many halves of guidance run in a call, 1 or 2.
+        max_rows: the most rows of the sampler's tables to come.
         rewrites: ``"all"`` that apply to this model, batch, device and dtype and pay there,
             ``"none"``, or names among :data:`REWRITES`: those that apply are then used whether they
             pay or not.
@@ -150,7 +145,7 @@ def make_plan(
     """
     for argument, value in (("batch", batch), ("halves", halves), ("max_rows", max_rows)):
         checks.positive_int(argument, value)
-    asked = _names(rewrites)
+    asked = asked_for(rewrites, REWRITES)
     hook = bypassed(model)
     if hook is not None:
         checks.fail("model", "one without hooks on its blocks", f"one with a hook on {hook!r}")
@@ -159,18 +154,21 @@ def make_plan(
     weight = model.conv_in.weight
     if rewrites == "all":
         off = _unprofitable(weight.device) | off
-    plan = Plan(batch, halves, max_rows, weight.dtype, weight.device, off)
-    return PreparedUNet(model, plan)
+    return RewritePlan(batch, halves, max_rows, weight.dtype, weight.device, off)
 
 
-def _names(rewrites: str | Iterable[str]) -> frozenset[str]:
-    if isinstance(rewrites, str) and rewrites in ("all", "none"):
-        return frozenset(REWRITES if rewrites == "all" else ())
+def asked_for(rewrites: str | Iterable[str], known: Iterable[str]) -> frozenset[str]:
+    """The names that ``rewrites`` asks for: ``"all"`` that are known, ``"none"``, or some of them.
+
+    Raises:
+        ValueError: a name that is not known.
+    """
+    known = tuple(known)
     names = [rewrites] if isinstance(rewrites, str) else list(rewrites)
-    for name in names:
-        checks.one_of("rewrites", name, ("all", "none", *REWRITES))
     if names in (["all"], ["none"]):
-        return _names(names[0])
+        return frozenset(known if names == ["all"] else ())
+    for name in names:
+        checks.one_of("rewrites", name, (*known, "all", "none"))
     return frozenset(names)
 
 
@@ -185,7 +183,7 @@ def _inapplicable(model: UNet2DCondition, batch: int, halves: int, max_rows: int
     if config.num_levels == 1:
         off["folded_upsample"] = "the model has one level"
     weight = model.conv_in.weight
-    widths = [time_width(block) for block in model.modules() if isinstance(block, ResBlock)]
+    widths = [block.time_width for block in model.modules() if isinstance(block, ResBlock)]
     images = halves * batch if pooled else 1
     size = max_rows * images * sum(widths) * weight.element_size()
     if size > TABLE_LIMIT:
@@ -208,12 +206,8 @@ def _unprofitable(device: torch.device) -> dict[str, str]:
 
 
 def bypassed(model: nn.Module) -> str | None:
-    """The first module whose hooks or own forward a prepared network would not run."""
+    """The first module but a layer that has hooks or a forward of its own."""
     for name, module in model.named_modules():
-        if hooked(module) and not _is_layer(module):
+        if not isinstance(module, (nn.Linear, nn.Conv2d)) and hooked(module):
             return name or type(model).__name__
     return None
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.Conv2d))

@@ -1,0 +1,384 @@
+"""Leaves of a prepared network, each with its formula, and the swaps that put them into its blocks.
+
+A swap takes a network whose blocks are copies that share a model's layers (see :mod:`.prepare`). A
+layer that is more than its weight and bias (a LoRA in its place, hooks) has no leaf: it is called.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ... import ops
+from ...models import blocks as plain
+from ...models.blocks import hooked, image, pixels
+from ...models.unet import UpBlock
+from ...models.vae import PixelAttention
+from ...ops.conv2d import Padding
+from ...ops.packing import Packed
+from . import folding
+from .folding import Weights
+
+Source = Callable[[], Weights]  # the weights as the model has them now
+Kind = TypeVar("Kind", bound=nn.Module)
+LAYERS = (nn.Linear, plain.Linear, plain.Conv2d)  # all in their weight and bias
+NO_WEIGHTS = Weights(torch.empty(0))
+
+
+def made_by(make: Callable[[Weights], Weights], source: Source) -> Source:
+    """The source of what ``make`` makes of another source's weights."""
+    return lambda: make(source())
+
+
+class Leaf(nn.Module):
+    """A product or a convolution: its weights, and whether they are packed.
+
+    Args:
+        source: gives the weights.
+        derived: whether ``source`` computes them. They keep their addresses then; else they are the
+            model's own.
+
+    Attributes:
+        joins: whether a residual or a gate is part of the op.
+        packs: whether the next call lays the weight out anew, for inputs of its size.
+    """
+
+    def __init__(self, source: Source, derived: bool = False) -> None:
+        super().__init__()
+        self.source, self.derived = source, derived
+        self.joins = self.packs = False
+        self.weights: Weights = NO_WEIGHTS
+        self._packed: Packed | None = None
+        self._packed_for: tuple[Any, ...] = ()
+
+    @property
+    def weight(self) -> Tensor:
+        return self.weights.weight
+
+    def refresh(self) -> None:
+        """Read the model's weights again; what is derived or packed keeps its address."""
+        new = self.source()
+        kept = self.derived and self.weights is not NO_WEIGHTS
+        self.weights = Weights(*_rewritten(self.weights, new)) if kept else new
+        if self._packed is not None:
+            self._packed = _rewritten(self._packed, self.pack(*self._packed_for))
+
+    def pack(self, *call: Any) -> Any:
+        """The weight as calls like this one read it best; None where that is as it is."""
+        raise NotImplementedError
+
+    def _pack(self, *call: Any) -> None:
+        self.packs, self._packed_for = False, call
+        self._packed = self.pack(*call)
+
+
+def _rewritten(kept: Iterable[Any], new: Iterable[Any]) -> tuple[Any, ...]:
+    """New tensors at the addresses of the kept; nobody keeps those of oneDNN's opaque tensors."""
+    pairs = zip(kept, new, strict=True)
+    return tuple(b if a is None or a.is_mkldnn else a.copy_(b) for a, b in pairs)
+
+
+class Product(Leaf):
+    r"""y = x W^T + b, with a residual added or gated.
+
+    Where a layer norm is folded in, its input is (x, mean, r) of :class:`RowStatistics`, and
+    y = r (x W'^T - mean s) + b', see :func:`.folding.with_layer_norm`.
+    """
+
+    def forward(self, x: Any, residual: Tensor | None = None, geglu: bool = False) -> Any:
+        weight, bias, sums = self.weights
+        norm = None
+        if isinstance(x, tuple):
+            x, mean, rstd = x
+            norm = mean, rstd, cast("Tensor", sums)
+        if self.packs:
+            self._pack(x.shape, geglu)
+        return ops.linear(
+            x, weight, bias, residual=residual, geglu=geglu, norm=norm, packed=self._packed
+        )
+
+    def pack(self, shape: torch.Size, geglu: bool) -> Packed | None:
+        return ops.pack_linear(self.weight, math.prod(shape[:-1]), geglu=geglu)
+
+    def fold(self, norm: plain.LayerNorm) -> None:
+        """Apply a layer norm too, to what :class:`RowStatistics` hands over."""
+        self.source = made_by(lambda own: folding.with_layer_norm(own, norm), self.source)
+        self.derived = True
+
+
+class Convolution(Leaf):
+    """conv(x) + b, of one or two sources, with a number for each image and channel, and a residual.
+
+    Args:
+        source, derived: as for :class:`Leaf`.
+        stride: the step of the window, in both dimensions.
+        padding: zeros at the sides, as :func:`diffusion_fast.ops.conv2d` takes them.
+    """
+
+    def __init__(
+        self, source: Source, derived: bool = False, *, stride: int = 1, padding: Padding = 0
+    ) -> None:
+        super().__init__(source, derived)
+        self.stride, self.padding = stride, padding
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        x2: Tensor | None = None,
+        bias: Tensor | None = None,
+        add: Tensor | None = None,
+    ) -> Tensor:
+        if self.packs:
+            self._pack((x.shape[0], self.weight.shape[1], x.shape[2], x.shape[3]))
+        weight, own, _ = self.weights
+        return ops.conv2d(
+            x,
+            weight,
+            own if bias is None else bias,
+            stride=self.stride,
+            padding=self.padding,
+            x2=x2,
+            add=add,
+            residual=residual,
+            packed=self._packed,
+        )
+
+    def pack(self, size: tuple[int, int, int, int]) -> Packed | None:
+        return ops.pack_conv2d(self.weight, size, stride=self.stride, padding=self.padding)
+
+
+def modules(network: nn.Module, *kinds: type[Kind]) -> list[Kind]:
+    """The modules of some kinds; their leaves may be swapped meanwhile."""
+    return [module for module in network.modules() if isinstance(module, kinds)]
+
+
+def plain_leaves(network: nn.Module) -> None:
+    """A leaf for each layer of the blocks that is all in its weight and bias.
+
+    They compute what the layers do, before any rewrite: nothing is joined, and uneven padding is a
+    pass of its own.
+    """
+    for block in modules(network, plain.Composite, nn.ModuleList):
+        for name, layer in list(block.named_children()):
+            if type(layer) in LAYERS and name != "time_emb_proj" and not hooked(layer):
+                block._modules[name] = _leaf(layer, isinstance(block, plain.Transformer2D))
+        if isinstance(block, plain.ResBlock) and hasattr(block, "time_emb_proj"):
+            block.timed = TimeInNorm(block)
+
+
+def _leaf(layer: Any, of_pixels: bool) -> nn.Module:
+    weights = partial(folding.of, layer)
+    if of_pixels or not isinstance(layer, plain.Conv2d):
+        return Product(made_by(folding.as_linear, weights) if of_pixels else weights)
+    if isinstance(layer.pads, int):
+        return Convolution(weights, stride=layer.stride[0], padding=layer.pads)
+    return Padded(Convolution(weights, stride=layer.stride[0]), layer.pads)
+
+
+class Padded(nn.Module):
+    """conv(pad(x))."""
+
+    def __init__(self, conv: Convolution, pads: tuple[int, int, int, int]) -> None:
+        super().__init__()
+        self.conv, self.pads = conv, pads
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, self.pads))
+
+
+def removed_no_ops(network: nn.Module) -> None:
+    """No dropout, and uneven padding left to the convolution."""
+    for block in modules(network, plain.Composite):
+        for name, layer in block._modules.items():
+            if isinstance(layer, nn.Dropout):
+                block._modules[name] = nn.Identity()
+            elif isinstance(layer, Padded):
+                layer.conv.padding = layer.pads
+                block._modules[name] = layer.conv
+
+
+def joins_norm(device: torch.device) -> bool:
+    """Whether the time joins a block's second norm, or already the convolution before it.
+
+    On a GPU the norm's kernel reads the table's row by the device's counter and adds it in passing,
+    with the convolution's bias, which would be a pass of its own behind cuDNN. On a CPU the time
+    takes the place of that bias, which the convolution adds in passing.
+    """
+    return device.type != "cpu"
+
+
+def picked(time: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """A time [B or 1, C], or of a table [R, B or 1, C] and an int64 [1] the row that it names."""
+    return time if isinstance(time, Tensor) else time[0].index_select(0, time[1])[0]
+
+
+class TimeInNorm(nn.Module):
+    """silu(GN(conv1(x) + time)), or with a time (scale, shift) the norm's scale and shift.
+
+    The time is [B or 1, C], or a table and a row (see :func:`picked`) that the norm's kernel reads.
+    """
+
+    def __init__(self, block: plain.ResBlock) -> None:
+        super().__init__()
+        self.conv, self.norm, self.scale_shift = block.conv1, block.norm2, block.scale_shift
+
+    def forward(self, x: Tensor, time: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        h = self.conv(x)
+        table, row = time if isinstance(time, tuple) else (time, None)
+        if row is None or table.dtype != h.dtype:  # under autocast: cast the row alone
+            table, row = picked(time).to(h.dtype).expand(len(h), -1), None
+        if not self.scale_shift:
+            return self.norm(h, add=table, row=row)
+        scale, shift = table.chunk(2, dim=-1)
+        return self.norm(h, scale=scale, shift=shift, row=row)
+
+
+class TimeInBias(nn.Module):
+    """silu(GN(conv1(x))) with the time, which carries the bias, in the place of conv1's bias."""
+
+    def __init__(self, block: plain.ResBlock) -> None:
+        super().__init__()
+        self.conv, self.norm = block.conv1, block.norm2
+
+    def forward(self, x: Tensor, time: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        time = picked(time)
+        return self.norm(self.conv(x, bias=time[0]) if len(time) == 1 else self.conv(x, add=time))
+
+
+class WithBias(nn.Module):
+    """W emb + b + c: a time that carries the bias c of the convolution that it joins."""
+
+    def __init__(self, projection: nn.Module, conv: Source) -> None:
+        super().__init__()
+        self.projection, self.conv = projection, conv
+
+    def forward(self, emb: Tensor) -> Tensor:
+        time, bias = self.projection(emb), self.conv().bias
+        return time if bias is None else time + bias
+
+
+def epilogues(network: nn.Module) -> None:
+    """Residual and gate in the product or convolution before; conv1's bias in the time."""
+    for leaf in modules(network, Leaf):
+        leaf.joins = True
+    for block in modules(network, plain.ResBlock):
+        conv = block.conv1
+        if block.timed is not None and isinstance(conv, Leaf) and not block.scale_shift:
+            block._modules["time_emb_proj"] = WithBias(block.time_emb_proj, conv.source)
+            conv.source = made_by(lambda weights: Weights(weights.weight), conv.source)
+            if not joins_norm(conv.source().weight.device):
+                block.timed = TimeInBias(block)
+
+
+class Concatenated(nn.Module):
+    """layer(cat(x, x2)), for a layer that is called as it is."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, x2: Tensor) -> Tensor:
+        return self.layer(torch.cat((x, x2), dim=1))
+
+
+def split_skips(network: nn.Module) -> None:
+    """Norm and shortcut read both sources where they lie."""
+    for level in modules(network, UpBlock):
+        for block in modules(level, plain.ResBlock):
+            block.reads_two = True
+            if not isinstance(block.conv_shortcut, Leaf | None):
+                block._modules["conv_shortcut"] = Concatenated(block.conv_shortcut)
+
+
+class FoldedUpsample(nn.Module):
+    """conv(nearest(x)) as four 2x2 convolutions of x, see :func:`.folding.with_upsample`.
+
+    That doubles. Where an odd size must be met, the last row or column has a neighbour less than in
+    the doubled image, and the convolution runs on the enlarged image as it is.
+    """
+
+    def __init__(self, upsample: plain.Upsample) -> None:
+        super().__init__()
+        self.direct = upsample
+        weights = made_by(folding.with_upsample, cast("Convolution", upsample.conv).source)
+        self.folded = Convolution(weights, derived=True, padding=1)
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        if size == (2 * x.shape[2], 2 * x.shape[3]):
+            return folding.interleaved(self.folded(x))
+        return self.direct(x, size)
+
+
+def folded_upsample(network: nn.Module) -> None:
+    """Four small convolutions in the place of nearest neighbours and a large one."""
+    for blocks in modules(network, nn.ModuleList):
+        for name, block in blocks._modules.items():
+            if isinstance(block, plain.Upsample) and isinstance(block.conv, Leaf):
+                blocks._modules[name] = FoldedUpsample(block)
+
+
+class FusedQKV(Product):
+    """[q, k, v] = x [A; B; C]^T, one product for three that read the same input."""
+
+    def __init__(self, *layers: Product) -> None:
+        super().__init__(lambda: folding.fused(*(one.source() for one in layers)), derived=True)
+
+    def forward(self, x: Any, residual: Tensor | None = None, geglu: bool = False) -> Any:
+        return super().forward(x).chunk(3, dim=-1)
+
+
+def fused_qkv(network: nn.Module) -> None:
+    """q, k and v of self-attention as one product."""
+    among = (block.attn1 for block in modules(network, plain.TransformerBlock))
+    for attention in (*among, *modules(network, PixelAttention)):
+        layers = attention.to_q, attention.to_k, attention.to_v
+        if all(isinstance(layer, Product) for layer in layers):
+            attention.to_qkv = FusedQKV(*cast("tuple[Product, ...]", layers))
+
+
+class RowStatistics(nn.Module):
+    """x, and mean and 1 / deviation of its rows for products that apply the layer norm."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return (x, *ops.row_statistics(x, self.eps))
+
+
+def folded_layer_norm(network: nn.Module) -> None:
+    """The affine of a layer norm in the weights of the products behind it."""
+    for block in modules(network, plain.TransformerBlock):
+        own, gate = block.attn1, cast("plain.GEGLU", block.ff.net[0]).proj
+        first = (own.to_q, own.to_k, own.to_v) if own.to_qkv is None else (own.to_qkv,)
+        for name, behind in (("norm1", first), ("norm2", (block.attn2.to_q,)), ("norm3", (gate,))):
+            if all(isinstance(layer, Product) for layer in behind):
+                norm = cast("plain.LayerNorm", getattr(block, name))
+                for layer in cast("tuple[Product, ...]", behind):
+                    layer.fold(norm)
+                setattr(block, name, RowStatistics(norm.eps))
+
+
+class Pointwise(Product):
+    """A 1x1 convolution as a product over the channels of each pixel, x [B, C, H, W]."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, geglu: bool = False) -> Tensor:
+        return image(super().forward(pixels(x)), x.shape[2:])
+
+
+def packed_weights(network: nn.Module) -> None:
+    """Weights laid out as the products read them; shortcuts of one source as products."""
+    for block in modules(network, plain.ResBlock):
+        if isinstance(block.conv_shortcut, Leaf) and not block.reads_two:
+            weights = made_by(folding.as_linear, block.conv_shortcut.source)
+            block._modules["conv_shortcut"] = Pointwise(weights)
+    for leaf in modules(network, Leaf):
+        leaf.packs = True

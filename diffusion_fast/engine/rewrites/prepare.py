@@ -1,0 +1,244 @@
+"""A U-Net as the sampling loop runs it: its own walk over its own blocks, with other leaves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from ...conditioning import Context
+from ...models import UNet2DCondition
+from ...models.blocks import Composite, ResBlock
+from ...models.unet import ContextProjections, TimeProjections
+from ...ops import checks
+from ..clock import Clock
+from . import cost
+from .leaves import Leaf, plain_leaves
+from .plan import REWRITES, RewritePlan, RewriteReport, make_plan
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def rewritten(model: Network, on: Collection[str]) -> tuple[Network, list[Leaf]]:
+    """Blocks like the model's, which share its layers, with the leaves of the rewrites that are on.
+
+    Returns:
+        The network, and those of its leaves whose weights must be refreshed with the model's.
+    """
+    network = _shadow(model)
+    plain_leaves(network)
+    for name, rewrite in REWRITES.items():
+        if name in on and rewrite.swap is not None:
+            rewrite.swap(network)
+    leaves = [module for module in network.modules() if isinstance(module, Leaf)]
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.refresh()
+    return network, leaves
+
+
+def _shadow(block: Network) -> Network:
+    """A copy of a block and of the blocks in it; layers, parameters and all else are shared."""
+    shadow = copy.copy(block)
+    vars(shadow)["_modules"] = {
+        name: _shadow(child) if isinstance(child, (Composite, nn.ModuleList)) else child
+        for name, child in block._modules.items()
+    }
+    return shadow
+
+
+class Kept:
+    """Nested tensors at fixed addresses.
+
+    For each set of shapes and dtypes there are tensors of their own, which live on: captured graphs
+    read them.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[object, list[Tensor | None]] = {}
+
+    def write(self, values: Any) -> Any:
+        """The same values in the same lists and tuples, in the kept tensors."""
+        new, form = tree_flatten(values)
+        key = tuple(value if value is None else (value.shape, value.dtype) for value in new)
+        if key not in self._kept:
+            self._kept[key] = [None if value is None else value.clone() for value in new]
+        kept = self._kept[key]
+        for old, value in zip(kept, new, strict=True):
+            if old is not None:
+                old.copy_(value)
+        return tree_unflatten(kept, form)
+
+
+class TimeTable:
+    """What each residual block takes from the time embedding, for every row of a sampler's table.
+
+    Args:
+        network: whose residual blocks take it.
+        max_rows: the most rows of the tables to come.
+        images: 1 where the time is the same for all images; else their number.
+    """
+
+    def __init__(self, network: UNet2DCondition, max_rows: int, images: int) -> None:
+        self.network = network
+        weight = network.conv_in.weight
+        self.tables: TimeProjections = [
+            [
+                weight.new_zeros(max_rows, images, cast("ResBlock", resnet).time_width)
+                for resnet in block.resnets
+            ]
+            for block in network.blocks()
+        ]
+
+    def write(self, emb: Tensor) -> None:
+        """Take the embedding [rows * images, T] of a run's grid."""
+        made = tree_leaves(self.network.project_time(emb))
+        for table, value in zip(tree_leaves(self.tables), made, strict=True):
+            rows = value.view(-1, *table.shape[1:])
+            table[: len(rows)] = rows
+
+    def at(self, clock: Clock) -> TimeProjections:
+        """The clock's row [images, C] of each table, or the table and the device's counter."""
+        if clock.counts_on_device:
+            return [[(table, clock.counter) for table in block] for block in self.tables]
+        return [[table[clock.row] for table in block] for block in self.tables]
+
+
+class PreparedUNet:
+    """A :class:`~diffusion_fast.engine.predictor.Predictor` that computes what its model computes.
+
+    Parameters are shared with the model; what rewrites derive from them is computed at the start
+    and by :meth:`refresh`, in place.
+
+    Args:
+        model: the plain U-Net.
+        plan: the rewrites that are on, and the sizes they were planned for.
+    """
+
+    def __init__(self, model: UNet2DCondition, plan: RewritePlan) -> None:
+        self.model, self.plan = model, plan
+        self.network, self._leaves = rewritten(model, plan.on)
+        self.batch = plan.halves * plan.batch
+        # The time is the same for all images, unless pooled text enters the embedding.
+        self._images = 1 if model.config.addition_embed_type is None else self.batch
+        self.times: TimeTable | None = None
+        if "time_table" in plan.on:
+            self.times = TimeTable(self.network, plan.max_rows, self._images)
+        weight = model.conv_in.weight
+        self._grid = torch.zeros(plan.max_rows, 1, dtype=torch.float32, device=weight.device)
+        self._kept = Kept()
+        self._size: tuple[int, int] | None = None  # of the last call
+        self._tokens = 0
+        self._explained: dict[tuple[object, int], list[RewriteReport]] = {}
+
+    @torch.no_grad()
+    def prepare(self, context: Context, timesteps: Tensor) -> None:
+        """Take a run's context and time grid.
+
+        Args:
+            context: as the model takes it, for all halves: text states [halves * B or 1, L, C] or
+                labels [halves * B], or a dict of the model's keywords.
+            timesteps: [N], N at most the plan's ``max_rows``.
+
+        Raises:
+            ValueError: a context that doesn't fit the model, or too many timesteps.
+        """
+        given = dict(context) if isinstance(context, Mapping) else {"context": context}
+        self._prepare(timesteps, **given)
+
+    def _prepare(
+        self,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        context_lengths: Tensor | None = None,
+    ) -> None:
+        self.plan.check_rows(timesteps)
+        image = self.model.conv_in.weight.new_empty(self.batch, self.model.config.in_channels, 1, 1)
+        self.model.check_inputs(
+            image, timesteps[0], context, text_embeds, time_ids, context_lengths
+        )
+        assert context is not None  # checked
+        context = context.expand(self.batch, *context.shape[1:])
+        self._tokens = 1 if context.dim() == 1 else context.shape[1]
+        kv = self._project(context) if "cached_context" in self.plan.on else None
+        additions = text_embeds, time_ids
+        if self.times is not None:
+            n, each = len(timesteps), timesteps.repeat_interleave(self._images)
+            pooled = (None if value is None else value.repeat(n, 1) for value in additions)
+            self.times.write(self.model.embed_time(each, *pooled))
+            additions = None, None
+        else:
+            self._grid[: len(timesteps)] = timesteps[:, None]
+        self.given = self._kept.write(
+            (context if kv is None else None, kv, context_lengths, additions)
+        )
+
+    def _project(self, context: Tensor) -> ContextProjections:
+        return self.model.project_context(self.model.embed_context(context))
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, clock: Clock) -> Tensor:
+        """The model's output [halves * B, out, H, W] for x [halves * B, C, H, W].
+
+        With ``shared_prefix`` the halves of x must be equal: the first one is read.
+
+        Raises:
+            ValueError: another shape, dtype or device.
+        """
+        self.model.check_image(x)
+        if len(x) != self.batch:
+            checks.fail("x", f"a batch of {self.batch}, as planned", len(x))
+        self._size = (x.shape[2], x.shape[3])
+        context, kv, lengths, additions = self.given
+        if kv is None:
+            kv = self._project(context)
+        if self.times is not None:
+            time = self.times.at(clock)
+        else:
+            t = clock.pick(self._grid).expand(self._images)
+            time = self.network.project_time(self.model.embed_time(t, *additions))
+        if "shared_prefix" in self.plan.on:
+            x = x[: self.plan.batch]
+        if "packed_weights" in self.plan.on:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.network.denoise(x, time, kv, lengths)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Derive again what depends on the weights; then :meth:`prepare` the next run.
+
+        Raises:
+            ValueError: the model was moved or cast: that takes a new plan.
+        """
+        self.plan.check_placement(self.model)
+        for leaf in self._leaves:
+            leaf.refresh()
+
+    def explain(self) -> list[RewriteReport]:
+        """A report of each rewrite, see :class:`RewriteReport`.
+
+        Savings are per step at the size of the last call; before the first they are not known.
+        """
+        key = self._size, self._tokens
+        if key not in self._explained:
+            self._explained[key] = cost.explain(self.plan, self.model.config, PreparedUNet, *key)
+        return self._explained[key]
+
+
+def prepare(
+    model: UNet2DCondition,
+    *,
+    batch: int,
+    halves: int,
+    max_rows: int,
+    rewrites: str | Iterable[str] = "all",
+) -> PreparedUNet:
+    """A U-Net as a sampling loop runs it, see :func:`make_plan` for arguments and errors."""
+    plan = make_plan(model, batch=batch, halves=halves, max_rows=max_rows, rewrites=rewrites)
+    return PreparedUNet(model, plan)
