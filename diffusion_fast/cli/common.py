@@ -49,7 +49,7 @@ def options_of(group: Any, arguments: Sequence[str]) -> dict[str, tuple[str, str
 
     Args:
         group: the ``click.Group`` of all commands.
-        arguments: those of the process.
+        arguments: arguments of the process.
     """
     command = next((group.commands[one] for one in arguments if one in group.commands), group)
     found = {}
@@ -64,7 +64,7 @@ def in_options(message: str, options: Mapping[str, tuple[str, str]]) -> str:
     """A message that names options, as in ``--no-safety-checker``, not ``safety_checker=False``.
 
     Args:
-        message: for users of Python: an argument is named at its beginning or with a ``=``.
+        message: a text for users of Python, which names an argument first, or with a ``=``.
         options: see :func:`options_of`.
     """
     name = "|".join(map(re.escape, options)) or "(?!)"

@@ -9,8 +9,12 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from ..images import file_format, read_settings, save_picture
+from ..ops import checks
+from ..training import local_device
 from .common import check_folder
 from .sample_classes import ClassDrawing
+from .sample_many import read_prompts
 from .sample_prompts import PromptDrawing
 
 KINDS = {kind.KIND: kind for kind in (PromptDrawing, ClassDrawing)}
@@ -129,8 +133,6 @@ def sample(
     given = {name: value for name, value in locals().items() if value is not None}
     for name in ("out", "out_dir", "again", "metadata"):
         given.pop(name, None)
-    from ..images import file_format, save_picture
-    from ..ops import checks
 
     if (out is None) == (out_dir is None):
         checks.fail("--out", "a file to write, such as out.png (or --out-dir)", out)
@@ -164,17 +166,12 @@ Drawing = PromptDrawing | ClassDrawing
 
 
 def _new(given: dict[str, Any]) -> Drawing:
-    from ..ops import checks
 
     if "model" not in given:
         checks.fail("--model", "a model to draw with", None)
     if "prompts" in given:
-        from .sample_many import read_prompts
-
         given["prompt"] = [*given.get("prompt", []), *read_prompts(given.pop("prompts"))]
     if given.get("device") == "cuda":
-        from ..training import local_device
-
         given["device"] = str(local_device())
     folder = Path(given["model"])
     classes = folder.is_dir() and not (folder / "model_index.json").is_file()
@@ -194,9 +191,6 @@ def read_drawing(path: Path) -> Drawing:
     Raises:
         ValueError: no settings, or others than those of a drawing.
     """
-    from ..images import read_settings
-    from ..ops import checks
-
     settings = read_settings(path)
     kind = KINDS.get(str(settings.get("kind")))
     if kind is None or "model" not in settings:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 import typer
+from PIL.Image import Image
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from torch import Tensor
-
-    from ..engine import Engine
-    from ..pipelines.sharded import Draw, Job
+from ..engine import Engine
+from ..files import read_lines
+from ..images import grid
+from ..ops import checks
+from ..pipelines.sharded import Draw, Job, jobs_for, make_missing, place
 
 # Settings of a run that don't decide what one image is: a restart may change them.
 _NOT_OF_ONE = ("device", "classes", "per_class")
@@ -25,9 +27,6 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         ValueError: a file that can't be read, or holds no prompt.
     """
-    from ..files import read_lines
-    from ..ops import checks
-
     try:
         lines = read_lines(path)
     except (OSError, ValueError) as error:
@@ -50,9 +49,9 @@ def many_prompts(
 
     Args:
         draw: the image of a prompt and a seed, such as a text-to-image pipeline's.
-        prompts: of all processes.
-        out_dir: for the files.
-        seed: of the first image; each next one has the next seed.
+        prompts: the prompts of all processes.
+        out_dir: folder of the files.
+        seed: random seed of the first image; each next one has the next seed.
         settings: what else the images depend on; it stands in the files.
     """
 
@@ -77,20 +76,17 @@ def many_classes(
     """One image of each label, as :func:`many_prompts`.
 
     Args:
-        engine: of a class-conditional model.
-        labels: of all images of all processes.
-        shape: of an image, [C, H, W].
-        out_dir: for the files.
+        engine: the engine of a class-conditional model.
+        labels: the classes of all images of all processes.
+        shape: shape of an image, [C, H, W].
+        out_dir: folder of the files.
         null_context: the class that means "none", [1].
-        seed: of the first image; each next one has the next seed.
+        seed: random seed of the first image; each next one has the next seed.
         settings: what else the images depend on; it stands in the files.
         scale: pixels per pixel in the files.
         batch_size: images to draw at once. Those of one batch stay together whatever the number of
             processes, since the size of a batch can change how its numbers are rounded.
     """
-    import torch
-
-    from ..images import grid
 
     def unit(jobs: Sequence[Job]) -> list[Image]:
         images = engine.sample(
@@ -112,7 +108,6 @@ def _make(
     settings: Mapping[str, Any],
     batch_size: int,
 ) -> None:
-    from ..pipelines.sharded import jobs_for, make_missing, place
 
     settings = {name: value for name, value in settings.items() if name not in _NOT_OF_ONE}
     rank, count = place()

@@ -7,17 +7,20 @@ import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+import torch
 import typer
+from PIL.Image import Image
 
+from .._version import __version__
+from ..images import PARAMETERS, grid, read_picture, to_pil
+from ..ops import checks
+from ..pipelines import Result, StableDiffusion
+from ..pipelines.infotext import infotext
+from ..pipelines.loading import TINY
 from .common import check_device
-
-if TYPE_CHECKING:
-    import torch
-    from PIL.Image import Image
-
-    from ..pipelines import Result, StableDiffusion
+from .sample_many import many_prompts
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,6 @@ class PromptDrawing:
 
     def draw(self) -> tuple[Image, dict[str, Any], str]:
         """The picture, its settings, and what was done in words."""
-        import torch
-
-        from .._version import __version__
-        from ..images import PARAMETERS, grid, to_pil
-
         steps, guidance, size, pictures = self._checked()
         digests = self._digests()
         pipe = self._pipeline()
@@ -97,10 +95,6 @@ class PromptDrawing:
 
     def draw_many(self, folder: Path) -> None:
         """One file for each image, by all processes of torchrun."""
-        from ..images import PARAMETERS
-        from ..ops import checks
-        from .sample_many import many_prompts
-
         steps, guidance, size, pictures = self._checked()
         if len(steps) + len(guidance) > 2:
             checks.fail("--steps, --guidance", "one number each with --out-dir", "a list")
@@ -122,9 +116,6 @@ class PromptDrawing:
 
     def _checked(self) -> tuple[list[int], list[float], Any, dict[str, Any]]:
         """What can be refused before the model is loaded."""
-        from ..ops import checks
-        from ..pipelines.loading import TINY
-
         check_device(self.device)
         if not (self.model in TINY or "/" in self.model or Path(self.model).exists()):
             raise ValueError(f"{self.model}: no such file or folder")
@@ -146,8 +137,6 @@ class PromptDrawing:
 
     def _digests(self) -> dict[str, str]:
         """SHA-256 of the files that are read; another one than before is an error."""
-        from ..ops import checks
-
         found = {}
         added = [(f"lora {path}", path) for path, _ in map(_lora, self.lora)]
         added += [(f"embedding {path}", path) for path, _ in map(_named, self.embedding)]
@@ -159,7 +148,6 @@ class PromptDrawing:
         return found
 
     def _pipeline(self) -> StableDiffusion:
-        from ..pipelines import StableDiffusion
 
         loras = [_lora(text) for text in self.lora]
         pipe = StableDiffusion.from_pretrained(
@@ -218,8 +206,6 @@ class PromptDrawing:
 
     def _text(self, result: Result) -> str:
         """Settings of the first image as other programs read them."""
-        from ..pipelines.infotext import infotext
-
         return infotext(
             result.settings,
             result.seeds[0],
@@ -248,8 +234,6 @@ def _summary(count: int, results: list[Result]) -> str:
 
 def _numbers(option: str, text: str, whole: bool = False) -> list[float]:
     """``5,10,20`` as a list."""
-    from ..ops import checks
-
     try:
         return [int(part) if whole else float(part) for part in text.split(",")]
     except ValueError:
@@ -259,8 +243,6 @@ def _numbers(option: str, text: str, whole: bool = False) -> list[float]:
 
 def _size(text: str) -> int | tuple[int, int]:
     """``512`` or ``WIDTHxHEIGHT`` as the pipeline takes it: height first."""
-    from ..ops import checks
-
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):
         checks.fail("--size", "WIDTHxHEIGHT or one number, such as 512x768", repr(text))
@@ -270,8 +252,6 @@ def _size(text: str) -> int | tuple[int, int]:
 
 def _lora(text: str) -> tuple[str, float]:
     """``file.safetensors`` or ``file.safetensors=0.8`` as a path and a scale."""
-    from ..ops import checks
-
     path, equals, scale = text.rpartition("=")
     if not equals or Path(text).exists():  # names of files may have a = too
         return text, 1.0
@@ -293,16 +273,12 @@ def _words(text: str) -> str | list[str]:
 
 
 def _dtype(name: str) -> torch.dtype:
-    import torch
-
-    from ..ops import checks
 
     checks.one_of("--dtype", name, ("float32", "bfloat16", "float16"))
     return getattr(torch, name)
 
 
 def _open(option: str, path: str, *reading: str) -> Image:
-    from ..images import read_picture
 
     try:
         return read_picture(path, *reading)

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
+import numpy as np
+import torch
 import typer
+from PIL import Image, ImageOps
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
 
+from ..files import visible_files
+from ..images import read_picture, to_uint8
+from ..models import vae_memory
+from ..models.vae import AutoencoderKL
+from ..ops import checks
+from ..pipelines import StableDiffusion
+from ..pipelines.loading import TINY
+from ..training.image_folder import SUFFIXES
 from .common import check_device
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..models.vae import AutoencoderKL
 
 
 def vae_check(
@@ -39,12 +50,6 @@ def vae_check(
 
     In decibels, 10 log10(255^2 / MSE) over the 8-bit pixels; more is better, "inf" is no loss.
     """
-    from rich.console import Console
-    from rich.progress import track
-    from rich.table import Table
-
-    from ..ops import checks
-
     check_device(device)
     files = _files(images)
     vae = _autoencoder(model, device)
@@ -70,10 +75,6 @@ def vae_check(
 
 
 def _autoencoder(model: str, device: str) -> AutoencoderKL:
-    from ..models.vae import AutoencoderKL
-    from ..pipelines import StableDiffusion
-    from ..pipelines.loading import TINY
-
     if model not in TINY:
         return AutoencoderKL.from_pretrained(model, device=device)
     typer.echo(f"{model}: random weights, so the figures show nothing", err=True)
@@ -82,10 +83,6 @@ def _autoencoder(model: str, device: str) -> AutoencoderKL:
 
 def _files(paths: list[Path]) -> list[Path]:
     """The images named, and those in the folders named."""
-    from ..files import visible_files
-    from ..ops import checks
-    from ..training.image_folder import SUFFIXES
-
     files = []
     for path in paths:
         if not path.exists():
@@ -101,13 +98,6 @@ def _files(paths: list[Path]) -> list[Path]:
 
 def _read(path: Path, size: int | None, grain: int) -> Tensor:
     """An image as uint8 [3, H, W], its height and width multiples of ``grain``."""
-    import numpy as np
-    import torch
-    from PIL import Image, ImageOps
-
-    from ..images import read_picture
-    from ..ops import checks
-
     try:
         image = read_picture(path)
     except ValueError as error:
@@ -127,11 +117,6 @@ def _read(path: Path, size: int | None, grain: int) -> Tensor:
 
 def _round_trip(vae: AutoencoderKL, pixels: Tensor, path: Path) -> tuple[float, str]:
     """PSNR in dB of uint8 [3, H, W] through the model, and how memory allowed it."""
-    import math
-
-    from ..images import to_uint8
-    from ..models import vae_memory
-
     weight = vae.encoder.conv_in.weight
     x = (pixels[None].float() / 127.5 - 1).to(weight)
     encoded = vae_memory.encode(vae, x)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..files import AnyPath, CheckpointError, read_json
 from ..ops import checks
+from ..turns import Turns
 from .clip_weights import assemble, read_states, save
 from .embeddings import Embeddings
 from .prompt import Tokens, tokenize
@@ -63,6 +64,7 @@ class TextEncoders:
             if len(tokenizer) > known:  # type: ignore[operator]
                 checks.fail("tokenizer", f"at most the encoder's {known} tokens", len(tokenizer))
         self.tokenizers, self.encoders = list(tokenizers), [one.eval() for one in encoders]
+        self._turns = Turns("TextEncoders")  # vectors of embeddings belong to one call
         self.embeddings = Embeddings([one.config.hidden_size for one in encoders])  # type: ignore
 
     @classmethod
@@ -78,7 +80,7 @@ class TextEncoders:
         """The encoders in a pipeline's folder: ``text_encoder`` and, if there, ``text_encoder_2``.
 
         Args:
-            variant: which weights, such as ``"fp16"``.
+            variant: suffix of the weights' files, such as ``"fp16"``.
             tokenizer: a folder to take the tokenizers from in place of ``folder``.
 
         Raises:
@@ -117,7 +119,7 @@ class TextEncoders:
         """The encoders of a single CompVis file.
 
         Args:
-            file: for messages.
+            file: the file's path, for messages.
             text: what :func:`~.single_file.identify` found in it.
             tokenizer: folder with the tokenizer (and ``tokenizer_2`` for SDXL).
 
@@ -189,7 +191,8 @@ class TextEncoders:
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise TypeError(f"prompt: expected a string, got {type(prompt).__name__}")
-        states = [self._states(i, prompts, clip_skip) for i in range(len(self.encoders))]
+        with self._turns:
+            states = [self._states(i, prompts, clip_skip) for i in range(len(self.encoders))]
         contexts, pooled = zip(*states, strict=True)
         chunks = max(context.shape[1] for context in contexts)
         if any(context.shape[1] != chunks for context in contexts):

@@ -41,6 +41,19 @@ def prompt_list(name: str, value: Any, embeddings: Collection[str] = ()) -> list
     return list(prompts)
 
 
+def negative_list(
+    value: Any, prompts: list[str], embeddings: Collection[str] = ()
+) -> list[str] | None:
+    """A negative prompt for each of the prompts; None for None."""
+    if value is None:
+        return None
+    negatives = prompt_list("negative_prompt", value, embeddings)
+    if len(negatives) not in (1, len(prompts)):
+        expected = f"one, or one for each of {len(prompts)} prompts"
+        checks.fail("negative_prompt", expected, len(negatives))
+    return negatives * (len(prompts) // len(negatives))
+
+
 def plain(value: Any) -> Any:
     """Numbers and arrays of numpy as those of Python, also inside of lists and tuples."""
     if isinstance(value, (list, tuple)):
@@ -91,7 +104,8 @@ def image_tensor(image: Any, size: Size | None, grain: int) -> Tensor:
     Args:
         image: a PIL image, a list of them, or a tensor [3, H, W] or [B, 3, H, W] in [-1, 1]. PIL
             images are read by :func:`~diffusion_fast.images.read_picture`.
-        size: to scale PIL images to (Lanczos); tensors must have it. None: as they are.
+        size: height and width to scale PIL images to (Lanczos); tensors must have them. None: as
+            they are.
         grain: what height and width must be multiples of.
 
     Raises:
@@ -120,7 +134,7 @@ def mask_tensor(mask: Any, original: Any, size: Size, count: int) -> Tensor:
         mask: a PIL image (white is where to draw; transparent is black), a list of them, or a
             tensor [H, W], [1, H, W] or [B, 1, H, W] in [0, 1]. Halves and more count as 1.
         original: the image as it was given: the mask must be of its size.
-        size: to scale PIL masks to, like the image: 1 wherever a pixel touches a 1.
+        size: height and width to scale PIL masks to: 1 wherever a pixel touches a 1.
         count: the number of images; B must be that, or 1.
 
     Raises:

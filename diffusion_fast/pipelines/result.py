@@ -20,7 +20,7 @@ class Result:
             latents (``output="latent"``). The images of the first prompt come first.
         latents: [N, C, h, w], as the U-Net left them.
         seeds: one per image.
-        settings: everything else that decides what is drawn; JSON types.
+        settings: all else that decides what is drawn, in types that JSON has.
         vae: how images were encoded and decoded: ``"whole"``, or ``"sliced"`` or ``"tiled"`` where
             memory ran out; None if nothing was.
         flagged: which images the model's safety checker replaced by black ones; None if the

@@ -27,7 +27,7 @@ class SafetyChecker(nn.Module):
 
     Args:
         config: a ``transformers.CLIPConfig``.
-        processor: of ``transformers``, makes CLIP's input from PIL images.
+        processor: an image processor of ``transformers``, which makes CLIP's input of PIL images.
     """
 
     def __init__(self, config: Any, processor: Any) -> None:

@@ -28,8 +28,8 @@ class Job:
     """One image to make.
 
     Attributes:
-        name: of its file, without the suffix.
-        seed: of its noise.
+        name: name of its file, without the suffix.
+        seed: random seed of its noise.
         subject: what it shows, as it stands in its file: ``{"prompt": "a cat"}``.
     """
 
@@ -81,12 +81,13 @@ def make_missing(
     """Make this process's share of the images, those that are not there yet.
 
     Args:
-        jobs: of all processes, the same in each of them.
-        folder: for ``NAME.png``, each written whole or not at all.
+        jobs: the jobs of all processes, the same in each of them.
+        folder: where ``NAME.png`` are put, each written whole or not at all.
         draw: makes the images of one unit. They may depend on its jobs only.
         settings: what all images share; stands in each file, with the job's subject and seed.
         batch_size: jobs in a unit.
-        rank, count: as of :func:`place`.
+        rank: which process this is, see :func:`place`.
+        count: number of processes.
 
     Raises:
         ValueError: an image that is there was made with other settings; nothing is overwritten.

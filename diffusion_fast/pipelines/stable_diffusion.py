@@ -14,7 +14,6 @@ from ..engine import Engine
 from ..engine.engine import Callback
 from ..engine.rewrites.decoder import FreshDecoder
 from ..files import AnyPath
-from ..models import vae_memory
 from ..models.embeddings import Embeddings
 from ..models.lora import LoRAs
 from ..models.text import TextStates
@@ -24,6 +23,7 @@ from ..prediction import PREDICTION_TYPES
 from ..samplers import SamplerOptions
 from ..schedule import DiffusionSchedule
 from . import inputs
+from .latents import Autoencoding
 from .loading import Options, Parts, load
 from .result import Result
 from .saving import save
@@ -42,7 +42,8 @@ class StableDiffusion:
 
     Args:
         parts: the networks and the schedule.
-        graph, rewrites: of the :class:`~diffusion_fast.Engine`.
+        graph: how to capture CUDA graphs, see :class:`~diffusion_fast.Engine`.
+        rewrites: which exact rewrites of the U-Net to use, see there.
     """
 
     def __init__(self, parts: Parts, graph: str = "auto", rewrites: Any = "all") -> None:
@@ -79,10 +80,10 @@ class StableDiffusion:
                 ``"tiny-sd21"``, ``"tiny-sdxl"`` and ``"tiny-inpainting"``.
             vae: another autoencoder in place of the model's: one loaded before, or a path. A file
                 that doesn't tell its scaling factor takes that of the model.
-            dtype: of all parameters; None for that of the files. A VAE that may overflow in
+            dtype: dtype of all parameters; None for that of the files. A VAE that may overflow in
                 float16 computes in float32 all the same
                 (:class:`~diffusion_fast.models.AutoencoderKL` says when, and how to change it).
-            device: of all parameters.
+            device: where all parameters are.
             variant: which weights of a folder, such as ``"fp16"``.
             tokenizer: a folder with the tokenizer; a single file holds none.
             safety_checker: use the checker that some SD 1.x folders have: images that it finds
@@ -152,7 +153,7 @@ class StableDiffusion:
         output: str = "pil",
         callback: Callback | None = None,
         progress: bool = False,
-        **table: Any,
+        **more: Any,
     ) -> Result:
         """Draw images: ``batch`` of them for each prompt.
 
@@ -181,7 +182,7 @@ class StableDiffusion:
             output: ``"pil"``, ``"tensor"`` or ``"latent"``.
             callback: ``callback(step, t, latents)`` after each step, with a copy of the latents.
             progress: show a progress bar.
-            table: what else :class:`~diffusion_fast.Engine` takes, such as ``eta``,
+            more: what else :class:`~diffusion_fast.Engine` takes, such as ``eta``,
                 ``timestep_spacing``, ``guidance_rescale`` or ``guidance_interval``.
 
         Raises:
@@ -189,36 +190,41 @@ class StableDiffusion:
             ValueError: an argument that can't be; the message names it.
             FloatingPointError: the U-Net's output was not finite.
         """
-        prompts = inputs.prompt_list("prompt", prompt, self.embeddings.names)
         batch, steps, seed, size = inputs.plain((batch, steps, seed, size))
         guidance_scale, strength, clip_skip = inputs.plain((guidance_scale, strength, clip_skip))
+        prompts = inputs.prompt_list("prompt", prompt, self.embeddings.names)
+        negatives = inputs.negative_list(negative_prompt, prompts, self.embeddings.names)
         checks.positive_int("batch", batch)
         checks.positive_int("steps", steps)
         checks.one_of("output", output, OUTPUTS)
-        count = len(prompts) * batch
-        seeds = inputs.seed_list(seed, count)
-        images, masks = self._images(image, mask, size, count)
+        seeds = inputs.seed_list(seed, len(prompts) * batch)
+        images, masks = self._pictures(image, mask, size, len(seeds))
         height, width = self._size(size) if images is None else images.shape[2:]
         if images is None:
             inputs.absent("strength", strength, "image")
         elif strength is None:
-            strength = 1.0 if masks is not None else 0.8
-        table = self._table(sampler, steps, guidance_scale, strength, masks is not None, table)
-        positive, negative = self._text(
-            prompts, negative_prompt, clip_skip, inputs.guided(table["guidance_scale"])
+            strength = 0.8 if masks is None else 1.0
+        options = SamplerOptions(**self.scheduler.table(sampler)).replace(
+            **{name: inputs.plain(value) for name, value in more.items()},
+            steps=steps,
+            guidance_scale=inputs.guidance(guidance_scale),
+            strength=None if masks is not None and strength == 1 else strength,  # pure noise
         )
-        generators = [torch.Generator().manual_seed(one) for one in seeds]
-        shape = count, self.unet.config.out_channels, *self._small(height, width)
-        ways: list[str] = []  # how the VAE ran
-        latents = self._ready(table, progress).sample(
+        table = {one.name: getattr(options, one.name) for one in fields(options)}
+        positive, negative = self._states(
+            prompts, negatives, clip_skip, inputs.guided(options.guidance_scale)
+        )
+        shape = self._latent_shape(len(seeds), height, width)
+        vae = self._autoencoding()
+        latents = self._engine_now(table, progress).sample(
             shape,
             self._context(positive, batch, (height, width)),
-            None if negative is None else self._context(negative, batch, (height, width)),
+            self._context(negative, batch, (height, width)),
             callback=callback,
-            generator=generators,
             table=table,
-            **self._start(shape, images, masks, table["strength"], generators, ways),
+            **self._start(vae, shape, images, masks, options.strength, seeds),
         )
+        drawn, flagged = (latents, None) if output == "latent" else self._decoded(vae, latents)
         settings = {
             "prompt": prompts,
             "negative_prompt": negative_prompt,
@@ -228,11 +234,18 @@ class StableDiffusion:
             **table,
             "strength": strength,
         }
-        return self._finish(latents, seeds, settings, output, ways)
+        from ..images import to_pil  # imports Pillow
 
-    # What a call is made of, in its order.
+        pictures = to_pil(drawn) if output == "pil" else drawn
+        made = latents, seeds, settings, vae.how, flagged
+        return Result(pictures, *made, random_weights=self.random_weights)
 
-    def _images(
+    @property
+    def inpainting(self) -> bool:
+        """Whether the U-Net reads a mask and the masked image beside the noisy latents."""
+        return self.unet.config.in_channels != self.unet.config.out_channels
+
+    def _pictures(
         self, image: Any, mask: Any, size: Any, count: int
     ) -> tuple[Tensor | None, Tensor | None]:
         """Images [B, 3, H, W] and masks [B, 1, H, W], checked."""
@@ -251,12 +264,8 @@ class StableDiffusion:
         height, width = images.shape[2:]
         return images, inputs.mask_tensor(mask, image, (height, width), count)
 
-    @property
-    def inpainting(self) -> bool:
-        """Whether the U-Net reads a mask and the masked image beside the noisy latents."""
-        return self.unet.config.in_channels != self.unet.config.out_channels
-
     def _size(self, size: Any) -> inputs.Size:
+        """Height and width as asked for, or as the model was trained."""
         grain = self.vae.downsampling
         if size is not None:
             return inputs.checked_size(size, grain)
@@ -264,73 +273,32 @@ class StableDiffusion:
         height, width = trained if isinstance(trained, tuple) else (trained, trained)
         return height * grain, width * grain
 
-    def _small(self, height: int, width: int) -> inputs.Size:
-        return height // self.vae.downsampling, width // self.vae.downsampling
+    def _latent_shape(self, count: int, height: int, width: int) -> tuple[int, ...]:
+        grain = self.vae.downsampling
+        return count, self.unet.config.out_channels, height // grain, width // grain
 
-    def _table(
-        self,
-        sampler: str | None,
-        steps: int,
-        guidance_scale: float | Sequence[float],
-        strength: float | None,
-        inpainting: bool,
-        changes: dict[str, Any],
-    ) -> dict[str, Any]:
-        """All keywords of the engine's table, so that nothing stays from the call before.
-
-        Inpainting of strength 1 starts from pure noise.
-        """
-        options = SamplerOptions(**self.scheduler.table(sampler)).replace(
-            **{name: inputs.plain(value) for name, value in changes.items()},
-            steps=steps,
-            guidance_scale=inputs.guidance(guidance_scale),
-            strength=None if inpainting and strength == 1 else strength,
-        )
-        return {one.name: getattr(options, one.name) for one in fields(options)}
-
-    def _ready(self, table: dict[str, Any], progress: bool) -> Engine:
-        engine = self._engine
-        if engine is None or engine.model is not self.unet:
-            engine = Engine(
-                self.unet, self.scheduler.schedule, self._graph, rewrites=self._rewrites, **table
-            )
-            self._engine = engine
-        engine.progress = progress
-        return engine
-
-    def _text(
-        self, prompts: list[str], negative_prompt: Any, clip_skip: int, guided: bool
+    def _states(
+        self, prompts: list[str], negatives: list[str] | None, clip_skip: int, guided: bool
     ) -> tuple[TextStates, TextStates | None]:
-        """States of the prompts and of the negative ones, equally many and equally long.
-
-        Without guidance there are no negative ones.
-        """
-        if negative_prompt is None:
-            negatives = [""] * len(prompts)
-        else:
-            negatives = inputs.prompt_list(
-                "negative_prompt", negative_prompt, self.embeddings.names
-            )
-            if len(negatives) not in (1, len(prompts)):
-                expected = f"one, or one for each of {len(prompts)} prompts"
-                checks.fail("negative_prompt", expected, len(negatives))
-            negatives *= len(prompts) // len(negatives)
+        """States of the prompts and, with guidance, of the negative ones, equally long."""
         if not guided:
             return self.text.encode(prompts, clip_skip), None
-        distinct = list(dict.fromkeys([*prompts, *negatives]))
-        states = self.text.encode(distinct, clip_skip)
-        positive = states[[distinct.index(one) for one in prompts]]
-        negative = states[[distinct.index(one) for one in negatives]]
-        if negative_prompt is None and self.zero_empty:
+        texts = [*prompts, *(negatives or [""] * len(prompts))]
+        distinct = list(dict.fromkeys(texts))
+        states = self.text.encode(distinct, clip_skip)[[distinct.index(one) for one in texts]]
+        positive, negative = states[: len(prompts)], states[len(prompts) :]
+        if negatives is None and self.zero_empty:
             assert negative.pooled is not None
             zeros = torch.zeros_like(negative.context), torch.zeros_like(negative.pooled)
             negative = TextStates(*zeros)
         return positive, negative
 
     def _context(
-        self, states: TextStates, batch: int, size: inputs.Size
-    ) -> Tensor | dict[str, Tensor]:
+        self, states: TextStates | None, batch: int, size: inputs.Size
+    ) -> Tensor | dict[str, Tensor] | None:
         """What the U-Net is conditioned on, for ``batch`` images of each prompt."""
+        if states is None:
+            return None
         weight = self.unet.conv_in.weight
         context = states.context.to(weight).repeat_interleave(batch, 0)
         if states.pooled is None:
@@ -342,72 +310,52 @@ class StableDiffusion:
             "time_ids": time_ids.expand(len(context), -1),
         }
 
+    def _engine_now(self, table: dict[str, Any], progress: bool) -> Engine:
+        """The engine of the U-Net as it is now."""
+        if self._engine is None or self._engine.model is not self.unet:
+            schedule = self.scheduler.schedule
+            self._engine = Engine(
+                self.unet, schedule, self._graph, rewrites=self._rewrites, **table
+            )
+        self._engine.progress = progress
+        return self._engine
+
+    def _autoencoding(self) -> Autoencoding:
+        if self._decode.vae is not self.vae:
+            self._decode = FreshDecoder(self.vae, self._rewrites)
+        return Autoencoding(self.vae, self._decode)
+
     def _start(
         self,
+        vae: Autoencoding,
         shape: tuple[int, ...],
         images: Tensor | None,
         masks: Tensor | None,
         strength: float | None,
-        generators: list[torch.Generator],
-        ways: list[str],
+        seeds: list[int],
     ) -> dict[str, Any]:
         """What the loop starts from. Each generator is asked in the order of diffusers."""
-        start: dict[str, Tensor] = {}
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        start: dict[str, Any] = {"generator": generators}
         if images is not None and (strength is not None or not self.inpainting):
-            start["x_0"] = self._encode(images, generators, ways)
+            start["x_0"] = vae.encode(images, generators).to(self.device)
         noise = [torch.randn(shape[1:], generator=generator) for generator in generators]
         start["x_T"] = torch.stack(noise).to(self.device)
         if images is not None and masks is not None:
             small = inputs.small_mask(masks, self.vae.downsampling).to(self.device)
             if self.inpainting:
-                kept = self._encode(images * (1 - masks), generators, ways)
+                kept = vae.encode(images * (1 - masks), generators).to(self.device)
                 extra = (small.expand(len(kept), -1, -1, -1), kept)
                 start["extra_channels"] = torch.cat(extra, dim=1)
             else:
                 start["mask"] = small
         return start
 
-    def _encode(self, images: Tensor, generators: list[torch.Generator], ways: list[str]) -> Tensor:
-        """Latents [N, C, h, w] for N generators of N images, or of one; float32."""
-        weight = self.vae.encoder.conv_in.weight
-        encoded = vae_memory.encode(self.vae, images.to(weight))
-        ways.append(encoded.how)
-        latents = encoded.latents
-        shape = len(generators), *latents.mean.shape[1:]
-        latents = type(latents)(latents.mean.expand(shape), latents.log_variance.expand(shape))
-        return self.vae.scale(latents.sample(generators)).float().to(self.device)
-
-    def _finish(
-        self,
-        latents: Tensor,
-        seeds: list[int],
-        settings: dict[str, Any],
-        output: str,
-        ways: list[str],
-    ) -> Result:
-        made = (latents, seeds, settings)
-        if output == "latent":
-            return Result(latents, *made, _worst(ways), None, self.random_weights)
-        weight = self.vae.decoder.conv_in.weight
-        if self._decode.vae is not self.vae:
-            self._decode = FreshDecoder(self.vae, self._rewrites)
-        latents_of_vae = self.vae.unscale(latents).to(weight)
-        decoded = vae_memory.decode(self.vae, latents_of_vae, run=self._decode)
-        images, flagged, how = (
-            decoded.images.float().clamp(-1, 1),
-            None,
-            _worst([*ways, decoded.how]),
-        )
-        if self.safety_checker is not None:
-            flagged = self.safety_checker(images)
-            images[torch.tensor(flagged)] = -1
-        if output == "tensor":
-            return Result(images, *made, how, flagged, self.random_weights)
-        from ..images import to_pil
-
-        return Result(to_pil(images), *made, how, flagged, self.random_weights)
-
-
-def _worst(ways: list[str]) -> str | None:
-    """Of the ways that the VAE ran, the one with the smallest parts."""
-    return max(ways, key=vae_memory.HOW.index, default=None)
+    def _decoded(self, vae: Autoencoding, latents: Tensor) -> tuple[Tensor, list[bool] | None]:
+        """Images in [-1, 1], and which of them the safety checker made black."""
+        images = vae.decode(latents)
+        if self.safety_checker is None:
+            return images, None
+        flagged = self.safety_checker(images)
+        images[torch.tensor(flagged)] = -1
+        return images, flagged

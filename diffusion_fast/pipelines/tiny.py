@@ -73,10 +73,10 @@ def make_tiny(folder: AnyPath, kind: str = "sd15", seed: int = 0) -> Path:
     """Write a tiny Stable Diffusion with random weights, for 64 x 64 pixels.
 
     Args:
-        folder: to write to.
+        folder: the folder to write.
         kind: ``"sd15"``, ``"sd21"`` (v-prediction), ``"sdxl"`` (two text encoders) or
             ``"inpainting"`` (9 channels).
-        seed: of the weights; PyTorch's global generator is left as it is.
+        seed: random seed of the weights; PyTorch's global generator is left as it is.
 
     Returns:
         The folder, which :meth:`StableDiffusion.from_pretrained` and diffusers load.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,14 @@ def test_vectors_stay_together_at_the_end_of_a_chunk(text: TextEncoders) -> None
     context = text.encode(["a " * 73 + "bad-hands-5 cat"]).context
     assert context.shape[1] == 154
     assert error(context[:, 77:], text.encode(["bad-hands-5 cat"]).context) < TOLERANCE
+
+
+def test_threads_do_not_mix_their_vectors(text: TextEncoders) -> None:
+    prompts = ["a bad-hands cat", "a dog", "(bad-hands-5:1.2)", "a red car"] * 4
+    expected = [text.encode([prompt]).context for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda prompt: text.encode([prompt]).context, prompts))
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize(

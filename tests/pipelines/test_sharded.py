@@ -112,7 +112,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
         make_missing(jobs, tmp_path, draw, {"steps": 30})
     assert contents(tmp_path) == before
     (tmp_path / "00000.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"00000.png: expected a PNG that carries its settings"):
+    with pytest.raises(ValueError, match=r"00000.png: expected a picture that carries"):
         make_missing(jobs, tmp_path, draw, {"steps": 20})
 
 
