@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .files import AnyPath, whole
+from .models import contents
 from .ops import checks
 
 SETTINGS = "diffusion_fast"  # the PNG text chunk that holds the settings as JSON
@@ -23,11 +24,6 @@ _DESCRIPTION, _EXIF_IFD, _USER_COMMENT = 0x010E, 0x8769, 0x9286  # EXIF tags
 BETWEEN = 64  # the grey between the images of a grid
 LINE = 14  # pixels of a line of headings
 _BITS, _PHOTOMETRIC = 258, 262  # TIFF tags
-_NO_PICTURES = {  # first bytes of what is often saved under a picture's name
-    b"version https://git-lfs": "it is a Git LFS pointer, not the file itself",
-    b"<!doctype html": "it is a web page",
-    b"<html": "it is a web page",
-}
 
 
 def read_picture(
@@ -85,9 +81,9 @@ def _reason(source: Image.Image | AnyPath, error: Exception) -> str:
     if (isinstance(error, OSError) and error.strerror) or isinstance(source, Image.Image):
         return str(error)
     with open(source, "rb") as file:
-        head = file.read(64).lower().lstrip(b"\xef\xbb\xbf \r\n\t")
-    reasons = (reason for start, reason in _NO_PICTURES.items() if head.startswith(start))
-    return next(reasons, "it is empty" if not head else str(error) or type(error).__name__)
+        head = file.read(contents.HEAD)
+    kind = contents.by_bytes(head) if head else "an empty file"
+    return str(error) or type(error).__name__ if kind in (None, "a picture") else f"it is {kind}"
 
 
 def to_uint8(x: Tensor) -> Tensor:

@@ -242,7 +242,7 @@ def test_a_range_that_is_not_known_is_refused(tmp_path: Path, mode: str, kind: s
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "it is empty"),
+        (b"", "it is an empty file"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "a Git LFS pointer"),
         (b"\n<!DOCTYPE HTML><html>404</html>", "a web page"),
         (b"<html>404</html>", "a web page"),

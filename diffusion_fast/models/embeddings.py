@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..files import AnyPath, CheckpointError
 from ..ops import checks
+from . import contents
 
 PAIR = ("clip_l", "clip_g")  # names of SDXL's two encoders in a file
 MOST_VECTORS = 75  # tokens of a chunk
@@ -90,12 +91,19 @@ def pattern(names: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(one, names)) or r"(?!)", re.IGNORECASE)
 
 
+def _kind(found: Any) -> str:
+    names = [name for name in found if isinstance(name, str)] if isinstance(found, Mapping) else []
+    return contents.by_names(names) or f"{type(found).__name__} {', '.join(names[:3])}".strip()
+
+
 def _contents(path: Path) -> Any:
     try:
         with path.open("rb") as file:
-            head = file.read(9)
-        if head[8:] == b"{":
+            head = file.read(contents.HEAD)
+        if head[8:9] == b"{":
             return load_file(path)
+        if kind := contents.by_bytes(head):
+            raise ValueError(f"it is {kind}")
         with torch.serialization.safe_globals([nn.ParameterDict]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way
@@ -127,6 +135,6 @@ def _identify(path: Path, found: Any) -> tuple[str | None, list[Tensor]]:
     if not tensors or not all(good):
         raise CheckpointError(
             f"{path}: expected an embedding: finite vectors [n, C], 1 to {MOST_VECTORS} of them, of"
-            f" the web UI, diffusers or a pair {', '.join(PAIR)}; got something else"
+            f" the web UI, diffusers or a pair {', '.join(PAIR)}; got {_kind(found)}"
         )
     return token, [one.detach().clone() for one in tensors]

@@ -161,12 +161,17 @@ def test_threads_do_not_mix_their_vectors(text: TextEncoders) -> None:
         ({"emb_params": torch.zeros(1, 32, dtype=torch.int64)}, "expected an embedding"),
         ({"emb_params": torch.zeros(1, 48)}, "1 tensors of width 32.*, got one of width 48"),
         ({"string_to_param": {}}, "expected an embedding"),
+        ({f"lora_te_{i}.lora_up.weight": torch.zeros(1) for i in range(2)}, "; got a LoRA"),
         ({"emb_params": Path}, "can't be read as an embedding"),
         (3, "expected an embedding"),
+        (b"version https://git-lfs.github.com/spec/v1", "it is a Git LFS pointer"),
     ],
 )
 def test_other_files(text: TextEncoders, tmp_path: Path, contents: Any, message: str) -> None:
-    torch.save(contents, tmp_path / "other.pt")
+    if isinstance(contents, bytes):
+        (tmp_path / "other.pt").write_bytes(contents)
+    else:
+        torch.save(contents, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=rf"other\.pt: .*{message}"):
         text.embeddings.load(tmp_path / "other.pt")
     assert text.embeddings.names == ["bad-hands", "Bad-hands-5"]
