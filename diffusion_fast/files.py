@@ -159,7 +159,7 @@ def read_tensors(path: AnyPath) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged, can't be read: {error}") from error
+        raise CheckpointError(f"{path}: can't be read, damaged: {error}") from error
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: AnyPath) -> None:

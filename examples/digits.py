@@ -25,8 +25,8 @@ from torch import Tensor
 import diffusion_fast as df
 from diffusion_fast.training import Progress
 from diffusion_fast.training.data import Digits, load_digits
-from diffusion_fast.training.progress import show_progress
 from diffusion_fast.training.threads import choose_threads, rehearsal
+from diffusion_fast.training.watch import show_progress
 
 GUIDANCE = 1.5
 SAMPLERS = (("ddpm", None), ("ddim", 50), ("dpmpp_2m", 20))

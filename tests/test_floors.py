@@ -35,7 +35,7 @@ FLOORS = {
     "": 5,  # the package's own __init__ may name everything
     "__main__": 5,
 }
-UNCHECKED = ("pipelines", "training")  # rooms whose own circles are not open yet
+UNCHECKED = ("pipelines",)  # rooms whose own circles are not open yet
 SOURCES = [*(ROOT / "diffusion_fast").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
 
 

@@ -10,11 +10,12 @@ pipeline and ladder.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from diffusion_fast.files import whole
 
 from .networks import KINDS
 from .run import WHATS
@@ -178,9 +179,8 @@ def main() -> None:
     before = path.read_text(encoding="utf-8")
     after = rewrite(before, arguments.results)
     if after != before:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(after, encoding="utf-8")
-        os.replace(temporary, path)
+        with whole(path) as (temporary,):
+            temporary.write_text(after, encoding="utf-8")
     print(f"{path}: {'rewritten' if after != before else 'up to date'}")
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion_fast.files import flush, read_json, write_json
+from diffusion_fast.files import read_json, whole, write_json
 
 from ..lib.environment import identity
 
@@ -115,14 +114,11 @@ class Results:
         return self.environments[row["environment"]]
 
     def _write_csv(self) -> None:
-        temporary = self.folder / f".{CSV}.{os.getpid()}.tmp"
-        try:
-            with temporary.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, (*COLUMNS, *MACHINE), extrasaction="ignore")
-                writer.writeheader()
-                for row in self.rows:
-                    writer.writerow({**{k: self.facts(row).get(k) for k in MACHINE}, **row})
-            flush(temporary)
-            os.replace(temporary, self.folder / CSV)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with (
+            whole(self.folder / CSV) as (temporary,),
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.DictWriter(file, (*COLUMNS, *MACHINE), extrasaction="ignore")
+            writer.writeheader()
+            for row in self.rows:
+                writer.writerow({**{k: self.facts(row).get(k) for k in MACHINE}, **row})

@@ -101,8 +101,8 @@ def train(
         UniformSampler,
         local_device,
     )
-    from ..training.progress import show_progress
     from ..training.threads import choose_threads, rehearsal
+    from ..training.watch import show_progress
 
     weightings = {"none": None, "p2": P2(), "min_snr": MinSNR()}
     samplers = {

@@ -13,7 +13,7 @@ import contextlib
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,51 @@ def read_checkpoint(path: AnyPath) -> tuple[dict[str, dict[str, Tensor]], dict[s
         if name != STATE
     }
     return groups, read_json(path / STATE)
+
+
+def compare_settings(
+    before: Mapping[str, Any], now: Mapping[str, Any], ignore: Iterable[str], origin: str
+) -> None:
+    """Refuse to go on with another configuration.
+
+    Raises:
+        ValueError: lists everything that differs.
+    """
+    before, now = _flat(before), _flat(now)
+    for name in ignore:
+        checks.one_of("ignore", name, sorted(before.keys() | now.keys()))
+    lines = [
+        f"\n  {name}: {before.get(name)!r} there, {now.get(name)!r} here"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and name not in ignore
+    ]
+    if lines:
+        raise ValueError(f"resume: expected the settings of {origin}, got others:{''.join(lines)}")
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            out |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            out[name] = value
+    return out
+
+
+def compare_tensors(
+    group: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], origin: str
+) -> None:
+    problems = [f"missing: {name}" for name in expected.keys() - found.keys()]
+    problems += [f"extra: {name}" for name in found.keys() - expected.keys()]
+    problems += [
+        f"misshapen: {name} expected {list(value.shape)}, got {list(found[name].shape)}"
+        for name, value in expected.items()
+        if name in found and found[name].shape != value.shape
+    ]
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in sorted(problems))
+        raise CheckpointError(f"{origin}: not the tensors of this {group}:{lines}")
 
 
 def check_finite(groups: Groups) -> None:

@@ -11,23 +11,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..conditioning import Context
-from ..files import AnyPath, CheckpointError, flush
+from ..files import AnyPath, CheckpointError, read_tensors, save_tensors, whole
 from ..ops import checks
-from .distributed import Processes
 from .image_folder import ImageFolder
+from .processes import Processes
 
 if TYPE_CHECKING:
     from ..models.text import TextEncoders
@@ -250,21 +247,12 @@ def _place(folder: Path, made_of: Sequence[object]) -> Path:
 
 
 def _write(path: Path, tensors: Tensors) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    whole = {name: value.cpu().contiguous().clone() for name, value in tensors.items()}
-    try:
-        save_file(whole, temporary)
-        flush(temporary)
-        os.replace(temporary, path)
-    except SafetensorError as error:  # its way to say that the disk is full
-        raise OSError(f"{path}: can't be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as (temporary,):
+        save_tensors(tensors, temporary)
 
 
 def _read(path: Path) -> Tensors:
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: can't be read; cache the latents again: {error}") from error
+        return read_tensors(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; cache the latents again") from error

@@ -1,10 +1,9 @@
-"""Functions for ``on_read``: what a run leaves to look at."""
+"""Functions for ``on_read``: what a run leaves to look at, as CSV, TensorBoard and pictures."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +12,11 @@ import torch
 
 from ..conditioning import Context
 from ..engine import Engine
-from ..files import AnyPath
+from ..files import AnyPath, whole
 from ..ops import checks
-from .sharding import is_sharded
-from .trainer import Progress, Trainer
+from .processes import is_sharded
+from .trainer import Trainer
+from .watch import Progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,20 +48,17 @@ class CsvLog:
     def _begin(self, progress: Progress) -> None:
         """Write everything so far anew, with the validation losses of the file that is there."""
         validated: dict[int, str] = {}
-        with contextlib.suppress(FileNotFoundError), self.path.open(encoding="utf-8") as file:
+        with contextlib.suppress(FileNotFoundError), self.path.open(encoding="utf-8-sig") as file:
             for row in csv.DictReader(file):
                 if row.get("step") and row.get("validation_loss"):
                     validated[int(row["step"])] = row["validation_loss"]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow(_COLUMNS)
-                writer.writerows(self._rows(progress, 0, validated))
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with (
+            whole(self.path) as (temporary,),
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.writer(file)
+            writer.writerow(_COLUMNS)
+            writer.writerows(self._rows(progress, 0, validated))
 
     @staticmethod
     def _rows(progress: Progress, after: int, known: dict[int, str]) -> list[Sequence[object]]:
@@ -146,3 +143,54 @@ class SampleGrids:
         save_picture(picture, path, {"step": progress.step, "seed": self.seed})
         if self.on_drawn is not None:
             self.on_drawn(progress.step, picture)
+
+
+class TensorBoardLog:
+    """For ``on_read``: loss of every step, validation loss, and the wait for data.
+
+    With ``SampleGrids(..., on_drawn=log.picture)`` the sample grids stand beside them.
+
+    Args:
+        folder: that ``tensorboard --logdir`` is given.
+        after: what :meth:`Trainer.resume` returned: later steps that an interrupted run has left in
+            the folder are replaced.
+
+    Raises:
+        ModuleNotFoundError: tensorboard is not installed; the message names the command.
+    """
+
+    def __init__(self, folder: AnyPath, after: int = 0) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "TensorBoard logs are written by its own package: pip install tensorboard"
+            ) from error
+        self.folder, self._written = folder, after
+        self._make = SummaryWriter
+        self._made: Any = None
+
+    @property
+    def writer(self) -> Any:
+        """The SummaryWriter, made when there is something to write."""
+        if self._made is None:
+            self._made = self._make(str(self.folder), purge_step=self._written + 1)
+        return self._made
+
+    def __call__(self, progress: Progress) -> None:
+        writer = self.writer
+        for step in range(self._written + 1, progress.step + 1):
+            writer.add_scalar("loss", progress.losses[step - 1], step)
+        if progress.validation_loss is not None:
+            writer.add_scalar("validation loss", progress.validation_loss, progress.step)
+        writer.add_scalar("share of time waiting for data", progress.waiting, progress.step)
+        writer.flush()
+        self._written = progress.step
+
+    def picture(self, step: int, image: Image) -> None:
+        """Show a grid of samples."""
+        import numpy as np
+
+        pixels = np.asarray(image)
+        self.writer.add_image("samples", pixels, step, dataformats="HWC"[: pixels.ndim])
+        self.writer.flush()

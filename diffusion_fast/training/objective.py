@@ -13,12 +13,11 @@ from .. import ops
 from ..conditioning import Context
 from ..ops import checks
 from ..schedule import DiffusionSchedule
-from .distributed import Processes
+from .batches import moved, split, unpacked
 from .loss import image_mse, predict, replace_condition
 from .options import TrainingOptions, autocast
-from .sharding import shard
+from .processes import Processes, shard
 from .timestep_sampling import UniformSampler
-from .unpack import moved, split, unpacked
 
 
 class Objective:
@@ -74,7 +73,7 @@ class Objective:
     def backward(self, batch: Any) -> Tensor:
         """Add the batch's gradient to the parameters'; its loss, a scalar of this process.
 
-        Every process draws for the batch of all, and keeps its part: see :mod:`.distributed`.
+        Every process draws for the batch of all, and keeps its part: see :mod:`.processes`.
         """
         x_0, context = unpacked(batch, self.device)
         if self.options.channels_last and x_0.dim() == 4:

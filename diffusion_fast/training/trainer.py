@@ -4,55 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..conditioning import Context
 from ..files import AnyPath
 from ..ops import checks
 from ..schedule import DiffusionSchedule
 from ..turns import Turns
-from . import state
-from .batches import Batches
-from .checkpoint import Checkpoints, check_finite, read_checkpoint
-from .distributed import Processes
+from .batches import Batches, forever
+from .checkpoint import (
+    Checkpoints,
+    Groups,
+    check_finite,
+    compare_settings,
+    compare_tensors,
+    read_checkpoint,
+)
 from .ema import EMA, is_finite, named_tensors
-from .interruption import Interruption
 from .objective import Objective
 from .options import TrainingOptions
-from .sharding import local, whole
-from .stopwatch import Stopwatch
+from .processes import Processes, fill, local, whole
+from .state import load_optimizer_state, load_random_state, optimizer_state, random_state
 from .timestep_sampling import UniformSampler
-from .unpack import forever
 from .validation import validation_loss
-
-
-@dataclass
-class Progress:
-    """Where a run stands, as handed to ``on_read``.
-
-    Attributes:
-        step, steps: done, and of the whole run.
-        loss: of this step.
-        losses: of every step so far.
-        validation_loss: where it was measured at this step, else None.
-        waiting: share of the time since the last such report that went into waiting for data.
-    """
-
-    step: int
-    steps: int
-    loss: float
-    losses: list[float] = field(repr=False)
-    validation_loss: float | None = None
-    waiting: float = 0.0
-
-
-OnRead = Callable[[Progress], object]
+from .watch import Interruption, OnRead, Progress, Stopwatch
 
 
 class Trainer:
@@ -60,7 +42,7 @@ class Trainer:
 
     Under ``torchrun`` the same script trains in all its processes: each works on its part of every
     batch, and gradients are averaged (DDP); with ``sharding="fsdp"`` the weights are spread over
-    the processes too (FSDP2), in place, see :mod:`.sharding`. Random numbers are those of one
+    the processes too (FSDP2), in place, see :mod:`.processes`. Random numbers are those of one
     process with the whole batch. The first process alone writes checkpoints, which any number of
     processes can resume, and calls ``on_read``.
 
@@ -222,8 +204,8 @@ class Trainer:
             wanted = "a training.Batches, which can start in the middle, to resume"
             checks.fail("dataloader", wanted, type(self.dataloader).__name__)
         groups, saved = read_checkpoint(path)
-        state.compare_settings(saved["settings"], state.settings(self), ignore, str(path))
-        state.restore(self, groups, saved, str(path))
+        compare_settings(saved["settings"], self.settings(), ignore, str(path))
+        self._load(groups, saved, str(path))
         self._resumed = str(path)
         return self.step
 
@@ -236,6 +218,7 @@ class Trainer:
             wanted = f"{self.steps}, as for {self._resumed}"
             checks.fail("steps", wanted, steps)
         self.steps, self._resumed = steps, None
+        self._rates = self._schedule()
         newest = self.checkpoints.newest() if self.checkpoints else None
         if self.checkpoints and newest and newest > self.checkpoints.path(self.step):
             wanted = f"none after step {self.step} (call resume(), or take another folder)"
@@ -247,26 +230,30 @@ class Trainer:
         return forever(self.dataloader)
 
     def _step(self, batch: Any) -> Tensor:
-        self._set_rate(self.step + 1)
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.objective.backward(batch)
         if self.options.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.options.gradient_clip)
         self.optimizer.step()
+        self._rates.step()
         if self.ema is not None:
             self.ema.update()
         self.step, self.batches = self.step + 1, self.batches + 1
         return loss
 
-    def _set_rate(self, step: int) -> None:
-        """Linear warm-up, then constant or a half cosine to zero."""
-        warmup, rate = self.options.warmup_steps, self.options.learning_rate
-        if step < warmup:
-            rate *= step / warmup
-        elif self.options.decay == "cosine":
-            rate *= 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
+    def _schedule(self) -> LambdaLR:
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["initial_lr"] = self.options.learning_rate
+        return LambdaLR(self.optimizer, self._rate, last_epoch=self.step - 1)  # which takes a step
+
+    def _rate(self, done: int) -> float:
+        """Learning rate of the next step, of its peak: warm-up, then constant or a half cosine."""
+        warmup, step = self.options.warmup_steps, done + 1
+        if step < warmup:
+            return step / warmup
+        if self.options.decay == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
 
     def _pauses(self) -> bool:
         """Whether something other than training is due after this step."""
@@ -334,11 +321,64 @@ class Trainer:
     def _save(self, validated: float | None) -> Path:
         assert self.checkpoints is not None
         self._check_finite()
-        groups, saved = state.collect(self)
+        groups, saved = self.state()
         if self.processes.first:
             self.checkpoints.save(self.step, groups, saved, validated)
         self.processes.wait()
         return self.checkpoints.path(self.step)
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """All that a run consists of: tensors by group and name, and the rest as JSON can hold it.
+
+        Every process has to call this. Tensors of a sharded model are whole in the first one, and
+        empty in the others.
+        """
+        groups = {
+            "model": named_tensors(self.model),
+            "optimizer": optimizer_state(self.model, self.optimizer),
+            "random": random_state(self.processes, self.device, self.generator),
+            "run": {"losses": torch.tensor(self.losses, dtype=torch.float64)},
+            "timesteps": self.objective.timestep_sampler.state_dict(),
+        }
+        rest: dict[str, Any] = {
+            **{"step": self.step, "steps": self.steps, "batches": self.batches},
+            **{"threads": torch.get_num_threads(), "settings": self.settings()},
+        }
+        if self.ema is not None:
+            groups["ema"], rest["ema_updates"] = self.ema.state_dict(), self.ema.updates
+        return {name: whole(group, self.processes) for name, group in groups.items() if group}, rest
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the numbers of a run, as JSON can hold it."""
+        betas, parameters = self.schedule.betas, list(self.model.parameters())
+        values = self.options.settings() | {
+            "model": f"{self.model_name}, {sum(p.numel() for p in parameters)} parameters",
+            "schedule": f"{self.schedule!r}, checksum {zlib.crc32(betas.numpy().tobytes()):08x}",
+            "seed": self.seed,
+            "timestep_sampler": self.objective.timestep_sampler.settings(),
+        }
+        if isinstance(self.dataloader, Batches):
+            values["data"] = self.dataloader.settings()
+        return values
+
+    def _load(self, groups: Groups, rest: Mapping[str, Any], origin: str) -> None:
+        """Go on from :meth:`state`; a CheckpointError comes before anything was changed."""
+        targets = {"model": named_tensors(self.model)}
+        if self.ema is not None:
+            targets["ema"] = self.ema.state_dict()
+        for group, target in targets.items():
+            compare_tensors(group, target, groups.get(group, {}), origin)
+        for group, target in targets.items():
+            for name, value in groups[group].items():
+                fill(target[name], value)
+        if self.ema is not None:
+            self.ema.updates = int(rest["ema_updates"])
+        load_optimizer_state(self.model, self.optimizer, groups.get("optimizer", {}))
+        load_random_state(self.processes, self.device, self.generator, groups["random"])
+        self.objective.timestep_sampler.load_state_dict(dict(groups.get("timesteps", {})))
+        self.losses = groups["run"]["losses"].tolist()
+        self.step, self.steps = int(rest["step"]), int(rest["steps"])
+        self.batches = int(rest["batches"])
 
     def _check_finite(self) -> None:
         """What was finite at the start still is; all processes stop together."""

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from .. import ops
 from ..conditioning import Context
 from ..schedule import DiffusionSchedule
-from .batches import Batches
-from .distributed import Processes
+from .batches import Batches, unpacked
 from .loss import predict
 from .options import autocast
-from .unpack import unpacked
+from .processes import Processes
 
 
 @torch.no_grad()

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import diffusion_fast as df
-from diffusion_fast.training import Batches, SampleGrids, Trainer, state
-from diffusion_fast.training.sharding import is_sharded, local, whole
+from diffusion_fast.training import Batches, SampleGrids, Trainer
+from diffusion_fast.training.processes import is_sharded, local, whole
 
 FOLDER = Path(sys.argv[1])
 ALONE = {"dropout": 0.0}  # masks of dropout are drawn by each process, not for the joint batch
@@ -93,7 +93,7 @@ def whole_run(
 
 
 def everything(trainer: Trainer) -> dict[str, Tensor]:
-    groups, _ = state.collect(trainer)
+    groups, _ = trainer.state()
     return {
         f"{g}/{n}": v.detach().clone() for g, tensors in groups.items() for n, v in tensors.items()
     }

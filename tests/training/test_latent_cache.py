@@ -14,12 +14,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 import diffusion_fast as df
+from diffusion_fast import files
 from diffusion_fast.files import CheckpointError
 from diffusion_fast.models.text import TextStates
 from diffusion_fast.models.vae import AutoencoderKL
 from diffusion_fast.models.vae_config import VAEConfig
 from diffusion_fast.training import Batches, ImageFolder, Trainer, cache_latents, latent_cache
-from diffusion_fast.training.distributed import Processes
+from diffusion_fast.training.processes import Processes
 
 
 class Vae(AutoencoderKL):
@@ -41,6 +42,8 @@ class Texts:
     def __init__(self, pooled: bool = False, seed: int = 0) -> None:
         torch.manual_seed(seed)
         self.net = nn.Linear(1, 6)
+        for value in self.net.parameters():  # integers: the same to the bit in any batch
+            value.data.mul_(16).round_()
         self.pooled = pooled
         self.encoded: list[str] = []
 
@@ -215,7 +218,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
     def fails(*_: object) -> None:
         raise OSError("killed")
 
-    monkeypatch.setattr(latent_cache, "flush", fails)
+    monkeypatch.setattr(files, "flush", fails)
     with pytest.raises(OSError, match="killed"):
         latent_cache._write(tmp_path / "a.safetensors", {"latents": torch.zeros(3)})
     assert list(tmp_path.iterdir()) == []

@@ -16,14 +16,14 @@ from torch import Tensor
 
 import diffusion_fast as df
 from diffusion_fast.files import CheckpointError
-from diffusion_fast.training import P2, Batches, Checkpoints, ImportanceSampler, Trainer, state
+from diffusion_fast.training import P2, Batches, Checkpoints, ImportanceSampler, Trainer
 
 HERE = Path(__file__).parent
 VALIDATION = 4  # calls of the model, after every fifth step
 
 
 def everything(trainer: Trainer) -> dict[str, Tensor]:
-    groups, rest = state.collect(trainer)
+    groups, rest = trainer.state()
     tensors = {f"{g}/{n}": v for g, values in groups.items() for n, v in values.items()}
     counts = [rest["step"], rest["batches"], rest["ema_updates"]]
     return {name: v.clone() for name, v in tensors.items()} | {"counts": torch.tensor(counts)}

@@ -114,7 +114,7 @@ import sys, time
 sys.path.insert(0, "examples")
 import digits
 start = time.perf_counter()
-digits.train(digits.load_digits()[0], 100, 64, 1000, digits.Clock(60))
+digits.train(digits.load_digits()[0], 30, 64, 1000, digits.Clock(60))
 print(time.perf_counter() - start)
 """
 

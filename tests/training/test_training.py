@@ -202,7 +202,8 @@ def test_warm_up_and_cosine() -> None:
     trainer = Trainer(
         Tiny(), loader(), SCHEDULE, learning_rate=1.0, warmup_steps=4, decay="cosine", read_every=1
     )
-    trainer.fit(20, on_read=lambda p: rates.append(trainer.optimizer.param_groups[0]["lr"]))
+    trainer.optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+    trainer.fit(20)
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert all(a > b for a, b in itertools.pairwise(rates[3:]))
     assert rates[-1] == pytest.approx(0.0)
