@@ -7,6 +7,7 @@ neither nvcc nor torch is needed, and kernels are built on first use.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -24,8 +25,14 @@ def cuda_build() -> dict[str, Any]:
     import torch
     from torch.utils import cpp_extension
 
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    from diffusion_fast.ops import extension
+    root = Path(__file__).resolve().parent
+    sys.path.insert(0, str(root))
+    # Which has this name only once it is installed.
+    where = importlib.util.spec_from_file_location(
+        "diffusion_fast.kernels", root / "kernels" / "__init__.py"
+    )
+    sys.modules["diffusion_fast.kernels"] = importlib.util.module_from_spec(where)
+    from diffusion_fast.ops.cuda import build as extension
 
     tools = extension.toolchain()
     if isinstance(tools, str):

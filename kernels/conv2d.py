@@ -6,11 +6,13 @@ Layout: any strides, in and out; fast where x, x2, the weight and y are channels
 import torch
 
 from . import launch, matmul
+from .layout import format_of
 
 
 def conv2d(x, weight, bias, stride, padding, x2, add, residual, packed):
     """y [B, O, H', W'], channels_last if x is or the weight is, else contiguous."""
-    last = any(map(_channels_last, (x, weight)))
+    form = format_of(x, weight)
+    last = form == torch.channels_last
     left, right, top, bottom = padding
     (batch, channels, height, width), (columns, _, rows, window) = x.shape, weight.shape
     out_height = (height + top + bottom - rows) // stride + 1
@@ -19,11 +21,11 @@ def conv2d(x, weight, bias, stride, padding, x2, add, residual, packed):
         (batch, columns, out_height, out_width),
         dtype=x.dtype,
         device=x.device,
-        memory_format=torch.channels_last if last else torch.contiguous_format,
+        memory_format=form,
     )
     if not y.numel():
         return y
-    if packed is not None:
+    if packed:
         weight = packed[0]
     if residual is not None:
         residual = launch.laid_out_like(residual, y)
@@ -51,10 +53,3 @@ def conv2d(x, weight, bias, stride, padding, x2, add, residual, packed):
     )
     matmul.run("conv2d", p)
     return y
-
-
-def _channels_last(value):
-    """As PyTorch sees it: where one channel or one pixel fits both layouts, strides decide."""
-    if value.shape[1:].numel() == 1 or not value.is_contiguous(memory_format=torch.channels_last):
-        return False
-    return value.stride(1) == 1 and value.stride(3) == value.shape[1]

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from . import launch, statistics, tuning
+from .layout import format_of
 
 # Elements that a program keeps in registers, after padding to powers of two.
 SLAB = 32768
@@ -315,10 +316,8 @@ def _table(value):
 
 def result_like(x, channels=None):
     """An empty [B, channels, ...] in the layout of a result: channels_last stays channels_last."""
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
     shape = (x.shape[0], channels or x.shape[1], *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=format_of(x))
 
 
 def reduce_statistics(p, q, config, device):

@@ -19,7 +19,11 @@ import triton
 import triton.language as tl
 
 from . import launch, philox, statistics
+from .columns import COLUMNS as NAMES
 
+(
+    A, B, CLIP, C_X, C_0, C_1, C_2, C_Y, C_M, S_Z, D_X, D_0, D_1, D_2, D_Y, GUIDANCE, RESCALE
+) = (tl.constexpr(i) for i in range(len(NAMES)))  # fmt: skip
 BLOCK = 1024
 PARTS = 16  # of an image, whose statistics are made apart
 
@@ -68,7 +72,6 @@ def _deviations(
     space,
     part_size,
     COLUMNS: tl.constexpr,
-    GUIDANCE: tl.constexpr,
     PARTS: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -193,10 +196,10 @@ def _sampler_step(
     else:
         step = tl.load(step_ptr)
 
-    g = _row(table_ptr, step_ptr, guidance, COLUMNS, 15, DTYPE)
+    g = _row(table_ptr, step_ptr, guidance, COLUMNS, GUIDANCE, DTYPE)
     m, _ = _guided(m_ptr, m_strides, image, batch, c, s, valid, g, DTYPE, HALVES)
     if parts_ptr is not None:
-        rescale = _row(table_ptr, step_ptr, rescale, COLUMNS, 16, DTYPE)
+        rescale = _row(table_ptr, step_ptr, rescale, COLUMNS, RESCALE, DTYPE)
         m = m * _factor(parts_ptr, image, rescale, PARTS)
     if peak_ptr is not None:
         _write_peak(peak_ptr, step, m, valid, DTYPE)
@@ -211,33 +214,33 @@ def _sampler_step(
     # Below, an element may be written by another thread than the one that has read it.
     tl.debug_barrier()
 
-    x0 = _term(_row(table_ptr, step_ptr, a, COLUMNS, 0, DTYPE), x)
-    x0 += _term(_row(table_ptr, step_ptr, b, COLUMNS, 1, DTYPE), m)
+    x0 = _term(_row(table_ptr, step_ptr, a, COLUMNS, A, DTYPE), x)
+    x0 += _term(_row(table_ptr, step_ptr, b, COLUMNS, B, DTYPE), m)
     # Comparisons with NaN are false: it passes through, as in torch.clamp.
-    limit = _row(table_ptr, step_ptr, clip, COLUMNS, 2, DTYPE)
+    limit = _row(table_ptr, step_ptr, clip, COLUMNS, CLIP, DTYPE)
     x0 = tl.where(x0 > limit, limit, x0)
     x0 = tl.where(x0 < -limit, -limit, x0)
 
-    x_next = _term(_row(table_ptr, step_ptr, c_x, COLUMNS, 3, DTYPE), x)
-    x_next += _term(_row(table_ptr, step_ptr, c_0, COLUMNS, 4, DTYPE), x0)
-    y_next = _term(_row(table_ptr, step_ptr, d_x, COLUMNS, 10, DTYPE), x)
-    y_next += _term(_row(table_ptr, step_ptr, d_0, COLUMNS, 11, DTYPE), x0)
+    x_next = _term(_row(table_ptr, step_ptr, c_x, COLUMNS, C_X, DTYPE), x)
+    x_next += _term(_row(table_ptr, step_ptr, c_0, COLUMNS, C_0, DTYPE), x0)
+    y_next = _term(_row(table_ptr, step_ptr, d_x, COLUMNS, D_X, DTYPE), x)
+    y_next += _term(_row(table_ptr, step_ptr, d_0, COLUMNS, D_0, DTYPE), x0)
     if h1_ptr is not None:
-        x_next += _term(_row(table_ptr, step_ptr, c_1, COLUMNS, 5, DTYPE), h1)
-        y_next += _term(_row(table_ptr, step_ptr, d_1, COLUMNS, 12, DTYPE), h1)
+        x_next += _term(_row(table_ptr, step_ptr, c_1, COLUMNS, C_1, DTYPE), h1)
+        y_next += _term(_row(table_ptr, step_ptr, d_1, COLUMNS, D_1, DTYPE), h1)
     if h2_ptr is not None:
-        x_next += _term(_row(table_ptr, step_ptr, c_2, COLUMNS, 6, DTYPE), h2)
-        y_next += _term(_row(table_ptr, step_ptr, d_2, COLUMNS, 13, DTYPE), h2)
+        x_next += _term(_row(table_ptr, step_ptr, c_2, COLUMNS, C_2, DTYPE), h2)
+        y_next += _term(_row(table_ptr, step_ptr, d_2, COLUMNS, D_2, DTYPE), h2)
         if h1_ptr is not None:
             tl.store(h2_ptr + here, h1, mask=valid)
     if h1_ptr is not None:
         tl.store(h1_ptr + here, x0, mask=valid)
     if y_ptr is not None:
-        x_next += _term(_row(table_ptr, step_ptr, c_y, COLUMNS, 7, DTYPE), y)
-        y_next += _term(_row(table_ptr, step_ptr, d_y, COLUMNS, 14, DTYPE), y)
+        x_next += _term(_row(table_ptr, step_ptr, c_y, COLUMNS, C_Y, DTYPE), y)
+        y_next += _term(_row(table_ptr, step_ptr, d_y, COLUMNS, D_Y, DTYPE), y)
         tl.store(y_ptr + here, y_next, mask=valid)
-    x_next += _term(_row(table_ptr, step_ptr, c_m, COLUMNS, 8, DTYPE), m)
-    amount = _row(table_ptr, step_ptr, s_z, COLUMNS, 9, DTYPE)
+    x_next += _term(_row(table_ptr, step_ptr, c_m, COLUMNS, C_M, DTYPE), m)
+    amount = _row(table_ptr, step_ptr, s_z, COLUMNS, S_Z, DTYPE)
     if NOISE == "memory":
         z_ptr += step * noise_stride
         z = tl.load(z_ptr + here, mask=valid & ((amount == 0.0) == 0), other=0.0).to(DTYPE)
@@ -269,29 +272,33 @@ def sampler_step(
     peak=None,
     stream=None,
     rescale=True,
+    row=(),
+    index=0,
+    scratch=(),
 ):
-    """In place. ``table`` and ``step`` are tensors on the device, or rows of floats and an int."""
+    """In place, by row ``step`` of ``table``, both on the device, or by ``row``, floats."""
     if not x.numel():
         return
     batch, channels, device = x.shape[0], x.shape[1] if x.dim() > 1 else 1, x.device
     space = x.numel() // (batch * channels)
-    on_host = isinstance(step, int)
-    row = table[step] if on_host else (0.0,) * 17
-    dtype = {"DTYPE": launch.accumulator(x.dtype), "COLUMNS": len(row), "PARTS": PARTS}
-    pick = (None, None) if on_host else (table, step)
+    on_host = table is None
+    numbers = dict(zip(NAMES, row if on_host else (0.0,) * len(NAMES), strict=True))
+    dtype = {"DTYPE": launch.accumulator(x.dtype), "COLUMNS": len(NAMES), "PARTS": PARTS}
+    pick = table, step
     if launch.image_strides(_image(model_output)) is None:
         model_output = model_output.contiguous()
     output = model_output, launch.image_strides(_image(model_output))
     halves = model_output.shape[0] // batch
 
     parts = None
-    if halves == 2 and (row[16] != 0 if on_host else rescale):
+    if halves == 2 and (numbers["rescale"] != 0 if on_host else rescale):
         parts = torch.empty(batch, PARTS, 2, 3, dtype=x.dtype, device=device)
         part_size = triton.cdiv(triton.cdiv(channels * space, PARTS), BLOCK) * BLOCK
         grid = (batch * PARTS,)
         sizes = batch, channels, space, part_size
-        options = {**dtype, "GUIDANCE": 15, "BLOCK": BLOCK, "device": device}
-        launch.launch(_deviations, grid, parts, *output, *pick, row[15], *sizes, **options)
+        options = {**dtype, "BLOCK": BLOCK, "device": device}
+        guidance = numbers["guidance"]
+        launch.launch(_deviations, grid, parts, *output, *pick, guidance, *sizes, **options)
 
     noise_stride = noise.stride(0) if noise is not None and noise.dim() > x.dim() else 0
     source = (None, 0, 0, False) if stream is None else philox.arguments(stream)
@@ -313,8 +320,8 @@ def sampler_step(
         noise_stride,
         *source[:3],
         *pick,
-        step if on_host else 0,
-        *row,
+        index,
+        *numbers.values(),
         batch,
         channels,
         space,

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import statistics
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ import torch
 import triton
 
 from . import launch
+from .cache import cache_folder
 
 Config = TypeVar("Config")
 
@@ -67,9 +67,9 @@ def choose(
     return configs[best]
 
 
-def known(kernel: str, shape_class: tuple[object, ...], device: torch.device) -> bool:
-    """Whether :func:`choose` has a result for this class of shapes and need not measure."""
-    return _lookup(cache_file(device), f"{kernel} {shape_class}") is not None
+def known(kernel: str, shape_class: tuple[object, ...], device: torch.device) -> str | None:
+    """The repr of what :func:`choose` found for this class of shapes; None: it must measure."""
+    return _lookup(cache_file(device), f"{kernel} {shape_class}")
 
 
 def _measure(
@@ -98,19 +98,6 @@ def _measure(
                 stop.synchronize()
                 taken.append(start.elapsed_time(stop))
     return [statistics.median(taken) for taken in times]
-
-
-def cache_folder() -> Path:
-    """``$DIFFUSION_FAST_CACHE``, or ``diffusion_fast`` in the platform's cache folder."""
-    if own := os.environ.get("DIFFUSION_FAST_CACHE"):
-        return Path(own)
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return base / "diffusion_fast"
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from diffusion_fast.ops import extension
+from diffusion_fast.ops.cuda import build as extension
 
 
 def needs_nvcc(test: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from benchmarks.gpu import rows, runner, small_calls  # noqa: E402
 from benchmarks.gpu.identity import identity  # noqa: E402
 from benchmarks.gpu.parts import all_parts  # noqa: E402
 from benchmarks.gpu.runner import Part, Record, State, run, table  # noqa: E402
-from diffusion_fast.ops import backend  # noqa: E402
+from diffusion_fast.ops.dispatch import known_ops  # noqa: E402
 
 # Writes where its child is, and waits for ever; the child too.
 HANGS = """
@@ -339,7 +339,7 @@ def test_benchmarks_of_all_ops(tmp_path: Path) -> None:
     parts = [part for part in with_module("pytest") if part.name.startswith("ops-")]
     files = [next(word for word in part.command if word.endswith(".py")) for part in parts]
     assert all((ROOT / file).is_file() for file in files)
-    known = {op.removesuffix("_backward").removesuffix("_philox") for op in backend.known_ops}
+    known = {op.removesuffix("_backward").removesuffix("_philox") for op in known_ops}
     assert {Path(file).stem.removeprefix("bench_") for file in files} == known
 
 

@@ -18,7 +18,7 @@ import torch
 
 import diffusion_fast
 from diffusion_fast import hardware, kernels
-from diffusion_fast.ops import extension
+from diffusion_fast.ops.cuda import build as extension
 
 GPU = torch.cuda.is_available()
 PACKAGE = Path(diffusion_fast.__file__).parent

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diffusion_fast import ops
-from diffusion_fast.ops.backend import known_ops
+from diffusion_fast.ops.dispatch import known_ops
 
 from ..lib.environment import GPU, energy_joules, state_of_gpu, synchronize
 from ..lib.timing import percentiles

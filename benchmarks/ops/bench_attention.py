@@ -26,9 +26,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion_fast import ops
-from diffusion_fast.ops import attention_cuda
 from diffusion_fast.ops.attention import reference
-from diffusion_fast.ops.backend import BackendError, use_backend
+from diffusion_fast.ops.cuda import attention as attention_cuda
+from diffusion_fast.ops.cuda import build
+from diffusion_fast.ops.dispatch import BackendError, use_backend
 
 from ..lib.environment import GPU, environment
 from ..lib.timing import percentiles
@@ -83,8 +84,9 @@ def _ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 SMALLEST_HOPPER_CALL = """
 import torch
-from diffusion_fast.ops import attention_cuda, extension
-assert extension.load(64) is None
+from diffusion_fast.ops.cuda import attention as attention_cuda
+from diffusion_fast.ops.cuda import build as extension
+assert not extension.load(64)
 x = torch.randn(1, 64, 1, 64, device="cuda").bfloat16()
 attention_cuda.forward(x, x, x, 0.125, None, None, False, kernel=3)
 torch.cuda.synchronize()
@@ -106,9 +108,12 @@ def _hopper_fails() -> str | None:
 
 def _hopper(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The kernel that is never chosen by itself (csrc/README.md); forward only."""
-    refused = attention_cuda.unsupported(q, k, v, 1.0, None, None, False) or _hopper_fails()
-    if refused is not None:
-        raise BackendError(refused)
+    kernels = attention_cuda.FORWARD
+    refused = kernels.machine() or kernels.supports(q, k, v, 1.0, None)
+    refused = refused or build.load(q.shape[-1])
+    why = "; ".join(refused) or _hopper_fails()
+    if why:
+        raise BackendError(why)
     if torch.is_grad_enabled() and q.requires_grad:
         raise NotImplementedError("a forward kernel: the backward pass is that of 'ours'")
     scale = q.shape[-1] ** -0.5

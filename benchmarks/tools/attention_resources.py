@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 
-from diffusion_fast.ops import extension
-from diffusion_fast.ops.extension import HEAD_DIMS
+from diffusion_fast.ops.cuda import build as extension
+from diffusion_fast.ops.cuda.build import HEAD_DIMS
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "compile" / "attention.csv"

@@ -168,7 +168,7 @@ def _latent_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]
             "sampler_step",
             f"{model} 1x4x{side}x{side} host row",
             lambda x=x, m=both, p=peak, row=row: sampler_step.sampler_step(
-                x, m, {3: row}, 3, x, x, x, x, m, p
+                x, m, None, None, x, x, x, x, m, p, row=row, index=3
             ),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from ..ops.backend import Choice
+from ..ops import Choice
 
 
 def doctor() -> None:

@@ -2,8 +2,8 @@
 
 from .add_noise import add_noise
 from .attention import attention
-from .backend import BackendError, Choice, explain, use_backend
 from .conv2d import conv2d
+from .dispatch import BackendError, Choice, checks, explain, use_backend
 from .geglu import geglu
 from .group_norm_silu import group_norm_silu
 from .layer_norm import layer_norm
@@ -21,6 +21,7 @@ __all__ = [
     "Philox",
     "add_noise",
     "attention",
+    "checks",
     "conv2d",
     "explain",
     "geglu",

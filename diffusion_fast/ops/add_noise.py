@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import autocast, checks, triton_backend
 from . import philox as _philox
-from .op import Op
+from .dispatch import Op, autocast, checks, triton
 from .philox import Philox
 
 TARGETS = ("epsilon", "v_prediction", "sample")
@@ -48,31 +48,53 @@ def add_noise(
             (On a GPU the values of ``t`` are not read on the host: they stay the caller's duty.)
     """
     checks.one_of("target", target, TARGETS)
-    if autocast.enabled(x_0):
-        (x_0, noise), _ = autocast.promoted(x_0, noise)
+    rest = t, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod
+    if isinstance(noise, Philox):
+        x_t, drawn = _PHILOX(x_0, noise.state, *rest, target)
+        return x_t, x_0 if target == "sample" else drawn
+    x_t, v = _OP(x_0, noise, *rest, target == "v_prediction")
+    return x_t, {"epsilon": noise, "sample": x_0, "v_prediction": v}[target]
+
+
+def _check(x_0: Any, noise: Any, t: Any, signal: Any, sigma: Any, velocity: Any) -> None:
+    _check_data(x_0)
+    checks.like("noise", noise, "x_0", x_0)
+    _check_times(x_0, t, signal, sigma)
+
+
+def _check_data(x_0: Any) -> None:
     checks.floating("x_0", x_0)
     if x_0.dim() < 1:
         checks.fail("x_0", "shape [B, ...]", list(x_0.shape))
-    if isinstance(noise, Philox):
-        _philox.check_device("noise", noise, x_0)
-    else:
-        checks.like("noise", noise, "x_0", x_0)
-    for name, table in (
-        ("sqrt_alphas_cumprod", sqrt_alphas_cumprod),
-        ("sqrt_one_minus_alphas_cumprod", sqrt_one_minus_alphas_cumprod),
-    ):
+
+
+def _check_times(x_0: Tensor, t: Any, signal: Any, sigma: Any) -> None:
+    names = "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"
+    for name, table in zip(names, (signal, sigma), strict=True):
         checks.floating(name, table)
-        checks.shape(name, table, (sqrt_alphas_cumprod.numel(),), "[T]")
+        checks.shape(name, table, (signal.numel(),), "[T]")
         checks.same_device(name, table, "x_0", x_0)
-    checks.timesteps("t", t, x_0.shape[0], sqrt_alphas_cumprod.numel())
+    checks.tensor("t", t)
+    if t.dtype != torch.int64:
+        checks.fail("t", "dtype torch.int64", t.dtype)
+    checks.shape("t", t, (len(x_0),), "[B]")
     checks.same_device("t", t, "x_0", x_0)
-    if isinstance(noise, Philox):
-        tables = (sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod)
-        x_t, drawn = _PHILOX(x_0, noise.state, t, *tables, target)
-        return x_t, x_0 if target == "sample" else drawn
-    velocity = target == "v_prediction"
-    x_t, v = _OP(x_0, noise, t, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, velocity)
-    return x_t, {"epsilon": noise, "sample": x_0, "v_prediction": v}[target]
+
+
+def _check_philox(x_0: Any, state: Tensor, t: Any, signal: Any, sigma: Any, target: Any) -> None:
+    _check_data(x_0)
+    _philox.check_device("noise", state, x_0)
+    _check_times(x_0, t, signal, sigma)
+
+
+def _check_values(x_0: Any, noise: Any, t: Tensor, signal: Tensor, *_: Any) -> None:
+    count = signal.numel()
+    checks.values_between("t", t, 0, count - 1, f"[0, {count})")
+
+
+def _under_autocast(x_0: Tensor, noise: Tensor, *rest: Any) -> autocast.Policy:
+    both, _ = autocast.promoted(x_0, noise)
+    return (*both, *rest), None
 
 
 def _coefficients(x: Tensor, t: Tensor, signal: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,28 +137,29 @@ def philox_reference(
 
 _OP = Op(
     "add_noise",
-    "(Tensor x_0, Tensor noise, Tensor t, Tensor signal, Tensor sigma, bool velocity)"
-    " -> (Tensor, Tensor)",
     reference,
     lambda x_0, noise, t, signal, sigma, velocity: (
         x_0 * 1 + noise,
         x_0 * 1 + noise if velocity else x_0.new_empty(0),
     ),
+    public=add_noise,
+    check=_check,
+    values=_check_values,
+    policy=_under_autocast,
 )
 _PHILOX = Op(
     "add_noise_philox",
-    "(Tensor x_0, Tensor state, Tensor t, Tensor signal, Tensor sigma, str target)"
-    " -> (Tensor, Tensor)",
     philox_reference,
     lambda x_0, state, t, signal, sigma, target: (
         torch.empty_like(x_0),
         x_0.new_empty(0) if target == "sample" else torch.empty_like(x_0),
     ),
+    public=add_noise,
+    check=_check_philox,
+    values=_check_values,
 )
 _BACKWARD = Op(
     "add_noise_backward",
-    "(Tensor grad_x_t, Tensor grad_v, Tensor t, Tensor signal, Tensor sigma, bool velocity)"
-    " -> (Tensor, Tensor)",
     reference_backward,
     lambda grad_x_t, *_: (grad_x_t * 1, grad_x_t * 1),
 )
@@ -168,5 +191,12 @@ def _philox_backward(ctx: Any, grad_x_t: Tensor, grad_target: Tensor) -> tuple[T
 
 _PHILOX.autograd(_setup_philox_context, _philox_backward)
 
+
+def _kernels() -> ModuleType:
+    from ..kernels import add_noise
+
+    return add_noise
+
+
 for _op in (_OP, _PHILOX, _BACKWARD):
-    triton_backend.add(_op, "add_noise")
+    triton.add(_op, _kernels)

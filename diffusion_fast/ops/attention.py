@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import attention_cuda, attention_onednn, autocast, backend, checks, onednn
-from .op import Op
+from . import attention_onednn, onednn
+from .cuda import attention as attention_cuda
+from .dispatch import Backend, Op, autocast, checks
 
 
 def attention(
@@ -45,23 +46,31 @@ def attention(
         ValueError: shapes, dtypes or devices that don't match, no keys, a head dim of 0, lengths
             out of range (values are read on the host for CPU tensors only).
     """
-    if autocast.enabled(q):
-        q, k, v, bias = autocast.cast(q.device, q, k, v, bias)
-    _check(q, k, v, bias, key_lengths)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else checks.finite("scale", scale)
-    if not q.numel():
-        return q.clone(memory_format=torch.contiguous_format)  # empty, and still differentiable
-    differentiable = backend.needs_gradient(q, k, v, bias)
-    # Native code is differentiated by autograd itself, everything else needs the log-sum-exp.
-    save_lse = differentiable and (
-        torch.compiler.is_compiling()
-        or not _OP.choose(q, k, v, scale, bias, key_lengths, False).native
-    )
-    out, _ = _OP(q, k, v, scale, bias, key_lengths, save_lse)
+    if scale is None and isinstance(q, Tensor) and q.dim():
+        scale = 1 / math.sqrt(q.shape[-1] or 1)
+    out, _ = _OP(q, k, v, scale, bias, key_lengths, False)
     return out
 
 
-def _check(q: Any, k: Any, v: Any, bias: Any, key_lengths: Any) -> None:
+def _recorded(q: Any, k: Any, v: Any, scale: Any, bias: Any, key_lengths: Any, _: bool) -> Any:
+    """The registered gradient needs the log-sum-exp."""
+    return q, k, v, scale, bias, key_lengths, True
+
+
+def _cast(q: Tensor, k: Any, v: Any, scale: Any, bias: Any, *rest: Any) -> autocast.Policy:
+    q, k, v, bias = autocast.cast(q.device, q, k, v, bias)
+    return (q, k, v, scale, bias, *rest), None
+
+
+def _check_values(
+    q: Tensor, k: Tensor, v: Tensor, scale: Any, bias: Any, key_lengths: Any, _: bool
+) -> None:
+    if key_lengths is not None:
+        keys = k.shape[1]
+        checks.values_between("key_lengths", key_lengths, 1, keys, f"[1, {keys}]")
+
+
+def _check(q: Any, k: Any, v: Any, scale: Any, bias: Any, key_lengths: Any, save_lse: bool) -> None:
     for name, value in (("q", q), ("k", k), ("v", v)):
         checks.floating(name, value)
         if value.dim() != 4:
@@ -79,6 +88,7 @@ def _check(q: Any, k: Any, v: Any, bias: Any, key_lengths: Any) -> None:
             "k", f"shape [B or 1, Sk, H, D] = [{batch} or 1, Sk, {heads}, {dim}]", list(k.shape)
         )
     checks.shape("v", v, k.shape, "of k")
+    checks.finite("scale", scale)
     if bias is not None:
         checks.floating("bias", bias)
         checks.same_device("bias", bias, "q", q)
@@ -98,7 +108,6 @@ def _check(q: Any, k: Any, v: Any, bias: Any, key_lengths: Any) -> None:
             checks.fail("key_lengths", "dtype torch.int32 or torch.int64", key_lengths.dtype)
         checks.shape("key_lengths", key_lengths, (batch,), "[B]")
         checks.same_device("key_lengths", key_lengths, "q", q)
-        checks.values_between("key_lengths", key_lengths, 1, keys, f"[1, {keys}]")
 
 
 def _mask(
@@ -245,43 +254,31 @@ def _fake_backward(
     )
 
 
-def _sdpa_unsupported(
+def _sdpa_supports(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, *_: Any
-) -> str | None:
+) -> list[str]:
     if bias is not None and bias.dtype != q.dtype:
-        return f"the bias is {bias.dtype} and SDPA would round it to {q.dtype}"
-    return None
+        return [f"the bias is {bias.dtype} and SDPA would round it to {q.dtype}"]
+    return []
 
 
 _OP = Op(
     "attention",
-    "(Tensor q, Tensor k, Tensor v, float scale, Tensor? bias, Tensor? key_lengths, bool save_lse)"
-    " -> (Tensor, Tensor)",
     reference,
     _fake,
+    public=attention,
+    check=_check,
+    values=_check_values,
+    policy=_cast,
+    recorded=_recorded,
 )
-_OP.add("sdpa", sdpa, unsupported=_sdpa_unsupported, native=True, composite=True)
+_BACKWARD = Op("attention_backward", reference_backward, _fake_backward)
+_OP.add(Backend("sdpa", lambda: sdpa, supports=_sdpa_supports, composite=True))
 _OP.add(
-    "onednn",
-    attention_onednn.forward,
-    onednn.unavailable,
-    attention_onednn.unsupported,
-    native=True,
+    Backend("onednn", lambda: attention_onednn.forward, onednn.machine, attention_onednn.supports)
 )
-_OP.add("cuda", attention_cuda.forward, attention_cuda.unavailable, attention_cuda.unsupported)
-_BACKWARD = Op(
-    "attention_backward",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, Tensor? bias,"
-    " Tensor? key_lengths) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference_backward,
-    _fake_backward,
-)
-_BACKWARD.add(
-    "cuda",
-    attention_cuda.backward,
-    attention_cuda.unavailable,
-    attention_cuda.unsupported_backward,
-)
+_OP.add(attention_cuda.FORWARD)
+_BACKWARD.add(attention_cuda.BACKWARD)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

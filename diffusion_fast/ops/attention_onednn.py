@@ -16,7 +16,7 @@ LONG, LARGE = 256, 2**23
 _SCORES = 2**20  # of a block: 4 MB
 
 
-def unsupported(
+def supports(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -24,15 +24,15 @@ def unsupported(
     bias: Tensor | None,
     key_lengths: Tensor | None,
     save_lse: bool,
-) -> str | None:
-    """Why this call is not for oneDNN; None if it is."""
+) -> list[str]:
+    """Why this call is not for oneDNN; empty if it is."""
     if q.dtype != torch.float32:
-        return f"{q.dtype}, and scores must not be rounded to less than float32"
+        return [f"{q.dtype}, and scores must not be rounded to less than float32"]
     if q.shape[1] < LONG or q.shape[1] * k.shape[1] * q.shape[3] < LARGE:
-        return f"fewer than {LONG} queries, or {LARGE:,} multiply-adds per head"
+        return [f"fewer than {LONG} queries, or {LARGE:,} multiply-adds per head"]
     if bias is not None or save_lse:
-        return "it adds no bias and keeps no log-sum-exp"
-    return onednn.unsupported(q, k, v)
+        return ["it adds no bias and keeps no log-sum-exp"]
+    return onednn.takes(q, k, v)
 
 
 def forward(

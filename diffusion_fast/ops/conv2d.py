@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import autocast, checks, onednn, triton_backend
-from .op import Op
+from ..kernels.layout import channels_last, format_of
+from . import onednn
+from .dispatch import Backend, Op, autocast, checks, needs_gradient, triton
 
 Padding = int | tuple[int, int, int, int]
 
@@ -50,8 +51,8 @@ def conv2d(
         ValueError: shapes, dtypes or devices that don't match, a stride below 1, a negative
             padding, or an image smaller than the window.
     """
-    stride, pads = checks.positive_int("stride", stride), pads_of(padding)
-    return _OP(x, weight, bias, stride, pads, x2, add, residual, packed)
+    pads = padding if isinstance(padding, (list, tuple)) else (padding,) * 4
+    return _OP(x, weight, bias, stride, pads, x2, add, residual, packed or ())
 
 
 def _cast(
@@ -67,14 +68,16 @@ def _cast(
 ) -> autocast.Policy:
     own = weight.dtype
     x, weight, bias, x2, add, residual = autocast.cast(x.device, x, weight, bias, x2, add, residual)
-    packed = packed if weight.dtype == own else None  # it holds the weight as it was
+    packed = packed if weight.dtype == own else ()  # it holds the weight as it was
     return (x, weight, bias, stride, pads, x2, add, residual, packed), None
 
 
 def pads_of(padding: Any) -> list[int]:
     """[left, right, top, bottom], as F.pad counts them."""
+    pads = list(padding) if isinstance(padding, (list, tuple)) else [padding] * 4
+    if len(pads) == 4 and all(type(pad) is int and pad >= 0 for pad in pads):
+        return pads
     expected = "an integer of at least 0, or four of them"
-    pads = padding if isinstance(padding, (list, tuple)) else [padding] * 4
     if len(pads) != 4:
         checks.fail("padding", expected, padding)
     return [checks.whole("padding", pad, expected) for pad in pads]
@@ -95,6 +98,8 @@ def _check(
     checks.tensor("weight", weight)
     if x.dim() != 4:
         checks.fail("x", "shape [B, C, H, W]", list(x.shape))
+    checks.positive_int("stride", stride)
+    pads_of(pads)
     for name, value in (
         ("weight", weight),
         ("bias", bias),
@@ -103,9 +108,7 @@ def _check(
         ("residual", residual),
     ):
         if value is not None:
-            checks.tensor(name, value)
-            checks.same_dtype(name, value, "x", x)
-            checks.same_device(name, value, "x", x)
+            checks.beside(name, value, x)
     batch, channels, height, width = x.shape
     if x2 is not None:
         if x2.dim() != 4:
@@ -138,24 +141,6 @@ def _output_size(
     )
 
 
-def _channels_last(value: Tensor) -> bool:
-    """As PyTorch sees it: where one channel or one pixel fits both layouts, strides decide."""
-    if checks.transformed():  # then a tensor won't say, and nobody sees the layout
-        return False
-    # Size.numel() would make a compiler take the sizes for constants.
-    if math.prod(value.shape[1:]) == 1 or not value.is_contiguous(
-        memory_format=torch.channels_last
-    ):
-        return False
-    return value.stride(1) == 1 and value.stride(3) == value.shape[1]
-
-
-def layout(x: Tensor, weight: Tensor) -> torch.memory_format:
-    """The layout of the result."""
-    last = _channels_last(x) or _channels_last(weight)
-    return torch.channels_last if last else torch.contiguous_format
-
-
 def _joined(x: Tensor, x2: Tensor | None, pads: Sequence[int]) -> tuple[Tensor, list[int]]:
     """Both sources as one tensor, and the padding [top, left] that is the same on both sides.
 
@@ -178,10 +163,12 @@ def reference(
     x2: Tensor | None,
     add: Tensor | None,
     residual: Tensor | None,
-    packed: Sequence[Tensor] | None = None,
+    packed: Sequence[Tensor],
 ) -> Tensor:
-    form = layout(x, weight)
+    form = format_of(x, weight)
     both, pads = _joined(x, x2, padding)
+    if packed and packed[0].layout == torch.strided and not needs_gradient(weight):
+        weight = packed[0]  # as cuDNN reads it
     y = F.conv2d(both, weight, bias, stride, pads)
     if add is not None:
         y = y + add[..., None, None]
@@ -194,23 +181,22 @@ def _fake(
     x: Tensor, weight: Tensor, bias: Any, stride: int, padding: Sequence[int], *_: Any
 ) -> Tensor:
     size = _output_size(x, weight, stride, padding)
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout(x, weight))
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=format_of(x, weight))
 
 
 _OP = Op(
     "conv2d",
-    "(Tensor x, Tensor weight, Tensor? bias, int stride, int[] padding, Tensor? x2, Tensor? add,"
-    " Tensor? residual, Tensor[]? packed) -> Tensor",
     reference,
     _fake,
-    _check,
-    _cast,
+    public=conv2d,
+    check=_check,
+    policy=_cast,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, _, ctx.stride, ctx.padding, x2, _, _, packed = inputs
-    ctx.no_packed = None if packed is None else [None] * len(packed)
+    ctx.no_packed = [None] * len(packed)
     ctx.save_for_backward(x, weight, x2)
 
 
@@ -267,13 +253,13 @@ def _onednn(
     x2: Tensor | None,
     add: Tensor | None,
     residual: Tensor | None,
-    packed: Sequence[Tensor] | None = None,
+    packed: Sequence[Tensor],
 ) -> Tensor:
-    form = layout(x, weight)
+    form = format_of(x, weight)
     both, pads = _joined(x, x2, padding)
     if residual is not None:
         residual = residual.contiguous(memory_format=form)
-    if packed is not None:
+    if packed:
         both = both.contiguous(memory_format=form)
         y = onednn.conv2d(both, packed[0], bias, stride, pads, residual)
     elif _pointwise(weight, stride, padding):
@@ -306,12 +292,12 @@ def _windows(
     x = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))
     for dim, size in enumerate(weight.shape[2:], 1):
         x = x.unfold(dim, size, stride)  # at last [B, H', W', C, kh, kw]
-    if _channels_last(weight):
+    if channels_last(weight):
         x, weight = x.permute(0, 1, 2, 4, 5, 3), weight.permute(0, 2, 3, 1)
     return x.flatten(3), weight.flatten(1)
 
 
-def _onednn_unsupported(
+def _onednn_supports(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -320,19 +306,24 @@ def _onednn_unsupported(
     x2: Tensor | None,
     add: Tensor | None,
     residual: Tensor | None,
-    packed: Sequence[Tensor] | None = None,
-) -> str | None:
+    packed: Sequence[Tensor],
+) -> list[str]:
     batch, _, height, width = _output_size(x, weight, stride, padding)
-    if packed is None and batch * height * width * weight.numel() < onednn.SMALL:
-        return onednn.TOO_SMALL
-    if packed is None and residual is None:
-        last = layout(x, weight) == torch.channels_last
+    if not packed and batch * height * width * weight.numel() < onednn.SMALL:
+        return [onednn.TOO_SMALL]
+    if not packed and residual is None:
+        last = format_of(x, weight) == torch.channels_last
         pointwise = last and _pointwise(weight, stride, padding)
         if not pointwise and not _few_pixels(x, weight, stride, padding):
-            return "F.conv2d is oneDNN's own, and there is no packed weight and no residual"
-    return onednn.unsupported(x, weight, bias, x2, add, residual)
+            return ["F.conv2d is oneDNN's own, and there is no packed weight and no residual"]
+    return onednn.takes(x, weight, bias, x2, add, residual)
 
 
-_OP.add("onednn", _onednn, onednn.unavailable, _onednn_unsupported, native=True)
+def _kernels() -> ModuleType:
+    from ..kernels import conv2d
 
-triton_backend.add(_OP, "conv2d", measured=True)
+    return conv2d
+
+
+_OP.add(Backend("onednn", lambda: _onednn, onednn.machine, _onednn_supports))
+triton.add(_OP, _kernels, measured=True)

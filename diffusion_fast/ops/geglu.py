@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import checks, triton_backend
-from .op import Op
+from .dispatch import Op, checks, triton
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -49,14 +49,13 @@ def reference_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 _OP = Op(
     "geglu",
-    "(Tensor x) -> Tensor",
     reference,
     lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
-    _check,
+    public=geglu,
+    check=_check,
 )
 _BACKWARD = Op(
     "geglu_backward",
-    "(Tensor grad, Tensor x) -> Tensor",
     reference_backward,
     lambda grad, x: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
@@ -73,5 +72,11 @@ def _backward(ctx: Any, grad: Tensor) -> Tensor:
 _OP.autograd(_setup_context, _backward)
 
 
+def _kernels() -> ModuleType:
+    from ..kernels import geglu
+
+    return geglu
+
+
 for _op in (_OP, _BACKWARD):
-    triton_backend.add(_op, "geglu")
+    triton.add(_op, _kernels)

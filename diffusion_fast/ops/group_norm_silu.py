@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import autocast, checks, norm_checks, triton_backend
-from .op import Op
+from ..kernels.layout import format_of
+from .dispatch import Op, autocast, checks, triton
 
 
 def group_norm_silu(
@@ -53,8 +54,6 @@ def group_norm_silu(
     Raises:
         ValueError: shapes, dtypes or devices that don't match, or groups that don't divide C.
     """
-    num_groups = checks.positive_int("num_groups", num_groups)
-    eps = checks.not_negative("eps", eps)
     return _OP(x, num_groups, weight, bias, eps, silu, add, scale, shift, x2, row)
 
 
@@ -78,10 +77,10 @@ def _under_autocast(
 
 def _check(
     x: Any,
-    num_groups: int,
+    num_groups: Any,
     weight: Any,
     bias: Any,
-    eps: float,
+    eps: Any,
     silu: Any,
     add: Any,
     scale: Any,
@@ -97,19 +96,34 @@ def _check(
         checks.tensor("x2", x2)
         if x2.dim() != x.dim():
             checks.fail("x2", f"{x.dim()} dimensions, as x has", x2.dim())
-        norm_checks.beside("x2", x2, (batch, x2.shape[1], *x.shape[2:]), "[B, C2, ...]", x)
+        checks.beside("x2", x2, x, (batch, x2.shape[1], *x.shape[2:]), "[B, C2, ...]")
         channels += x2.shape[1]
+    checks.positive_int("num_groups", num_groups)
+    checks.not_negative("eps", eps)
     if channels % num_groups:
         checks.fail("num_groups", f"a divisor of the {channels} channels of x", num_groups)
-    norm_checks.beside("weight", weight, (channels,), "[C]", x)
-    norm_checks.beside("bias", bias, (channels,), "[C]", x)
+    checks.beside("weight", weight, x, (channels,), "[C]")
+    checks.beside("bias", bias, x, (channels,), "[C]")
     if row is not None:
-        norm_checks.row("row", row, x)
+        checks.tensor("row", row)
+        if row.dtype != torch.int64:
+            checks.fail("row", "dtype torch.int64", row.dtype)
+        checks.shape("row", row, (1,), "[1]")
+        checks.same_device("row", row, "x", x)
     for name, value in (("add", add), ("scale", scale), ("shift", shift)):
         if value is not None and row is None:
-            norm_checks.beside(name, value, (batch, channels), "[B, C]", x)
+            checks.beside(name, value, x, (batch, channels), "[B, C]")
         elif value is not None:
-            norm_checks.table(name, value, batch, channels, x)
+            _check_table(name, value, batch, channels, x)
+
+
+def _check_table(name: str, value: Any, images: int, channels: int, x: Tensor) -> None:
+    checks.tensor(name, value)
+    if value.dim() != 3 or value.shape[1] not in (1, images) or value.shape[2] != channels:
+        expected = f"shape [R, B or 1, C] with B, C = {[images, channels]}"
+        checks.fail(name, expected, list(value.shape))
+    checks.same_device(name, value, "x", x)
+    checks.same_dtype(name, value, "x", x)
 
 
 def _per_channel(value: Tensor, x: Tensor) -> Tensor:
@@ -120,15 +134,6 @@ def _per_channel(value: Tensor, x: Tensor) -> Tensor:
 def _picked(row: Tensor, *tables: Tensor | None) -> list[Tensor | None]:
     """[B or 1, C] of each table."""
     return [None if table is None else table.index_select(0, row)[0] for table in tables]
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    """The layout of the result: channels_last stays, everything else becomes contiguous."""
-    if checks.transformed():  # then a tensor won't say, and nobody sees the layout
-        return torch.contiguous_format
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
 
 
 def reference(
@@ -144,7 +149,7 @@ def reference(
     x2: Tensor | None = None,
     row: Tensor | None = None,
 ) -> Tensor:
-    layout = _layout(x)
+    layout = format_of(x)
     if row is not None:
         add, scale, shift = _picked(row, add, scale, shift)
     if x2 is not None:
@@ -156,8 +161,8 @@ def reference(
         x = x * (1 + _per_channel(scale, x))
     if shift is not None:
         x = x + _per_channel(shift, x)
-    if silu:  # autograd would keep the SiLU's input
-        x = F.silu(x, inplace=not (x.requires_grad or checks.transformed()))
+    if silu:
+        x = F.silu(x, inplace=not x.requires_grad)  # autograd would keep the SiLU's input
     return x.contiguous(memory_format=layout)
 
 
@@ -171,18 +176,17 @@ def _normalized(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float
         return torch.group_norm(x.contiguous(), groups, weight, bias, eps)
     space = tuple(range(2, x.dim()))
 
-    def of_group(value: Tensor) -> Tensor:
-        """The mean of [B, C, ...] over each group, at each of its channels [B, C, 1, ...]."""
-        channels = value.mean(space, keepdim=True)
-        grouped = channels.reshape(len(x), groups, -1)
-        return grouped.mean(2, keepdim=True).expand_as(grouped).reshape(channels.shape)
+    def of_groups(*values: Tensor) -> Tensor:
+        """Means of each [B, C, ...] over its groups, at each of their channels: [N, B, C, 1...]."""
+        channels = torch.stack([value.mean(space, keepdim=True) for value in values])
+        grouped = channels.reshape(len(values), len(x), groups, -1)
+        return grouped.mean(3, keepdim=True).expand_as(grouped).reshape(channels.shape)
 
     compute = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(compute)
-    deviation = wide - of_group(wide)
-    rest = of_group(deviation)  # what the mean's own rounding has left
-    variance = (of_group(deviation.square()) - rest.square()).clamp_min(0)
-    rstd = (variance + eps).rsqrt()
+    deviation = wide - of_groups(wide)[0]
+    rest, square = of_groups(deviation, deviation.square())  # rest: the mean's own rounding
+    rstd = ((square - rest.square()).clamp_min(0) + eps).rsqrt()
     w, b = (value.to(compute).view(-1, *(1,) * len(space)) for value in (weight, bias))
     return torch.addcmul(b - rest * rstd * w, deviation, rstd * w).to(x.dtype)
 
@@ -204,8 +208,8 @@ def reference_backward(
 
     With u = (x + add - mean) * rstd and p = u * weight + bias, z = p * (1 + scale) + shift.
     """
-    dtype, layout = x.dtype, _layout(x)
-    first, layout2 = x.shape[1], None if x2 is None else _layout(x2)
+    dtype, layout = x.dtype, format_of(x)
+    first, layout2 = x.shape[1], None if x2 is None else format_of(x2)
     if x2 is not None:
         x = torch.cat((x, x2), 1)
     compute = torch.promote_types(dtype, torch.float32)
@@ -245,7 +249,7 @@ def reference_backward(
 
 def _like(x: Tensor, channels: int) -> Tensor:
     shape = (x.shape[0], channels, *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=format_of(x))
 
 
 def _fake(x: Tensor, num_groups: int, weight: Tensor, *_: Any) -> Tensor:
@@ -273,24 +277,15 @@ def _fake_backward(
     return _like(x, x.shape[1]), x.new_empty(weight.shape), x.new_empty(bias.shape), *optional, dx2
 
 
-_SCHEMA = (
-    "Tensor x, int num_groups, Tensor weight, Tensor bias, float eps, bool silu,"
-    " Tensor? add, Tensor? scale, Tensor? shift, Tensor? x2=None"
-)
 _OP = Op(
     "group_norm_silu",
-    f"({_SCHEMA}, Tensor? row=None) -> Tensor",
     reference,
     _fake,
-    _check,
-    _under_autocast,
+    public=group_norm_silu,
+    check=_check,
+    policy=_under_autocast,
 )
-_BACKWARD = Op(
-    "group_norm_silu_backward",
-    f"(Tensor grad, {_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference_backward,
-    _fake_backward,
-)
+_BACKWARD = Op("group_norm_silu_backward", reference_backward, _fake_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -323,16 +318,23 @@ def _unpicked(gradient: Tensor, table: Tensor, row: Tensor | None) -> Tensor:
 _OP.autograd(_setup_context, _backward)
 
 
-def _kernel_unsupported(
-    *args: Any,
-) -> str | None:
+def _kernels() -> ModuleType:
+    from ..kernels import group_norm_silu
+
+    return group_norm_silu
+
+
+def _backward_kernels() -> ModuleType:
+    from ..kernels import group_norm_silu_backward
+
+    return group_norm_silu_backward
+
+
+def _group_fits(x: Tensor, num_groups: int, weight: Tensor, *_: Any) -> list[str]:
     """A group's channels are one block of a kernel, whose size is bounded."""
-    weight, num_groups = next(
-        (args[i + 1], args[i]) for i, value in enumerate(args) if isinstance(value, int)
-    )
     width = weight.shape[0] // num_groups
-    return f"{width} channels in a group, more than 8192" if width > 8192 else None
+    return [f"{width} channels in a group, more than 8192"] if width > 8192 else []
 
 
-triton_backend.add(_OP, "group_norm_silu", _kernel_unsupported)
-triton_backend.add(_BACKWARD, "group_norm_silu_backward", _kernel_unsupported)
+triton.add(_OP, _kernels, _group_fits)
+triton.add(_BACKWARD, _backward_kernels, lambda grad, *args: _group_fits(*args))

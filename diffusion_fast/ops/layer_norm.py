@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import autocast, checks, norm_checks, triton_backend
-from .op import Op
+from .dispatch import Op, autocast, checks, triton
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -28,7 +28,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     Raises:
         ValueError: shapes, dtypes or devices that don't match.
     """
-    return _OP(x, weight, bias, checks.not_negative("eps", eps))
+    return _OP(x, weight, bias, eps)
 
 
 def _under_autocast(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> autocast.Policy:
@@ -40,8 +40,9 @@ def _check(x: Any, weight: Any, bias: Any, eps: float) -> None:
     checks.floating("x", x)
     if x.dim() < 1:
         checks.fail("x", "shape [..., C]", list(x.shape))
-    norm_checks.beside("weight", weight, x.shape[-1:], "[C]", x)
-    norm_checks.beside("bias", bias, x.shape[-1:], "[C]", x)
+    checks.beside("weight", weight, x, x.shape[-1:], "[C]")
+    checks.beside("bias", bias, x, x.shape[-1:], "[C]")
+    checks.not_negative("eps", eps)
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -72,15 +73,14 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
 
 _OP = Op(
     "layer_norm",
-    "(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
     reference,
     _fake,
-    _check,
-    _under_autocast,
+    public=layer_norm,
+    check=_check,
+    policy=_under_autocast,
 )
 _BACKWARD = Op(
     "layer_norm_backward",
-    "(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
     reference_backward,
     lambda grad, x, weight, eps: (_fake(x), torch.empty_like(weight), torch.empty_like(weight)),
 )
@@ -98,11 +98,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _OP.autograd(_setup_context, _backward)
 
 
-def _kernel_unsupported(*args: Any) -> str | None:
-    """A row is one block of the kernel, whose size is bounded."""
-    columns = args[0].shape[-1]
-    return f"rows of {columns}, more than 16384" if columns > 16384 else None
+def _kernels() -> ModuleType:
+    from ..kernels import layer_norm
+
+    return layer_norm
+
+
+def rows_fit(x: Tensor, *_: Any) -> list[str]:
+    """Why the kernels can't hold a row of ``x`` [..., C], which is one block of theirs."""
+    return [f"rows of {x.shape[-1]}, more than 16384"] if x.shape[-1] > 16384 else []
 
 
 for _op in (_OP, _BACKWARD):
-    triton_backend.add(_op, "layer_norm", _kernel_unsupported)
+    triton.add(_op, _kernels, rows_fit)

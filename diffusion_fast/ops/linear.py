@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import autocast, checks, onednn, triton_backend
+from . import onednn
+from .dispatch import Backend, Op, autocast, checks, triton
 from .geglu import geglu as gate
 from .geglu import reference as _gated
 from .geglu import reference_backward as _gated_backward
-from .op import Op
 
 Norm = tuple[Tensor, Tensor, Tensor]
 NO_NORM = (None, None, None)
@@ -54,7 +55,7 @@ def linear(
     Raises:
         ValueError: shapes, dtypes or devices that don't match, or an odd N with ``geglu``.
     """
-    return _OP(x, weight, bias, residual, geglu, *(norm or NO_NORM), packed)
+    return _OP(x, weight, bias, residual, geglu, *(norm or NO_NORM), packed or ())
 
 
 def _cast(
@@ -63,7 +64,7 @@ def _cast(
     *norm, packed = norm_and_packed
     tensors = autocast.cast(x.device, x, weight, bias, residual)
     if tensors[1].dtype != weight.dtype:
-        packed = None  # it holds the weight as it was
+        packed = ()  # it holds the weight as it was
     return (*tensors, geglu, *norm, packed), None
 
 
@@ -88,16 +89,14 @@ def _check(
     values = (("weight", weight), ("bias", bias), ("residual", residual))
     for name, value in values:
         if value is not None:
-            checks.tensor(name, value)
-            checks.same_dtype(name, value, "x", x)
-            checks.same_device(name, value, "x", x)
+            checks.beside(name, value, x)
     if bias is not None and bias.shape != (out,):
         checks.shape("bias", bias, (out,), "[N]")
     if geglu and out % 2:
         checks.fail("weight", "an even number of rows with geglu", list(weight.shape))
     if residual is not None:
         checks.shape("residual", residual, (*x.shape[:-1], out // (2 if geglu else 1)), "[..., N]")
-    if packed is not None and len(packed) != 1 + geglu:
+    if packed and len(packed) != 1 + geglu:
         checks.fail("packed", f"{1 + geglu} tensors, packed with geglu={geglu}", len(packed))
     if mean is None:
         return
@@ -124,7 +123,7 @@ def reference(
     mean: Tensor | None,
     rstd: Tensor | None,
     sums: Tensor | None,
-    packed: Sequence[Tensor] | None = None,
+    packed: Sequence[Tensor],
 ) -> Tensor:
     if mean is None:
         y = F.linear(x, weight, bias)
@@ -149,18 +148,17 @@ def _fake(x: Tensor, weight: Tensor, bias: Any, residual: Any, geglu: bool, *_: 
 
 _OP = Op(
     "linear",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool geglu, Tensor? mean,"
-    " Tensor? rstd, Tensor? sums, Tensor[]? packed) -> Tensor",
     reference,
     _fake,
-    _check,
-    _cast,
+    public=linear,
+    check=_check,
+    policy=_cast,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, bias, _, ctx.geglu, mean, rstd, sums, packed = inputs
-    ctx.no_packed = None if packed is None else [None] * len(packed)
+    ctx.no_packed = [None] * len(packed)
     ctx.save_for_backward(x, weight, bias, mean, rstd, sums)
 
 
@@ -201,7 +199,7 @@ def _onednn(
     mean: Tensor | None,
     rstd: Tensor | None,
     sums: Tensor | None,
-    packed: Sequence[Tensor] | None = None,
+    packed: Sequence[Tensor],
 ) -> Tensor:
     if mean is not None:
         y = _normalized(onednn.linear(x, weight, None), bias, mean, rstd, sums)
@@ -217,7 +215,7 @@ def _onednn(
     return y if residual is None else y.add_(residual)
 
 
-def _onednn_unsupported(
+def _onednn_supports(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -226,20 +224,24 @@ def _onednn_unsupported(
     mean: Tensor | None,
     rstd: Tensor | None,
     sums: Tensor | None,
-    packed: Sequence[Tensor] | None = None,
-) -> str | None:
+    packed: Sequence[Tensor],
+) -> list[str]:
     if x.numel() * weight.shape[0] < onednn.SMALL:
-        return onednn.TOO_SMALL
+        return [onednn.TOO_SMALL]
     if mean is not None and mean.dtype != x.dtype:
-        return f"it would round the product to {x.dtype} before the mean is subtracted"
-    return onednn.unsupported(x, weight, bias, residual, mean, rstd, sums)
+        return [f"it would round the product to {x.dtype} before the mean is subtracted"]
+    return onednn.takes(x, weight, bias, residual, mean, rstd, sums)
 
 
-_OP.add("onednn", _onednn, onednn.unavailable, _onednn_unsupported, native=True)
+def _kernels() -> ModuleType:
+    from ..kernels import linear
+
+    return linear
 
 
-def _kernel_unsupported(x: Tensor, *_: Any) -> str | None:
-    return None if x.shape[-1] else "rows of nothing"
+def _has_columns(x: Tensor, *_: Any) -> list[str]:
+    return [] if x.shape[-1] else ["rows of nothing"]
 
 
-triton_backend.add(_OP, "linear", _kernel_unsupported, measured=True)
+_OP.add(Backend("onednn", lambda: _onednn, onednn.machine, _onednn_supports))
+triton.add(_OP, _kernels, _has_columns, measured=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backend
+from .dispatch import needs_gradient
 
 # Multiply-adds below which oneDNN's set-up costs more than its products save.
 SMALL = 2**21
@@ -23,17 +23,13 @@ _ONE = (1, 1)
 
 
 @functools.cache
-def _missing() -> str | None:
+def machine() -> list[str]:
+    """Why oneDNN can't run on this machine; empty if it can."""
     if not torch.backends.mkldnn.is_available():
-        return "this PyTorch was built without oneDNN"
+        return ["this PyTorch was built without oneDNN"]
     names = ("_linear_pointwise", "_convolution_pointwise", "_reorder_linear_weight")
-    absent = [name for name in names if not hasattr(torch.ops.mkldnn, name)]
-    return f"this PyTorch has no torch.ops.mkldnn.{absent[0]}" if absent else None
-
-
-def unavailable() -> str | None:
-    """Why oneDNN can't run on this machine; None if it can."""
-    return _missing()
+    absent = (name for name in names if not hasattr(torch.ops.mkldnn, name))
+    return [f"this PyTorch has no torch.ops.mkldnn.{name}" for name in absent]
 
 
 @functools.cache
@@ -50,11 +46,11 @@ def supports(x: Tensor) -> bool:
     return x.device.type == "cpu" and _supports(x.dtype)
 
 
-def unsupported(x: Tensor, *others: Tensor | None) -> str | None:
-    """Why oneDNN can't take these tensors, whatever the op."""
+def takes(x: Tensor, *others: Tensor | None) -> list[str]:
+    """Why oneDNN can't take these tensors, whatever the op; empty if it can."""
     if not supports(x):
-        return f"{x.dtype} on {x.device}"
-    return "a gradient is needed" if backend.needs_gradient(x, *others) else None
+        return [f"{x.dtype} on {x.device}"]
+    return ["a gradient is needed"] if needs_gradient(x, *others) else []
 
 
 def linear(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, onednn
+from . import onednn
 from .conv2d import Padding, pads_of
+from .dispatch import checks
 
 Packed = tuple[Tensor, ...]
 
@@ -74,4 +75,4 @@ def pack_conv2d(
 
 
 def _packs(weight: Tensor) -> bool:
-    return onednn.unavailable() is None and onednn.supports(weight)
+    return not onednn.machine() and onednn.supports(weight)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
+from .dispatch import checks
 
 _MASK = 0xFFFFFFFF
 
@@ -67,9 +67,9 @@ def _checked(seed: Any, offset: Any) -> list[int]:
     return [int(value) for _, value in words]
 
 
-def check_device(argument: str, philox: Philox, x: Tensor) -> None:
-    """The state lies on the CPU or on the device of x."""
-    device = philox.state.device
+def check_device(argument: str, state: Tensor, x: Tensor) -> None:
+    """A Philox's state lies on the CPU or on the device of x."""
+    device = state.device
     if device.type != "cpu" and device != x.device:
         checks.fail(argument, f"a Philox on the cpu or on {x.device}", device)
 

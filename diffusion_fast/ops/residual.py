@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import autocast, checks, triton_backend
-from .op import Op
+from .dispatch import Op, autocast, checks, triton
 
 
 def residual(
@@ -36,25 +36,19 @@ def residual(
         ValueError: shapes, dtypes or devices that don't match, a dimension that x doesn't have, or
             a scale that is not finite.
     """
+    return _OP(x, residual, bias, scale, dim)
+
+
+def _check(x: Any, residual: Any, bias: Any, scale: Any, dim: Any) -> None:
     checks.floating("x", x)
-    expected = f"a dimension of x {list(x.shape)}"
-    if bias is None:
-        dim = 0
-    elif checks.whole("dim", dim, expected, -x.dim()) >= x.dim():
-        checks.fail("dim", expected, dim)
-    else:
-        dim = int(dim) % x.dim()
-    return _OP(x, residual, bias, checks.finite("scale", scale), dim)
-
-
-def _check(x: Any, residual: Any, bias: Any, scale: float, dim: int) -> None:
+    checks.finite("scale", scale)
     if residual is not None:
         checks.like("residual", residual, "x", x)
     if bias is not None:
-        checks.tensor("bias", bias)
-        checks.shape("bias", bias, (x.shape[dim],), "[C]")
-        checks.same_dtype("bias", bias, "x", x)
-        checks.same_device("bias", bias, "x", x)
+        expected = f"a dimension of x {list(x.shape)}"
+        if checks.whole("dim", dim, expected, -x.dim()) >= x.dim():
+            checks.fail("dim", expected, dim)
+        checks.beside("bias", bias, x, (x.shape[dim],), "[C]")
 
 
 def reference(
@@ -62,7 +56,7 @@ def reference(
 ) -> Tensor:
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     if bias is not None:
-        y = y + bias.to(y.dtype).view(-1, *(1,) * (x.dim() - 1 - dim))
+        y = y + bias.to(y.dtype).view(-1, *(1,) * (x.dim() - 1 - dim % x.dim()))
     if residual is not None:
         y = y + residual
     y = y * scale
@@ -76,22 +70,22 @@ def reference_backward(
     dx = grad.to(torch.promote_types(grad.dtype, torch.float32)) * scale
     dbias = grad.new_empty(0)
     if with_bias:
-        dbias = dx.sum([d for d in range(grad.dim()) if d != dim]) if grad.dim() > 1 else dx
+        others = [d for d in range(grad.dim()) if d != dim % grad.dim()]
+        dbias = dx.sum(others) if others else dx
         dbias = dbias.to(grad.dtype, copy=True)
     return torch.empty_like(grad).copy_(dx), dbias
 
 
 _OP = Op(
     "residual",
-    "(Tensor x, Tensor? residual, Tensor? bias, float scale, int dim) -> Tensor",
     reference,
     lambda x, *_: torch.empty_like(x),
-    _check,
-    autocast.promoted,
+    public=residual,
+    check=_check,
+    policy=autocast.promoted,
 )
 _BACKWARD = Op(
     "residual_backward",
-    "(Tensor grad, float scale, int dim, bool with_bias) -> (Tensor, Tensor)",
     reference_backward,
     lambda grad, scale, dim, with_bias: (
         torch.empty_like(grad),
@@ -113,5 +107,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _OP.autograd(_setup_context, _backward)
 
+
+def _kernels() -> ModuleType:
+    from ..kernels import residual
+
+    return residual
+
+
 for _op in (_OP, _BACKWARD):
-    triton_backend.add(_op, "residual")
+    triton.add(_op, _kernels)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, triton_backend
-from .op import Op
+from .dispatch import Op, checks, triton
+from .layer_norm import rows_fit
 
 
 def row_statistics(x: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
@@ -27,13 +28,14 @@ def row_statistics(x: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: another dtype, no last dimension, or nothing in it.
     """
-    return _OP(x, checks.not_negative("eps", eps))
+    return _OP(x, eps)
 
 
 def _check(x: Any, eps: float) -> None:
     checks.floating("x", x)
     if x.dim() < 1 or not x.shape[-1]:
         checks.fail("x", "shape [..., C] with C of at least 1", list(x.shape))
+    checks.not_negative("eps", eps)
 
 
 def reference(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -49,7 +51,7 @@ def _fake(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[:-1], dtype=dtype), x.new_empty(x.shape[:-1], dtype=dtype)
 
 
-_OP = Op("row_statistics", "(Tensor x, float eps) -> (Tensor, Tensor)", reference, _fake, _check)
+_OP = Op("row_statistics", reference, _fake, public=row_statistics, check=_check)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -67,9 +69,10 @@ def _backward(ctx: Any, dmean: Tensor, drstd: Tensor) -> tuple[Tensor, None]:
 _OP.autograd(_setup_context, _backward)
 
 
-def _kernel_unsupported(x: Tensor, *_: Any) -> str | None:
-    """A row is one block of the kernel, whose size is bounded."""
-    return f"rows of {x.shape[-1]}, more than 16384" if x.shape[-1] > 16384 else None
+def _kernels() -> ModuleType:
+    from ..kernels import row_statistics
+
+    return row_statistics
 
 
-triton_backend.add(_OP, "row_statistics", _kernel_unsupported)
+triton.add(_OP, _kernels, rows_fit)

@@ -15,24 +15,20 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, triton_backend
+from ..kernels.columns import COLUMNS
 from . import philox as _philox
-from .op import Op
+from .dispatch import Op, checks, triton
 from .philox import Philox
 
-COLUMNS: tuple[str, ...] = (
-    *("a", "b", "clip"),
-    *("c_x", "c_0", "c_1", "c_2", "c_y", "c_m", "s"),
-    *("d_x", "d_0", "d_1", "d_2", "d_y"),
-    *("guidance", "rescale"),
-)
-
-Row = Sequence[float] | Sequence[Tensor]  # on the host; on the device, as 0-dim tensors
+Coefficients = Sequence[float] | Sequence[Tensor]  # on the host; on the device, as 0-dim tensors
 
 
 def sampler_step(
@@ -81,47 +77,79 @@ def sampler_step(
         ValueError: a shape, dtype or device that doesn't match, or a row that reads what is
             missing.
     """
+    rows = len(table)
+    noise, stream = (None, noise.state) if isinstance(noise, Philox) else (noise, None)
+    tensors = noise, y, h1, h2, model_input, peak, stream
+    if not isinstance(step, Tensor):
+        if not isinstance(step, numbers.Integral) or not 0 <= step < rows:
+            checks.fail("step", f"an index in [0, {rows})", step)
+        if isinstance(table, Tensor) and table.device.type != "cpu":
+            checks.fail("table", "a table on the host for an int step", table.device)
+        if not torch.compiler.is_compiling():
+            if isinstance(table, Tensor):
+                _check_table(table)
+            if peak is not None and len(peak) != rows:
+                checks.fail("peak", f"{x.dtype} [N] = [{rows}]", f"{peak.dtype} {list(peak.shape)}")
+            _check_noise_rows(noise, rows, x)
+            row = table[step].tolist() if isinstance(table, Tensor) else table[step]
+            more = rescale, row, int(step), scratch or ()
+            return _OP(x, model_output, None, None, *tensors, *more)
+        # In a trace the row would become a constant of the graph.
+        step = torch.full((1,), step, dtype=torch.int64, device=x.device)
+    if not isinstance(table, Tensor):
+        table = torch.tensor(table, dtype=torch.float64)
+    return _OP(x, model_output, table.to(x.device), step, *tensors, rescale, (), 0, ())
+
+
+def _check(
+    x: Any,
+    model_output: Any,
+    table: Any,
+    step: Any,
+    noise: Any,
+    y: Any,
+    h1: Any,
+    h2: Any,
+    model_input: Any,
+    peak: Any,
+    stream: Any,
+    rescale: bool,
+    row: Sequence[float],
+    index: int,
+    scratch: Sequence[Tensor],
+) -> None:
+    checks.tensor("x", x)
     if x.dtype not in (torch.float32, torch.float64):
         checks.fail("x", "dtype torch.float32 or torch.float64", x.dtype)
     _check_halves("model_output", model_output, x)
     if model_input is not None:
         _check_halves("model_input", model_input, x)
+    if stream is not None:
+        _philox.check_device("noise", stream, x)
     for name, value in (("y", y), ("h1", h1), ("h2", h2), ("noise", noise)):
-        if value is None or isinstance(value, Philox):
-            continue
-        if name == "noise" and value.dim() == x.dim() + 1:  # a table of noise
-            value = value[0]
-        if value.shape != x.shape or value.dtype != x.dtype or value.device != x.device:
-            checks.like(name, value, "x", x)
-    if not isinstance(table, list):
-        if table.shape[-1:] != (len(COLUMNS),) or table.dtype != torch.float64:
-            got = f"{table.dtype} {list(table.shape)}"
-            checks.fail("table", f"float64 [N, {len(COLUMNS)}]", got)
-        if isinstance(step, int) and table.device.type != "cpu":
-            checks.fail("table", "a table on the host for an int step", table.device)
-    if peak is not None and (len(peak) != len(table) or peak.dtype != x.dtype):
-        expected = f"{x.dtype} [N] = [{len(table)}]"
-        checks.fail("peak", expected, f"{peak.dtype} {list(peak.shape)}")
-    stream: Tensor | None = None
-    if isinstance(noise, Philox):
-        _philox.check_device("noise", noise, x)
-        stream, noise = noise.state, None
-    if isinstance(step, int):
-        if not 0 <= step < len(table):
-            checks.fail("step", f"an index in [0, {len(table)})", step)
-        if not torch.compiler.is_compiling():
-            call = (x, model_output, table, step, noise, y, h1, h2, model_input, peak, stream)
-            return _host_step(*call, scratch)
-        step = torch.full((1,), step, dtype=torch.int64, device=x.device)
-    elif step.dtype != torch.int64 or step.shape != (1,):
+        if value is not None:
+            checks.tensor(name, value)
+            of_rows = name == "noise" and value.dim() == x.dim() + 1
+            checks.like(name, value[0] if of_rows else value, "x", x)
+    if peak is not None and peak.dtype != x.dtype:
+        checks.fail("peak", f"{x.dtype} [N]", f"{peak.dtype} {list(peak.shape)}")
+    if table is None:
+        if len(row) != len(COLUMNS):
+            checks.fail("table", f"rows of {len(COLUMNS)} numbers", f"{len(row)} of them")
+        return
+    _check_table(table)
+    if step.dtype != torch.int64 or step.shape != (1,):
         checks.fail("step", "an int, or torch.int64 [1]", f"{step.dtype} {list(step.shape)}")
     checks.same_device("step", step, "x", x)
+    checks.same_device("table", table, "x", x)
     _check_noise_rows(noise, len(table), x)
-    if not isinstance(table, Tensor):
-        table = torch.tensor(table, dtype=torch.float64)
-    table = table.to(x.device)
-    _OP(x, model_output, table, step, noise, y, h1, h2, model_input, peak, stream, rescale)
-    return None
+    if peak is not None and len(peak) != len(table):
+        checks.fail("peak", f"{x.dtype} [N] = [{len(table)}]", list(peak.shape))
+
+
+def _check_table(table: Tensor) -> None:
+    if table.shape[-1:] != (len(COLUMNS),) or table.dtype != torch.float64:
+        checks.fail("table", f"float64 [N, {len(COLUMNS)}]", f"{table.dtype} {list(table.shape)}")
 
 
 def _check_noise_rows(noise: Tensor | None, rows: int, x: Tensor) -> None:
@@ -130,58 +158,37 @@ def _check_noise_rows(noise: Tensor | None, rows: int, x: Tensor) -> None:
         checks.fail("noise", f"a row for each of the table's {rows}", len(noise))
 
 
-def _check_halves(name: str, value: Tensor, x: Tensor) -> None:
+def _check_halves(name: str, value: Any, x: Tensor) -> None:
     """[B, ...] or, with both halves of guidance, [2B, ...], floating and beside ``x``."""
-    if value.shape != x.shape and (
-        value.shape[1:] != x.shape[1:] or len(value) not in (len(x), 2 * len(x))
-    ):
+    checks.floating(name, value)
+    if value.shape[1:] != x.shape[1:] or len(value) not in (len(x), 2 * len(x)):
         expected = f"shape {list(x.shape)} (or twice the batch, for both halves of guidance)"
         checks.fail(name, expected, list(value.shape))
-    if value.dtype != x.dtype:
-        checks.floating(name, value)
-    if value.device != x.device:
-        checks.same_device(name, value, "x", x)
+    checks.same_device(name, value, "x", x)
 
 
-def _host_step(
-    x: Tensor,
-    model_output: Tensor,
-    table: Tensor | list[list[float]],
-    step: int,
-    noise: Tensor | None,
-    y: Tensor | None,
-    h1: Tensor | None,
-    h2: Tensor | None,
-    model_input: Tensor | None,
-    peak: Tensor | None,
-    stream: Tensor | None,
-    scratch: Sequence[Tensor] | None,
-) -> None:
-    """The row's floats travel with the call: nothing is read from a device."""
-    row = table[step] if isinstance(table, list) else table[step].tolist()
-    args = (noise, y, h1, h2, model_input, peak, stream)
-    chosen = _OP.choose(x, model_output, [row], 0, *args)
-    _OP.last_ran = chosen.backend
-    if chosen.backend != "reference":
-        _check_reads(row, noise if stream is None else stream, y, h1, h2)
-        _check_noise_rows(noise, len(table), x)
-        return chosen.run(x, model_output, {step: row}, step, *args)
-    if row[COLUMNS.index("s")] == 0:
-        stream = None
-    z = _noise(x, step, noise, stream)
-    return _step(x, model_output, row, step, z, y, h1, h2, model_input, peak, scratch)
-
-
-def _check_reads(
+def _check_row(
+    x: Any,
+    model_output: Any,
+    table: Any,
+    step: Any,
+    noise: Any,
+    y: Any,
+    h1: Any,
+    h2: Any,
+    model_input: Any,
+    peak: Any,
+    stream: Any,
+    rescale: bool,
     row: Sequence[float],
-    noise: Tensor | None,
-    y: Tensor | None,
-    h1: Tensor | None,
-    h2: Tensor | None,
+    *_: Any,
 ) -> None:
-    """What the reference notices term by term: a row that reads a tensor which is not there."""
-    given = {"noise": (noise, "s"), "y": (y, "c_y"), "h1": (h1, "c_1"), "h2": (h2, "c_2")}
-    if y is not None:
+    """A row on the host must not read a tensor that is not there."""
+    if not row:
+        return
+    drawn = stream if noise is None else noise
+    given = {"noise": (drawn, "s"), "y": (y, "c_y"), "h1": (h1, "c_1"), "h2": (h2, "c_2")}
+    if y is not None:  # else y' is not computed
         given |= {"h1": (h1, "c_1 d_1"), "h2": (h2, "c_2 d_2")}
     for name, (value, columns) in given.items():
         if value is None and any(row[COLUMNS.index(column)] for column in columns.split()):
@@ -204,27 +211,38 @@ def _noise(
 def reference(
     x: Tensor,
     model_output: Tensor,
-    table: Tensor,
-    step: Tensor,
+    table: Tensor | None,
+    step: Tensor | None,
     noise: Tensor | None,
     y: Tensor | None,
     h1: Tensor | None,
     h2: Tensor | None,
     model_input: Tensor | None,
     peak: Tensor | None,
-    stream: Tensor | None = None,
-    rescale: bool = True,
+    stream: Tensor | None,
+    rescale: bool,
+    row: Sequence[float],
+    index: int,
+    scratch: Sequence[Tensor],
 ) -> None:
-    """The same step with the row picked on the device: coefficients stay tensors."""
-    row = table.index_select(0, step)[0].to(x.dtype).unbind()
-    z = _noise(x, step, noise, stream)
-    _step(x, model_output, row, step, z, y, h1, h2, model_input, peak, None)
+    """A step by a row of floats and its number, or by a row of ``table`` picked on the device.
+
+    On the device coefficients stay tensors; on the host nothing is read from a device.
+    """
+    at: int | Tensor = index
+    coefficients: Coefficients = row
+    if table is not None and step is not None:
+        at, coefficients = step, table.index_select(0, step)[0].to(x.dtype).unbind()
+    elif row[COLUMNS.index("s")] == 0:
+        stream = None
+    z = _noise(x, at, noise, stream)
+    _step(x, model_output, coefficients, at, z, y, h1, h2, model_input, peak, scratch)
 
 
 def _step(
     x: Tensor,
     model_output: Tensor,
-    row: Row,
+    row: Coefficients,
     step: int | Tensor,
     noise: Tensor | None,
     y: Tensor | None,
@@ -232,12 +250,12 @@ def _step(
     h2: Tensor | None,
     model_input: Tensor | None,
     peak: Tensor | None,
-    scratch: Sequence[Tensor] | None,
+    scratch: Sequence[Tensor],
 ) -> None:
     a, b, clip, c_x, c_0, c_1, c_2, c_y, c_m, s, d_x, d_0, d_1, d_2, d_y, g, rescale = row
     on_host = isinstance(step, int)
     accumulate: Callable[..., None] = _accumulate if on_host else _accumulate_on_device
-    if scratch is None:
+    if not scratch:
         scratch = x.new_empty((3, *x.shape)).unbind()
     m_buffer, x0, y_next = scratch
 
@@ -252,22 +270,16 @@ def _step(
             peak.index_copy_(0, step, torch.amax(x0)[None])
 
     if not on_host or c_0 or d_0 or h1 is not None:
-        accumulate(x0, ("x", a, x), ("model_output", b, m))
+        accumulate(x0, (a, x), (b, m))
         if isinstance(clip, Tensor):
             torch.clamp(x0, -clip, clip, out=x0)
         elif clip != math.inf:
             x0.clamp_(-clip, clip)
 
     if y is not None:
-        accumulate(
-            y_next, ("x", d_x, x), ("x0", d_0, x0), ("h1", d_1, h1), ("h2", d_2, h2), ("y", d_y, y)
-        )
+        accumulate(y_next, (d_x, x), (d_0, x0), (d_1, h1), (d_2, h2), (d_y, y))
     # x' takes the place of x, so the term that reads x comes first.
-    accumulate(
-        x,
-        *(("x", c_x, x), ("x0", c_0, x0), ("h1", c_1, h1), ("h2", c_2, h2)),
-        *(("y", c_y, y), ("model_output", c_m, m), ("noise", s, noise)),
-    )
+    accumulate(x, (c_x, x), (c_0, x0), (c_1, h1), (c_2, h2), (c_y, y), (c_m, m), (s, noise))
 
     if y is not None:
         y.copy_(y_next)
@@ -298,14 +310,12 @@ def _guided(
     return out
 
 
-def _accumulate(out: Tensor, *terms: tuple[str, float, Tensor | None]) -> None:
+def _accumulate(out: Tensor, *terms: tuple[float, Tensor]) -> None:
     """out = sum of coefficient * tensor. ``out`` itself may stand in the first term only."""
     empty = True
-    for name, coefficient, value in terms:
+    for coefficient, value in terms:
         if coefficient == 0:
             continue
-        if value is None:
-            checks.fail(name, "a tensor, because this row of the table reads it", None)
         if empty:
             torch.mul(value, coefficient, out=out)
             empty = False
@@ -315,14 +325,14 @@ def _accumulate(out: Tensor, *terms: tuple[str, float, Tensor | None]) -> None:
         out.zero_()
 
 
-def _accumulate_on_device(out: Tensor, *terms: tuple[str, Tensor, Tensor | None]) -> None:
+def _accumulate_on_device(out: Tensor, *terms: tuple[Tensor, Tensor | None]) -> None:
     """The same with coefficients that the host must not read: a zero hides its term.
 
     A tensor that is None is a promise of the caller's that no row reads it.
     """
     products = [
         torch.where(coefficient == 0, 0.0, coefficient * value.to(out.dtype))
-        for _, coefficient, value in terms
+        for coefficient, value in terms
         if value is not None
     ]
     out.copy_(products[0])
@@ -332,49 +342,54 @@ def _accumulate_on_device(out: Tensor, *terms: tuple[str, Tensor, Tensor | None]
 
 _OP = Op(
     "sampler_step",
-    "(Tensor(a!) x, Tensor model_output, Tensor table, Tensor step, Tensor? noise, Tensor(b!)? y,"
-    " Tensor(c!)? h1, Tensor(d!)? h2, Tensor(e!)? model_input, Tensor(f!)? peak,"
-    " Tensor? stream=None, bool rescale=True) -> ()",
     reference,
     lambda *_: None,
+    public=sampler_step,
+    check=_check,
+    values=_check_row,
+    mutates=("x", "y", "h1", "h2", "model_input", "peak"),
+    data=3,
 )
 
 
-def _kernel_unsupported(
+def _kernels() -> ModuleType:
+    from ..kernels import sampler_step
+
+    return sampler_step
+
+
+def _kernel_supports(
     x: Tensor,
     model_output: Tensor,
-    table: Tensor,
-    step: Tensor,
-    noise: Tensor | None = None,
-    y: Tensor | None = None,
-    h1: Tensor | None = None,
-    h2: Tensor | None = None,
-    model_input: Tensor | None = None,
-    peak: Tensor | None = None,
-    stream: Tensor | None = None,
-    rescale: bool = True,
-) -> str | None:
+    table: Tensor | None,
+    step: Tensor | None,
+    noise: Tensor | None,
+    y: Tensor | None,
+    h1: Tensor | None,
+    h2: Tensor | None,
+    model_input: Tensor | None,
+    peak: Tensor | None,
+    *_: Any,
+) -> list[str]:
     """The state is walked as memory lies, and changed in place: there is no copying it first."""
     if x.dtype not in (torch.float32, torch.float64):
-        return f"x is {x.dtype}, not float32 or float64"
+        return [f"x is {x.dtype}, not float32 or float64"]
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     if not (last or x.is_contiguous()):
-        return "x is neither contiguous nor channels_last"
+        return ["x is neither contiguous nor channels_last"]
     for name, value in (("noise", noise), ("y", y), ("h1", h1), ("h2", h2)):
         if value is not None:
             one = value[0] if value.dim() > x.dim() else value
             strides = zip(one.stride(), x.stride(), x.shape, strict=True)
             if any(a != b for a, b, n in strides if n > 1) or one.dtype != x.dtype:
-                return f"{name} has other strides or another dtype than x"
+                return [f"{name} has other strides or another dtype than x"]
     if model_input is not None and not _collapses(model_input):
-        return "the image dimensions of model_input are not one block of memory"
+        return ["the image dimensions of model_input are not one block of memory"]
     if peak is not None and not (
         peak.dtype == x.dtype and peak.device == x.device and peak.is_contiguous()
     ):
-        return "peak has another dtype or device than x, or gaps"
-    if x[0:1].numel() >= 2**31:
-        return "an image of 2^31 elements or more"
-    return None
+        return ["peak has another dtype or device than x, or gaps"]
+    return ["an image of 2^31 elements or more"] if x[0:1].numel() >= 2**31 else []
 
 
 def _collapses(value: Tensor) -> bool:
@@ -383,4 +398,4 @@ def _collapses(value: Tensor) -> bool:
     return all(outer == n * inner for (_, outer), (n, inner) in itertools.pairwise(space))
 
 
-triton_backend.add(_OP, "sampler_step", _kernel_unsupported)
+triton.add(_OP, _kernels, _kernel_supports)

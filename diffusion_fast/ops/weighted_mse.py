@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import autocast, checks, triton_backend
-from .op import Op
+from .dispatch import Op, autocast, checks, triton
 
 
 def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -80,15 +80,14 @@ def _fake(prediction: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
 
 _OP = Op(
     "weighted_mse",
-    "(Tensor prediction, Tensor target, Tensor? weight) -> Tensor",
     reference,
     _fake,
-    _check,
-    _under_autocast,
+    public=weighted_mse,
+    check=_check,
+    policy=_under_autocast,
 )
 _BACKWARD = Op(
     "weighted_mse_backward",
-    "(Tensor grad, Tensor prediction, Tensor target, Tensor? weight) -> (Tensor, Tensor, Tensor)",
     reference_backward,
     lambda grad, prediction, target, weight: (
         (prediction - target) * 1,
@@ -111,5 +110,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _OP.autograd(_setup_context, _backward)
 
 
+def _kernels() -> ModuleType:
+    from ..kernels import weighted_mse
+
+    return weighted_mse
+
+
 for _op in (_OP, _BACKWARD):
-    triton_backend.add(_op, "weighted_mse")
+    triton.add(_op, _kernels)

@@ -16,7 +16,7 @@ import triton
 from compilers import needs_nvcc
 
 from benchmarks.tools import attention_resources as resources
-from diffusion_fast.ops import extension
+from diffusion_fast.ops.cuda import build as extension
 
 # Spills that remain, and why. Empty: there are none.
 KNOWN_SPILLS: dict[tuple[str, str, int, int], str] = {}
@@ -126,7 +126,7 @@ def test_all_of_it_links_for_all_architectures(
     library = extension.build_library(extension.HEAD_DIMS, resources.ARCHITECTURES, jobs=2)
     code = (
         "import sys, torch\n"
-        "from diffusion_fast.ops import extension\n"
+        "from diffusion_fast.ops.cuda import build as extension\n"
         "torch.ops.load_library(sys.argv[1])\n"
         "for dim in extension.HEAD_DIMS:\n"
         "    getattr(torch.ops.diffusion_fast_cuda, f'attention_forward_{dim}').default\n"

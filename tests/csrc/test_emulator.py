@@ -10,7 +10,7 @@ import pytest
 import torch
 from compilers import needs_nvcc
 
-from diffusion_fast.ops import extension
+from diffusion_fast.ops.cuda import build as extension
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="needs a C++ compiler (g++)")
 

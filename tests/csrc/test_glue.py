@@ -8,8 +8,8 @@ import torch
 from numerics import assert_close
 from torch import Tensor
 
-from diffusion_fast.ops import attention_cuda
 from diffusion_fast.ops.attention import reference
+from diffusion_fast.ops.cuda import attention as attention_cuda
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="needs a C++ compiler (g++)")
 
@@ -103,17 +103,19 @@ def test_forward_and_backward(
         assert grads[3].numel() == 0
 
 
-def test_gradient_that_begins_at_an_odd_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dense, and yet the kernels can't read it in place."""
+def test_tensors_that_begin_at_odd_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense, and yet the kernels can't read them in place."""
     monkeypatch.setattr(attention_cuda, "_op", EmulatedOps(1))
     monkeypatch.setattr(attention_cuda, "_stream", lambda _: 0)
     q, k, v = (torch.randn(1, 20, 2, HEAD_DIM).half() for _ in range(3))
     dout = torch.randn(q.numel() + 1).half()[1:].view(q.shape)
     assert dout.is_contiguous()
+    odd = (torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape) for x in (q, k, v))
+    moved = attention_cuda.forward(*odd, 0.2, None, None, True)
     out, lse = attention_cuda.forward(q, k, v, 0.2, None, None, True)
     shifted = attention_cuda.backward(dout, q, k, v, out, lse, 0.2, None, None)
     aligned = attention_cuda.backward(dout.clone(), q, k, v, out, lse, 0.2, None, None)
-    for one, other in zip(shifted, aligned, strict=True):
+    for one, other in zip((*shifted, *moved), (*aligned, out, lse), strict=True):
         assert torch.equal(one, other)
 
 

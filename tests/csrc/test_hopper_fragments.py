@@ -14,7 +14,7 @@ import pytest
 import torch
 from compilers import needs_nvcc
 
-from diffusion_fast.ops import extension
+from diffusion_fast.ops.cuda import build as extension
 
 pytestmark = [
     pytest.mark.compiles,

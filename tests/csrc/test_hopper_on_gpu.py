@@ -18,8 +18,9 @@ import torch
 from numerics import assert_close
 from torch import Tensor
 
-from diffusion_fast.ops import attention_cuda, extension
 from diffusion_fast.ops.attention import reference
+from diffusion_fast.ops.cuda import attention as attention_cuda
+from diffusion_fast.ops.cuda import build as extension
 
 pytestmark = pytest.mark.gpu
 HOPPER = 3
@@ -54,8 +55,7 @@ def strided(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def run(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    why = extension.load(q.shape[-1])
-    assert why is None, why
+    assert not extension.load(q.shape[-1])
     scale = q.shape[-1] ** -0.5
     return attention_cuda.forward(q, k, v, scale, bias, lengths, True, HOPPER)
 
@@ -81,8 +81,9 @@ def check(
 def test_the_smallest_call_ends() -> None:
     code = """
 import torch
-from diffusion_fast.ops import attention_cuda, extension
-assert extension.load(64) is None
+from diffusion_fast.ops.cuda import attention as attention_cuda
+from diffusion_fast.ops.cuda import build as extension
+assert not extension.load(64)
 q, k, v = (torch.randn(1, 64, 1, 64, device="cuda").bfloat16() for _ in range(3))
 out, _ = attention_cuda.forward(q, k, v, 0.125, None, None, True, 3)
 torch.cuda.synchronize()

@@ -155,7 +155,7 @@ def test_auto_on_the_cpu_stays_with_the_reference() -> None:
     ops.add_noise(x, x, torch.zeros(2, dtype=torch.int64), one, one)
     choice = ops.explain("add_noise")
     assert choice.last_ran == "reference"
-    args = (x, x, torch.zeros(2, dtype=torch.int64), one, one, False)
+    args = (x, x, torch.zeros(2, dtype=torch.int64), one, one)
     assert ops.explain("add_noise", *args).rejected["triton"] == "the tensors are on the CPU"
 
 

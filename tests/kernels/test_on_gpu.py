@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffusion_fast import ops
 from diffusion_fast.kernels import tuning
-from diffusion_fast.ops import choice
+from diffusion_fast.ops.dispatch import measured
 from diffusion_fast.ops.sampler_step import COLUMNS
 
 pytestmark = pytest.mark.gpu
@@ -273,7 +273,7 @@ def test_products_repeat_and_replay_bit_for_bit(name: str, backend: str) -> None
 
 def test_the_faster_product_is_kept_on_disk() -> None:
     file = tuning.cache_file(torch.device("cuda", torch.cuda.current_device()))
-    for cache in (tuning._chosen, tuning._loaded, choice._answers):
+    for cache in (tuning._chosen, tuning._loaded, measured._answers):
         cache.clear()
     with torch.no_grad():
         products()["conv2d"]()

@@ -239,8 +239,9 @@ def test_operator() -> None:
     op = torch.ops.diffusion_fast.sampler_step.default
     checks = ("test_schema", "test_faketensor")  # the others need values that may run twice
     with ops.use_backend("triton"):
-        torch.library.opcheck(op, args, test_utils=checks)
-        torch.library.opcheck(op, (*args[:4], *[None] * 6), test_utils=checks)
+        rest = None, True, [], 0, []
+        torch.library.opcheck(op, (*args, *rest), test_utils=checks)
+        torch.library.opcheck(op, (*args[:4], *[None] * 6, *rest), test_utils=checks)
 
 
 @pytest.mark.parametrize("philox", [False, True])

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from diffusion_fast import ops
-from diffusion_fast.ops import triton_backend
-from diffusion_fast.ops.backend import known_ops
+from diffusion_fast.ops.dispatch import known_ops, triton
 
 BACKWARD = {f"{name}_backward" for name in known_ops} & set(known_ops)
 
@@ -20,18 +19,22 @@ BACKWARD = {f"{name}_backward" for name in known_ops} & set(known_ops)
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
     """The machine is asked once per process; these tests change its answers."""
-    triton_backend._interpreted.cache_clear()
-    triton_backend._machine.cache_clear()
+    triton._interpreted.cache_clear()
+    triton._machine.cache_clear()
+    for op in known_ops.values():
+        op.forget()
     yield
-    triton_backend._interpreted.cache_clear()
-    triton_backend._machine.cache_clear()
+    triton._interpreted.cache_clear()
+    triton._machine.cache_clear()
+    for op in known_ops.values():
+        op.forget()
 
 
 def test_every_op_but_attention_has_kernels_forward_and_backward() -> None:
     with_kernels = {
         name
         for name, op in known_ops.items()
-        if "triton" in {i.backend for i in op.implementations}
+        if "triton" in {backend.name for backend in op.backends}
     }
     assert with_kernels == {n for n in known_ops if not n.startswith("attention")}
     assert {n for n in BACKWARD if not n.startswith("attention")} <= with_kernels
@@ -79,4 +82,4 @@ def test_cpu_tensors_reach_a_kernel_only_by_name() -> None:
 
 def test_other_devices_are_refused() -> None:
     with ops.use_backend("triton"), pytest.raises(ops.BackendError, match="tensors are on meta"):
-        known_ops["geglu"].choose(torch.ones(2, 4, device="meta"))
+        ops.geglu(torch.ones(2, 4, device="meta"))

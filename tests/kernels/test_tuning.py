@@ -120,15 +120,3 @@ def test_nothing_is_measured_where_it_cannot_be(
     monkeypatch.setattr(launch, "INTERPRETED", True)
     assert choose() == "first"
     assert not measured
-
-
-def test_the_cache_folder_of_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("DIFFUSION_FAST_CACHE")
-    monkeypatch.setattr(tuning.sys, "platform", "linux")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert tuning.cache_folder() == Path("/somewhere/diffusion_fast")
-    monkeypatch.setattr(tuning.sys, "platform", "darwin")
-    assert tuning.cache_folder() == Path.home() / "Library" / "Caches" / "diffusion_fast"
-    monkeypatch.setattr(tuning.sys, "platform", "win32")
-    monkeypatch.setenv("LOCALAPPDATA", "/local")
-    assert tuning.cache_folder() == Path("/local/diffusion_fast")

@@ -14,9 +14,10 @@ from numerics import assert_close
 from torch import Tensor
 
 from diffusion_fast import ops
-from diffusion_fast.ops import attention_cuda, extension
 from diffusion_fast.ops.attention import reference
-from diffusion_fast.ops.backend import BackendError, explain, use_backend
+from diffusion_fast.ops.cuda import attention as attention_cuda
+from diffusion_fast.ops.cuda import build as extension
+from diffusion_fast.ops.dispatch import BackendError, explain, use_backend
 
 HALF = torch.float16
 
@@ -30,7 +31,7 @@ def tensors(
 
 
 def why(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, bias: Tensor | None = None) -> str:
-    return attention_cuda.unsupported(q, k, v, scale, bias, None, False) or ""
+    return "; ".join(attention_cuda.supports(q, k, v, scale, bias))
 
 
 # ---- what it takes and refuses: decided before any CUDA call
@@ -53,8 +54,13 @@ def test_refuses_layouts_the_kernels_cannot_read() -> None:
     assert "k is not contiguous in its last dim" in why(q, k.mT.contiguous().mT, v)
     odd = torch.randn(2, 5, 2, 41).to(HALF)[..., :40]
     assert "v has rows" in why(q, k, odd)
+
+
+def test_where_a_tensor_begins_does_not_matter() -> None:
+    """Only the launch sees addresses, and copies what begins at an odd one."""
+    _, k, v = tensors()
     shifted = torch.randn(2 * 8 * 2 * 40 + 1).to(HALF)[1:].view(2, 8, 2, 40)
-    assert "q has rows" in why(shifted, k, v)
+    assert "CUDA" in why(shifted, k, v)
 
 
 def test_refuses_nothing_and_too_much() -> None:
@@ -96,8 +102,7 @@ def test_refuses_a_bias_per_query() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_without_a_gpu_the_reason_is_told() -> None:
-    reason = attention_cuda.unavailable()
-    assert reason is not None
+    (reason,) = attention_cuda.machine()
     assert explain("attention").rejected["cuda"] == reason
     assert explain("attention_backward").rejected["cuda"] == reason
     with use_backend("cuda"), pytest.raises(BackendError, match=r"cuda.*can't run"):
@@ -105,7 +110,7 @@ def test_without_a_gpu_the_reason_is_told() -> None:
 
 
 class _Cuda:
-    """A machine with a GPU, as far as :func:`attention_cuda.unavailable` asks."""
+    """A machine with a GPU, as far as :func:`attention_cuda.machine` asks."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -116,14 +121,14 @@ class _Cuda:
     def unavailable(self) -> str:
         self.forget()
         try:
-            return attention_cuda.unavailable() or ""
+            return "; ".join(attention_cuda.machine())
         finally:
             self.forget()
 
     @staticmethod
     def forget() -> None:
-        attention_cuda._machine.cache_clear()
-        attention_cuda._gpu.cache_clear()
+        attention_cuda.machine.cache_clear()
+        attention_cuda.gpu.cache_clear()
 
 
 def test_old_gpus_and_missing_compilers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +150,6 @@ def test_of_two_gpus_the_newer_one_is_served(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
     monkeypatch.setattr(extension, "toolchain", lambda: extension.Toolchain("nvcc", "g++", ""))
-    monkeypatch.setattr(extension, "load", lambda _: None)
     # Which would allocate on them.
     monkeypatch.setattr("torch._subclasses.fake_tensor.init_gpu_context", lambda _: None)
     assert not machine.unavailable()
@@ -156,20 +160,21 @@ def test_of_two_gpus_the_newer_one_is_served(monkeypatch: pytest.MonkeyPatch) ->
     machine.forget()
 
 
+@pytest.mark.parametrize("error", [extension.BuildError, ImportError, OSError])
 def test_a_failed_build_is_a_reason_and_is_not_tried_again(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     tries = []
 
     def fail(*_: object) -> None:
         tries.append(1)
-        raise extension.BuildError("nvcc said no")
+        raise error("nvcc said no")
 
-    monkeypatch.setattr(extension, "_loaded", {})
+    monkeypatch.setattr(extension, "failures", {})
     monkeypatch.setattr(extension, "_library_for", fail)
     with pytest.warns(UserWarning, match="head dim 40: .*nvcc said no") as warned:
         reasons = [extension.load(40) for _ in range(2)]
-    assert all("nvcc said no" in (reason or "") for reason in reasons)
+    assert all("nvcc said no" in reason for (reason,) in reasons)
     assert len(tries) == len(warned) == 1
 
 

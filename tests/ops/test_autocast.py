@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion_fast import ops
-from diffusion_fast.ops import autocast
+from diffusion_fast.ops.dispatch import autocast
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32)

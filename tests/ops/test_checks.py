@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion_fast import ops
-from diffusion_fast.ops import checks
+from diffusion_fast.ops.dispatch import checks
 
 INTEGERS = (int, np.int8, np.int32, np.int64, np.uint16)
 FLOATS = (float, np.float16, np.float32, np.float64)

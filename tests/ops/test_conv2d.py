@@ -107,7 +107,7 @@ def operator(x: Tensor, weight: Tensor, stride: int, padding: Any, **more: Any) 
     """The registered operator, with its own gradient."""
     pads = [padding] * 4 if isinstance(padding, int) else list(padding)
     rest = (more.get(name) for name in ("x2", "add", "residual"))
-    return OP(x, weight, more.get("bias"), stride, pads, *rest, None)
+    return OP(x, weight, more.get("bias"), stride, pads, *rest, ())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -219,29 +219,45 @@ def test_onednn_at_any_shape(
     check_onednn(given, pack)
 
 
-def call(given: dict[str, Any], packed: Any = None) -> list[Any]:
+def call(given: dict[str, Any]) -> list[Any]:
+    """The registered operator's arguments."""
     pads = [given["padding"]] * 4
     rest = [given.get(name) for name in ("x2", "add", "residual")]
-    return [given["x"], given["weight"], given.get("bias"), given["stride"], pads, *rest, packed]
+    return [given["x"], given["weight"], given.get("bias"), given["stride"], pads, *rest, []]
 
 
 def test_which_backend_runs_and_why() -> None:
     given = arguments((), torch.float32, size=(2, 16, 16), channels=(32, 0, 64))
-    assert "F.conv2d is oneDNN" in ops.explain("conv2d", *call(given)).rejected["onednn"]
+    assert "F.conv2d is oneDNN" in ops.explain("conv2d", **given).rejected["onednn"]
     packed = ops.pack_conv2d(given["weight"], (2, 32, 16, 16), padding=1)
     ops.conv2d(**given, packed=packed)
     assert ops.explain("conv2d").last_ran == "onednn"
     given["weight"].requires_grad_()
-    why = ops.explain("conv2d", *call(given, packed))
+    why = ops.explain("conv2d", **given, packed=packed)
     assert (why.backend, why.rejected["onednn"]) == ("reference", "a gradient is needed")
     ops.conv2d(**given, packed=packed).sum().backward()
     assert ops.explain("conv2d").last_ran == "reference"
     tiny = arguments(("residual",), torch.float32)
-    assert "multiply-adds" in ops.explain("conv2d", *call(tiny)).rejected["onednn"]
+    assert "multiply-adds" in ops.explain("conv2d", **tiny).rejected["onednn"]
     pixels = arguments((), torch.float32, WINDOWS[1], (2, 32, 32), (64, 0, 64), "channels_last")
-    assert ops.explain("conv2d", *call(pixels)).backend == "onednn"
+    assert ops.explain("conv2d", **pixels).backend == "onednn"
     few = arguments((), torch.float32, size=(1, 4, 4), channels=(256, 0, 256))
-    assert ops.explain("conv2d", *call(few)).backend == "onednn"
+    assert ops.explain("conv2d", **few).backend == "onednn"
+
+
+def test_a_dense_packed_weight_is_the_weight() -> None:
+    """As cuDNN gets it on a GPU: laid out once, and not at each call."""
+    given = arguments((), torch.float32, size=(2, 5, 5), channels=(4, 0, 6))
+    packed = (given["weight"].contiguous(memory_format=torch.channels_last),)
+    twice = (2 * packed[0],)
+    with ops.use_backend("reference"):
+        result, doubled = (ops.conv2d(**given, packed=p) for p in (packed, twice))
+        assert_close(result, plain(**cast(given, torch.float64)), plain(**given))
+        without_bias = given | {"bias": None}
+        assert torch.equal(doubled - result, ops.conv2d(**without_bias, packed=packed))
+        given["weight"].requires_grad_()
+        ops.conv2d(**given, packed=twice).sum().backward()  # a gradient is that of the weight
+    assert given["weight"].grad is not None
 
 
 def test_follows_autocast_as_the_plain_function_does() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from compilers import needs_nvcc
 
-from diffusion_fast.ops import extension
+from diffusion_fast.ops.cuda import build as extension
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILDER = """
 import sys, time
 from pathlib import Path
-from diffusion_fast.ops.extension import build_once
+from diffusion_fast.ops.cuda.build import build_once
 
 target, log, seconds = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 
@@ -125,14 +125,6 @@ def test_cuda_home_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert extension.find_nvcc() == str(nvcc)
 
 
-def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("DIFFUSION_FAST_CACHE", str(tmp_path))
-    assert extension.cache_folder() == tmp_path
-    monkeypatch.delenv("DIFFUSION_FAST_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert "diffusion_fast" in str(extension.cache_folder())
-
-
 @pytest.mark.parametrize(
     "capability, name", [((8, 0), "80"), ((8, 6), "86"), ((9, 0), "90a"), ((12, 0), "120")]
 )
@@ -205,7 +197,7 @@ def in_new_process(code: str, *arguments: object) -> str:
 @needs_nvcc
 def test_library_loads_and_registers_its_ops(library: Path) -> None:
     code = """
-        from diffusion_fast.ops import extension
+        from diffusion_fast.ops.cuda import build as extension
         torch.ops.load_library(sys.argv[1])
         for name in ("forward", "backward", "splits"):
             op = getattr(torch.ops.diffusion_fast_cuda, f"attention_{name}_40").default
@@ -226,7 +218,7 @@ def test_library_for_other_gpus_is_replaced_and_a_driver_too_old_is_told(
     built = shutil.copy(library, tmp_path / "built.so")
     code = """
         from pathlib import Path
-        from diffusion_fast.ops import extension
+        from diffusion_fast.ops.cuda import build as extension
         extension.prebuilt = lambda: Path(sys.argv[1])
         extension.local_capabilities = lambda: [(9, 0)]
         extension.build_library = lambda head_dims, architectures: Path(sys.argv[2])
@@ -275,7 +267,7 @@ def test_info_module(
     pytest.importorskip("pybind11")
     monkeypatch.setenv("DIFFUSION_FAST_CACHE", str(tmp_path_factory.mktemp("info")))
     code = """
-        from diffusion_fast.ops import extension
+        from diffusion_fast.ops.cuda import build as extension
         info = extension.info()
         assert extension.info() is info
         print(info.build(sys.argv[1]))
@@ -319,7 +311,7 @@ def test_ahead_of_time_build(tmp_path: Path) -> None:
         import os
         os.chdir(sys.argv[1])
         sys.path.insert(0, sys.argv[1])
-        from diffusion_fast.ops import extension
+        from diffusion_fast.ops.cuda import build as extension
         made = extension.prebuilt()
         assert made.is_relative_to(sys.argv[1])
         torch.ops.load_library(str(made))

@@ -176,8 +176,9 @@ def test_operator() -> None:
     output = torch.randn(2 * SHAPE[0], *SHAPE[1:], dtype=torch.float64)
     args = [now["x"], output, table(**full_row()), torch.tensor([1])]
     args += [now[name] for name in STATE] + [torch.empty_like(output), torch.zeros(2).double()]
-    torch.library.opcheck(OP, tuple(args))
-    torch.library.opcheck(OP, (*args[:4], *[None] * 6))
+    rest = None, True, [], 0, []
+    torch.library.opcheck(OP, (*args, *rest))
+    torch.library.opcheck(OP, (*args[:4], *[None] * 6, *rest))
 
 
 @pytest.mark.parametrize(

@@ -267,8 +267,7 @@ def _surroundings(device: torch.device) -> Hashable:
     autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
     return (
         autocast,
-        ops.backend.overrides.everywhere,
-        tuple(sorted(ops.backend.overrides.per_op.items())),
+        ops.dispatch.backend.overrides,
         torch.get_float32_matmul_precision(),
         torch.backends.cudnn.allow_tf32,
         torch.are_deterministic_algorithms_enabled(),

@@ -27,6 +27,8 @@ from types import ModuleType
 
 import torch
 
+from ...kernels.cache import cache_folder
+
 HEAD_DIMS = (32, 40, 48, 64, 80, 96, 128, 160)
 OLDEST_CAPABILITY = (8, 0)
 EMBEDDED = ((8, 7), (10, 1))  # Jetson: not binary compatible with cards of the same generation
@@ -37,7 +39,7 @@ INSTALL_NVCC = (
     "install the CUDA toolkit (nvcc 12.0 or newer, matching the driver) and a C++17 compiler, and "
     "put nvcc on PATH or set CUDA_HOME"
 )
-_PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(__file__).resolve().parents[2]
 
 
 class BuildError(RuntimeError):
@@ -91,16 +93,6 @@ def toolchain() -> Toolchain | str:
     if not sources().is_dir():
         return f"the sources of the kernels are missing: {sources()}"
     return Toolchain(nvcc, cxx, version + cxx_version)
-
-
-def cache_folder() -> Path:
-    """$DIFFUSION_FAST_CACHE, or the user's cache folder."""
-    chosen = os.environ.get("DIFFUSION_FAST_CACHE")
-    if chosen:
-        return Path(chosen)
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("diffusion_fast"))
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -238,29 +230,29 @@ def _library_for(head_dim: int) -> Path:
     return build_library([head_dim], [architecture(capability) for capability in capabilities])
 
 
-_loaded: dict[int, str | None] = {}  # head dim -> None, or why it can't be loaded
+failures: dict[int, list[str]] = {}  # head dim -> why it can't be loaded; empty if it is
 _loading = threading.Lock()
 
 
-def load(head_dim: int) -> str | None:
+def load(head_dim: int) -> list[str]:
     """Makes the ops of one head dim known to torch, building them on first use.
 
     Returns:
-        None, or why it is impossible. The answer is remembered: a failed build is warned of once
-        and isn't tried again.
+        Why it is impossible; empty if it is done. The answer is remembered: a failed build is
+        warned of once and isn't tried again.
     """
     with _loading:
-        if head_dim not in _loaded:
+        if head_dim not in failures:
             try:
                 torch.ops.load_library(str(_library_for(head_dim)))
                 _probe(head_dim)
-                _loaded[head_dim] = None
-            except (OSError, RuntimeError) as error:
+                failures[head_dim] = []
+            except (ImportError, OSError, RuntimeError) as error:
                 why = f"the kernels could not be built or loaded: {error}"
                 # There was a compiler, so the user counts on the kernels that now don't run.
                 warnings.warn(f"attention, head dim {head_dim}: {why}", stacklevel=2)
-                _loaded[head_dim] = why
-        return _loaded[head_dim]
+                failures[head_dim] = [why]
+        return failures[head_dim]
 
 
 def _probe(head_dim: int) -> None:

@@ -8,110 +8,90 @@ one order: results are the same bit for bit, call after call.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import extension
-from .extension import HEAD_DIMS, OLDEST_CAPABILITY
+from ..dispatch import Backend
+from . import build
+from .build import HEAD_DIMS, OLDEST_CAPABILITY
 
 _ALIGNMENT = 16  # bytes; the kernels read rows in pieces of this size
 _SCALES = (1e-30, 1e30)  # positive, and its inverse is a float32 too
 _MOST = 2**30  # rows: an int in the kernels, with room to round up
 
 
-def unavailable() -> str | None:
-    """Why this machine can't run the kernels, and what to install; None if it can."""
-    return _machine()
-
-
 @cache
-def _machine() -> str | None:
+def machine() -> list[str]:
+    """Why this machine can't run the kernels, and what to install; empty if it can."""
     if not torch.cuda.is_available():
         if torch.version.cuda is None:
-            return "torch is built without CUDA; install a CUDA build of torch"
-        return "no CUDA device; check the driver with nvidia-smi"
-    if not extension.local_capabilities():
-        return _gpu(None)
-    if extension.prebuilt() is None:
-        tools = extension.toolchain()
-        if isinstance(tools, str):
-            return tools
-    return None
+            return ["torch is built without CUDA; install a CUDA build of torch"]
+        return ["no CUDA device; check the driver with nvidia-smi"]
+    if not build.local_capabilities():
+        return gpu(None)
+    tools = None if build.prebuilt() else build.toolchain()
+    return [tools] if isinstance(tools, str) else []
 
 
 @cache
-def _gpu(device: torch.device | None) -> str | None:
+def gpu(device: torch.device | None) -> list[str]:
     """Why this GPU (None: the current one) can't run the kernels; of two in a machine one may."""
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < OLDEST_CAPABILITY:
-        return f"the GPU is sm_{major}{minor}, the kernels need sm_80 or newer"
-    return None
+        return [f"the GPU is sm_{major}{minor}, the kernels need sm_80 or newer"]
+    return []
 
 
-def unsupported(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    key_lengths: Tensor | None,
-    save_lse: bool,
-) -> str | None:
-    """Why the kernels can't run this call; None if they can. Builds them on first use."""
-    why = _unsupported_inputs(q, k, v, scale, bias)
-    if why is not None:
-        return why
-    if q.device.type != "cuda":
-        return f"the tensors are on {q.device}, not on a CUDA device"
-    return _gpu(q.device) or extension.load(q.shape[-1])
+def supports(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, *_: Any
+) -> list[str]:
+    """Why the kernels can't run a forward call; empty if they can."""
+    why = inputs_fit(q, k, v, scale, bias)
+    if not why and q.device.type != "cuda":
+        why = [f"the tensors are on {q.device}, not on a CUDA device"]
+    return why or gpu(q.device)
 
 
-def unsupported_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    key_lengths: Tensor | None,
-) -> str | None:
-    """As :func:`unsupported`; ``grad`` and ``out`` are copied where their layout doesn't fit."""
-    return unsupported(q, k, v, scale, bias, key_lengths, True)
-
-
-def _unsupported_inputs(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
-) -> str | None:
+def inputs_fit(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> list[str]:
+    """Why the kernels can't take such tensors, wherever they are."""
     if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"dtype {q.dtype}; the kernels take float16 and bfloat16"
+        return [f"dtype {q.dtype}; the kernels take float16 and bfloat16"]
     if q.shape[-1] not in HEAD_DIMS:
-        return f"head dim {q.shape[-1]}; the kernels take {', '.join(map(str, HEAD_DIMS))}"
+        return [f"head dim {q.shape[-1]}; the kernels take {', '.join(map(str, HEAD_DIMS))}"]
     if not _SCALES[0] <= scale <= _SCALES[1]:
-        return f"scale {scale}; the kernels take {_SCALES[0]} to {_SCALES[1]}"
+        return [f"scale {scale}; the kernels take {_SCALES[0]} to {_SCALES[1]}"]
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        why = _unaligned(tensor)
-        if why is not None:
-            return f"{name} {why}"
+        why = _rows_fit(tensor)
+        if why:
+            return [f"{name} {why}"]
     if bias is not None and bias.dim() > 1 and bias.shape[-2] != 1:
-        return f"bias {list(bias.shape)} differs by query; the kernels add one number per key"
+        return [f"bias {list(bias.shape)} differs by query; the kernels add one number per key"]
     if max(q.shape[0] * q.shape[2] * q.shape[1], k.shape[1]) > _MOST:
-        return f"more than {_MOST} rows of q or keys"
-    return None if q.numel() else "q is empty"
+        return [f"more than {_MOST} rows of q or keys"]
+    return [] if q.numel() else ["q is empty"]
 
 
-def _unaligned(tensor: Tensor) -> str | None:
+def _rows_fit(tensor: Tensor) -> str:
+    """What is wrong with the strides of a tensor; empty if nothing is."""
     if tensor.stride(-1) != 1:
         return "is not contiguous in its last dim"
     elements = _ALIGNMENT // tensor.element_size()
     strides = [s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1][:-1]
-    # A fake tensor has no address; a real one is read again when the op runs.
-    real = not isinstance(tensor, torch._subclasses.FakeTensor)
-    if any(s % elements for s in strides) or (real and tensor.data_ptr() % _ALIGNMENT):
+    if any(s % elements for s in strides):
         return f"has rows that do not begin at multiples of {_ALIGNMENT} bytes"
-    return None
+    return ""
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it doesn't begin at a multiple of 16 bytes or its rows don't fit.
+
+    Not contiguous(): that keeps a dense tensor wherever it begins.
+    """
+    if tensor.data_ptr() % _ALIGNMENT or _rows_fit(tensor):
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
 
 
 def _stream(tensor: Tensor) -> int:
@@ -156,6 +136,7 @@ def forward(
         RuntimeError: the kernel asked for can't run this call or not on this GPU; says why.
     """
     batch, queries, heads, head_dim = q.shape
+    q, k, v = map(_aligned, (q, k, v))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((batch, heads, queries) if save_lse else (0,), dtype=torch.float32)
     lengths = None if key_lengths is None else key_lengths.to(torch.int32).contiguous()
@@ -180,9 +161,7 @@ def backward(
     """Gradients of q, k, v and bias (empty without one)."""
     batch, queries, heads, head_dim = q.shape
     keys = k.shape[1]
-    grad, out = (  # not contiguous(): that keeps a dense tensor wherever it begins
-        x.clone(memory_format=torch.contiguous_format) if _unaligned(x) else x for x in (grad, out)
-    )
+    grad, q, k, v, out = map(_aligned, (grad, q, k, v, out))
     splits: int = _op("splits", head_dim)(batch * heads, queries, keys, q.device.index or 0)
     dense = torch.contiguous_format
     dq = torch.empty_like(q, memory_format=dense)
@@ -212,3 +191,23 @@ def backward(
     padded = (1,) * (4 - bias.dim()) + tuple(bias.shape)
     dbias = dbias_parts.sum(0)[:, :, None].sum_to_size(padded)
     return dq, dk, dv, dbias.reshape(bias.shape).to(bias.dtype).contiguous()
+
+
+def _ready(q: Tensor, *_: Any) -> list[str]:
+    """Builds the kernels of a head dim at its first call."""
+    return build.load(q.shape[-1])
+
+
+def _foresee(q: Tensor, *_: Any) -> list[str]:
+    return build.failures.get(q.shape[-1], [])
+
+
+def _of_forward(function: Any) -> Any:
+    """The same about a backward call, whose arguments have others between them."""
+    return lambda grad, q, k, v, out, lse, scale, bias, lengths: function(q, k, v, scale, bias)
+
+
+FORWARD = Backend("cuda", lambda: forward, machine, supports, _ready, _foresee)
+BACKWARD = Backend(
+    "cuda", lambda: backward, machine, *map(_of_forward, (supports, _ready, _foresee))
+)

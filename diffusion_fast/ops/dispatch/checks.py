@@ -22,7 +22,8 @@ def tensor(argument: str, value: Any) -> None:
 
 
 def floating(argument: str, value: Any) -> None:
-    tensor(argument, value)
+    if not isinstance(value, Tensor):
+        tensor(argument, value)
     if not value.is_floating_point():
         fail(argument, "a floating point dtype", value.dtype)
 
@@ -49,6 +50,24 @@ def like(argument: str, value: Any, other_argument: str, other: Tensor) -> None:
     shape(argument, value, other.shape, f"of {other_argument}")
     same_dtype(argument, value, other_argument, other)
     same_device(argument, value, other_argument, other)
+
+
+def beside(
+    argument: str, value: Any, x: Tensor, expected: Sequence[int] | None = None, meaning: str = ""
+) -> None:
+    """A tensor with the dtype and on the device of ``x``, and of a shape where one is expected."""
+    if (
+        isinstance(value, Tensor)
+        and (expected is None or value.shape == torch.Size(expected))
+        and value.dtype == x.dtype
+        and value.device == x.device
+    ):
+        return  # as nearly all calls
+    tensor(argument, value)
+    if expected is not None:
+        shape(argument, value, expected, meaning)
+    same_device(argument, value, "x", x)
+    same_dtype(argument, value, "x", x)
 
 
 def one_of(argument: str, value: object, known: Iterable[str]) -> None:
@@ -78,6 +97,8 @@ def whole_between(argument: str, value: Any, low: int, high: int | None = None) 
 
 def positive_int(argument: str, value: Any) -> int:
     """A positive integer of Python or NumPy, as an int."""
+    if type(value) is int and value > 0:
+        return value
     return whole(argument, value, "a positive integer", 1)
 
 

@@ -1,0 +1,1 @@
+"""The CUDA kernels of csrc/: building them, and attention on them."""

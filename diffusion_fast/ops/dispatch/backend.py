@@ -1,0 +1,136 @@
+"""The ways to compute an op, and how one of them is asked for.
+
+Every op has one definition in plain PyTorch (``"reference"``); other backends compute the same
+function faster where they can run. ``"auto"`` takes the fastest that can run a given call. A
+backend that is asked for by name and can't run raises :class:`BackendError` with the reasons:
+nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Fastest first: the order in which "auto" tries them.
+BACKENDS = ("cuda", "triton", "onednn", "sdpa", "reference")
+
+Reasons = list[str]  # why not; empty for yes
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and can't run this call; the message says why."""
+
+
+def no_reasons(*args: Any) -> Reasons:
+    """Yes, whatever the call."""
+    return []
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute an op. ``args`` are those of its reference, in order.
+
+    Attributes:
+        name: one of :data:`BACKENDS`.
+        load: returns the function that computes; imports what that takes.
+        machine: ``machine()``: why this machine can't run it.
+        supports: ``supports(*args)``: why it can't run this call. It looks at what a signature
+            holds and at nothing else.
+        ready: ``ready(*args)``: why it won't run this call after all. It may compile or measure;
+            None: there is nothing to do.
+        foresee: ``foresee(*args)``: what ``ready`` will answer, or None where only the first call
+            can tell.
+        composite: made of PyTorch's differentiable functions, so that autograd, torch.func and fake
+            tensors pass through it; everything else goes through the registered operator there.
+    """
+
+    name: str
+    load: Callable[[], Callable[..., Any]]
+    machine: Callable[[], Reasons] = no_reasons
+    supports: Callable[..., Reasons] = no_reasons
+    ready: Callable[..., Reasons] | None = None
+    foresee: Callable[..., Reasons | None] = no_reasons
+    composite: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Overrides:
+    """The backends asked for; compared by identity, see :func:`_overrides`.
+
+    Process-wide, not per thread: a backward pass runs on autograd's own threads.
+    """
+
+    everywhere: str = "auto"
+    per_op: tuple[tuple[str, str], ...] = ()
+
+
+@functools.cache
+def _overrides(everywhere: str, per_op: tuple[tuple[str, str], ...]) -> Overrides:
+    """One object for each set of choices, which signatures can hold."""
+    return Overrides(everywhere, per_op)
+
+
+def _check_name(argument: str, name: str) -> None:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{argument}: expected one of auto, {', '.join(BACKENDS)}, got {name!r}")
+
+
+def _from_environment() -> Overrides:
+    name = os.environ.get("DIFFUSION_FAST_BACKEND", "auto")
+    _check_name("DIFFUSION_FAST_BACKEND", name)
+    return _overrides(name, ())
+
+
+overrides = _from_environment()
+known_ops: dict[str, Any] = {}  # name -> Op, filled by op.py
+
+
+@contextlib.contextmanager
+def use_backend(backend: str | None = None, **per_op: str) -> Iterator[None]:
+    """Choose the backend of every op inside the ``with`` block, or of single ops by keyword.
+
+    Args:
+        backend: ``"reference"``, ``"triton"``, ``"cuda"``, ``"onednn"`` (products on a CPU),
+            ``"sdpa"`` (attention) or ``"auto"``; None leaves what an outer block chose.
+        per_op: the same for single ops, for example ``attention="sdpa"``.
+
+    The choice is process-wide (a backward pass runs on autograd's own threads). A call that the
+    chosen backend can't run raises :class:`BackendError` with the reasons.
+
+    Raises:
+        ValueError: a backend or op of this name doesn't exist.
+    """
+    global overrides
+    if backend is not None:
+        _check_name("backend", backend)
+    for op, name in per_op.items():
+        if op not in known_ops:
+            raise ValueError(f"use_backend: expected ops among {', '.join(known_ops)}, got {op!r}")
+        _check_name(op, name)
+    before = overrides
+    if backend is None:
+        backend, per_op = before.everywhere, dict(before.per_op) | per_op
+    overrides = _overrides(backend, tuple(sorted(per_op.items())))
+    try:
+        yield
+    finally:
+        overrides = before
+
+
+def requested(op: str) -> str:
+    """The backend asked for by ``use_backend`` or DIFFUSION_FAST_BACKEND; usually ``"auto"``."""
+    return dict(overrides.per_op).get(op, overrides.everywhere)
+
+
+def needs_gradient(*values: Any) -> bool:
+    """Whether autograd would record a function of these; values that are no tensors don't count."""
+    return torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in values
+    )

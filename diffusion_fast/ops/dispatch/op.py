@@ -1,0 +1,257 @@
+"""An op: one function with several implementations, known to autograd and compilers."""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import autocast, checks
+from . import backend as _backend
+from .backend import BACKENDS, Backend, BackendError, Reasons
+
+_LIBRARY = torch.library.Library("diffusion_fast", "FRAGMENT")
+_MOST = 4096  # signatures that an op remembers
+PLAIN = (Tensor, torch.nn.Parameter)
+NUMBERS = (int, float, bool)
+
+
+class Resolved(NamedTuple):
+    """What computes calls of one signature.
+
+    Attributes:
+        call: takes an op's arguments, in eager code.
+        run: computes without a gradient; the registered operator's way.
+        backend: the backend's name.
+    """
+
+    call: Callable[..., Any]
+    run: Callable[..., Any]
+    backend: str
+
+
+class Op:
+    """A named function ``torch.ops.diffusion_fast.<name>`` with a reference and faster backends.
+
+    Eager calls run a backend directly, so that on a CPU an op costs little more than its PyTorch
+    code. Under ``torch.compile`` and ``torch.export``, on the meta device, and for kernels of which
+    a gradient is recorded, the call goes through the registered operator, which has a fake
+    (shape-only) version and a gradient.
+
+    Args:
+        name: operator and op are known by it.
+        reference: the definition in plain PyTorch. Its annotated signature is the op's.
+        fake: the same signature; returns empty tensors of the right shapes, dtypes and strides.
+        public: the function that users call, for :func:`~.explain.explain`.
+        check: raises ValueError or TypeError for arguments of the same signature that don't fit.
+            It is asked once per signature, so it looks at nothing else.
+        values: as ``check``, for the numbers in tensors; asked at every eager call.
+        policy: what autocast does to the arguments, see :mod:`.autocast`.
+        recorded: returns the arguments for a call of which a gradient is recorded.
+        mutates: names of the arguments that are written.
+        data: how many of the last arguments no choice depends on.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        *,
+        public: Callable[..., Any] | None = None,
+        check: Callable[..., None] | None = None,
+        values: Callable[..., None] | None = None,
+        policy: Callable[..., autocast.Policy] | None = None,
+        recorded: Callable[..., tuple[Any, ...]] | None = None,
+        mutates: Sequence[str] = (),
+        data: int = 0,
+    ) -> None:
+        self.name, self.reference, self.public = name, reference, public
+        self._check, self._values, self._policy = check, values, policy
+        self._recorded = recorded
+        parameters = inspect.signature(reference).parameters.values()
+        self._defaults = tuple(parameter.default for parameter in parameters)
+        self._keyed = len(parameters) - data
+        self._found: dict[tuple[Any, ...], Resolved] = {}
+        self.last_ran: str | None = None
+        self.backends = [Backend("reference", lambda: reference, composite=True)]
+        _LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=mutates))
+        _LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"diffusion_fast::{name}", fake, lib=_LIBRARY)
+        self.torch_op = getattr(torch.ops.diffusion_fast, name).default
+        _backend.known_ops[name] = self
+
+    def autograd(self, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+        """Register the gradient; see :func:`torch.library.register_autograd`."""
+        torch.library.register_autograd(
+            f"diffusion_fast::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY
+        )
+
+    def add(self, backend: Backend) -> None:
+        """Add a backend. It takes its place in the order of :data:`~.backend.BACKENDS`."""
+        self.backends.append(backend)
+        self.backends.sort(key=lambda one: BACKENDS.index(one.name))
+
+    def __call__(self, *args: Any) -> Any:
+        """Check the arguments and compute, as PyTorch's own function would under autocast."""
+        if torch._C._is_any_autocast_enabled() and autocast.enabled(args[0]):
+            return self._under_autocast(args)
+        if torch.compiler.is_compiling():
+            return self._compiled(args)
+        found = self.resolve(args)
+        if self._values is not None:
+            self._values(*args)
+        self.last_ran = found.backend
+        return found.call(*args)
+
+    def _under_autocast(self, args: tuple[Any, ...]) -> Any:
+        args, dtype = self._policy(*args) if self._policy is not None else (args, None)
+        with torch.autocast(args[0].device.type, enabled=False):
+            result = self(*args)
+        return result if dtype is None else result.to(dtype)
+
+    def _compiled(self, args: tuple[Any, ...]) -> Any:
+        """A call in a trace, where everything is asked once."""
+        if self._check is not None:
+            self._check(*args)
+        return (self._recording if _backend.needs_gradient(*args) else self.torch_op)(*args)
+
+    def _run(self, *args: Any) -> Any:
+        """The registered operator, below autograd. PyTorch leaves out defaults at the end."""
+        args = (*args, *self._defaults[len(args) :])
+        found = self.resolve(args)
+        self.last_ran = found.backend
+        return found.run(*args)
+
+    def resolve(self, args: tuple[Any, ...]) -> Resolved:
+        """What computes calls with the signature of these arguments.
+
+        Of tensors their kind counts, not the numbers in them nor where they begin in memory; of
+        lists the elements; of other values all.
+
+        Raises:
+            BackendError: the backend asked for can't run them.
+            ValueError, TypeError: they don't fit, or each other.
+        """
+        key: Any = (  # all that a choice can depend on; written out, as it is made at every call
+            _backend.overrides,
+            torch.is_grad_enabled(),
+            torch._C._functorch.maybe_current_level(),
+            *[
+                (a.__class__, a.shape, a.stride(), a.dtype, a.device, a.requires_grad)
+                if isinstance(a, Tensor)
+                else (
+                    len(a),
+                    *[
+                        (e.shape, e.layout == torch.strided and e.stride(), e.dtype, e.device)
+                        if isinstance(e, Tensor)
+                        else (e.__class__, e)
+                        for e in a
+                    ],
+                )
+                if isinstance(a, (list, tuple))
+                else (a.__class__, a)
+                for a in args[: self._keyed]
+            ],
+        )
+        try:
+            found = self._found.get(key)
+        except TypeError:  # a value that no signature can hold: sizes of a trace, or none of ours
+            key, found = None, None
+        if found is None:
+            found = self._first(args)
+            if key is not None:
+                if len(self._found) >= _MOST:
+                    self._found.clear()
+                self._found[key] = found
+        return found
+
+    def forget(self) -> None:
+        """Ask again, as in a new process: for tests, which change what machines answer."""
+        self._found.clear()
+
+    def _first(self, args: tuple[Any, ...]) -> Resolved:
+        """The first call of a signature."""
+        if self._check is not None:
+            self._check(*args)
+        if isinstance(args[0], Question):
+            raise Answer(self, tuple(map(_answered, args)))
+        inner = [e for a in args if isinstance(a, (list, tuple)) for e in a]
+        if any(isinstance(a, numbers.Number) and type(a) not in NUMBERS for a in (*args, *inner)):
+            return _of_plain_numbers(self._first(tuple(map(_plain, args))))
+        chosen = self._choose(args)
+        run = call = chosen.load()
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        if tensors[0].is_meta:
+            call = self.torch_op
+        elif chosen.composite:
+            pass
+        elif _backend.needs_gradient(*tensors):
+            call = self._recording
+        elif any(type(tensor) not in PLAIN for tensor in tensors):
+            call = self.torch_op
+        return Resolved(call, run, chosen.name)
+
+    def _recording(self, *args: Any) -> Any:
+        """The registered operator, whose gradient is recorded."""
+        return self.torch_op(*(args if self._recorded is None else self._recorded(*args)))
+
+    def _choose(self, args: tuple[Any, ...]) -> Backend:
+        """The first backend, of those asked for, that can and will run the call."""
+        asked = _backend.requested(self.name)
+        why = ["not implemented for this op"]
+        for candidate in self.backends:
+            if asked in ("auto", candidate.name):
+                why = candidate.machine() or self.why_not(candidate, args)
+                why = why or (candidate.ready(*args) if candidate.ready is not None else [])
+                if not why:
+                    return candidate
+        reasons = "; ".join(why)
+        raise BackendError(f"{self.name}: backend {asked!r} was asked for and can't run: {reasons}")
+
+    def why_not(self, candidate: Backend, args: tuple[Any, ...]) -> Reasons:
+        """Why a backend can't run this call, on a machine that has it."""
+        if not candidate.composite and checks.transformed():
+            return ["torch.func transforms PyTorch's own functions only"]
+        return candidate.supports(*args)
+
+
+class Question(Tensor):
+    """A tensor of a call that is never computed: its first op says who would compute it."""
+
+
+class Answer(Exception):
+    """Where the call of a :class:`Question` ends: its first op, and that op's arguments."""
+
+    def __init__(self, op: Op, args: tuple[Any, ...]) -> None:
+        super().__init__(op.name)
+        self.op, self.op_args = op, args
+
+
+def asked(value: Any) -> Any:
+    """A tensor as a :class:`Question`; anything else as it is."""
+    return value.as_subclass(Question) if type(value) in PLAIN else value
+
+
+def _answered(value: Any) -> Any:
+    return value.as_subclass(Tensor) if isinstance(value, Question) else value
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy as Python's, also in a list."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if not isinstance(value, numbers.Number) or type(value) in NUMBERS:
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)  # type: ignore[arg-type]
+
+
+def _of_plain_numbers(found: Resolved) -> Resolved:
+    def converted(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: function(*map(_plain, args))
+
+    return Resolved(converted(found.call), converted(found.run), found.backend)
