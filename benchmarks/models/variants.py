@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import diffusion_fast as df
-from diffusion_fast.engine.clock import Clock
+from diffusion_fast.engine.buffers import Clock
 from diffusion_fast.engine.rewrites.prepare import prepare
 from diffusion_fast.pipelines.loading import Parts
 from diffusion_fast.pipelines.stable_diffusion import StableDiffusion

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..conditioning import Context, Model, join_halves
+from ..edits import Edit, Watch
 from ..ops import Philox, checks
 from ..samplers import SamplerOptions, table_of
 from ..schedule import DiffusionSchedule
@@ -22,7 +23,6 @@ from .graphs.policy import Graphs
 from .inputs import check_extra, check_starts, checked_shape
 from .loop import Loop, Run, Start, denoise
 from .predictor import PlainPredictor, Predictor, predictor_for
-from .staleness import Edit, Watch
 
 Callback = Callable[[int, float, Tensor], None]
 MAX_STEPS = 100  # of tables that need no new buffers, by default

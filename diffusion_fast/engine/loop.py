@@ -17,8 +17,7 @@ from .. import ops
 from ..conditioning import Context
 from ..ops import Philox, checks
 from ..samplers.table import StepTable
-from .buffers import Buffers, Generators, Layout, noise_source
-from .clock import Clock
+from .buffers import Buffers, Clock, Generators, Layout, noise_source
 from .graphs.policy import Capturable, Way
 from .predictor import PlainPredictor, Predictor, signature
 

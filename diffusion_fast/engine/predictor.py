@@ -11,7 +11,7 @@ from torch import Tensor
 from ..conditioning import Context, Model, bind
 from ..models import UNet2DCondition
 from ..ops import checks
-from .clock import Clock
+from .buffers import Clock
 from .rewrites.plan import REWRITES, RewriteReport, bypassed
 from .rewrites.prepare import prepare
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..edits import spread
 from ..files import AnyPath
 from ..ops import checks
-from ..writes import spread
 from .adapters import Adapter
 from .lora_file import read_lora
 

@@ -13,7 +13,7 @@ from small_unets import TEXT_TIME as TEXT_TIME
 from small_unets import pooled_text, small_config
 from torch import Tensor, nn
 
-from diffusion_fast.engine.clock import Clock
+from diffusion_fast.engine.buffers import Clock
 from diffusion_fast.engine.rewrites.prepare import PreparedUNet, prepare
 from diffusion_fast.models import UNet2DCondition, UNetConfig
 

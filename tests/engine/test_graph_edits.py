@@ -1,11 +1,16 @@
-"""After an edit of the model nothing that was captured from it before is replayed."""
+"""After an edit of the model nothing of before is used again, neither graphs nor weights."""
 
 from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from conv_model import CONTEXTS, EDITS, SCHEDULE, SHAPE, Model, plain, same, seeded
 from numerics import error
+from prepared import unet
 from tape import TapeCapturer, tape
 from torch import Tensor, nn
 
@@ -82,3 +87,54 @@ def test_lora_by_peft(tape: TapeCapturer) -> None:
     merged = engine.sample(SHAPE, generator=seeded())
     assert same(merged, plain(model, sampler="ddim", steps=4))
     assert error(merged, seen[-1]) < 1e-9
+
+
+REWRITES = ["all", "none", ["cached_context", "time_table"]]
+
+
+@pytest.mark.parametrize("rewrites", REWRITES, ids=str)
+@pytest.mark.parametrize("graph", ["off", "step"])
+def test_weights_that_a_callback_changes_serve_the_steps_after_it(
+    tape: TapeCapturer, graph: str, rewrites: Any
+) -> None:
+    """As for the plain loop; and the next run begins with them."""
+    call = {"x_T": torch.randn(1, 4, 8, 8), "context": torch.randn(1, 5, 24)}
+    call = {name: value.double() for name, value in call.items()}
+
+    def edits(model: nn.Module) -> Callable[[int, float, Tensor], None]:
+        def edit(step: int, t: float, x: Tensor) -> None:
+            if step == 1:
+                with torch.no_grad():
+                    for value in model.parameters():
+                        value.mul_(0.9)
+
+        return edit
+
+    model = unet(torch.float64)
+    twin = copy.deepcopy(model)
+    options = {"sampler": "ddim", "steps": 4}
+    engine = df.Engine(model, SCHEDULE, graph, rewrites=rewrites, **options)
+    before = engine.sample((1, 4, 8, 8), **call)
+    for _ in range(2):
+        edited = engine.sample((1, 4, 8, 8), **call, callback=edits(model))
+        truth = df.sample(twin, SCHEDULE, (1, 4, 8, 8), **call, callback=edits(twin), **options)
+        assert error(edited, truth) < 1e-9
+        assert error(edited, before) > 1e-3
+
+
+def test_a_callback_that_changes_more_of_a_model_is_refused() -> None:
+    model = unet()
+    engine = df.Engine(model, SCHEDULE, sampler="ddim", steps=4)
+    context = torch.randn(1, 5, 24)
+
+    def hook(*_: Any) -> None:
+        model.conv_out.register_forward_hook(lambda module, args, out: 2 * out)
+
+    with pytest.raises(RuntimeError, match="callback: expected one that changes nothing"):
+        engine.sample((1, 4, 8, 8), context=context, callback=hook)
+    x_T = torch.randn(1, 4, 8, 8)
+    x = engine.sample((1, 4, 8, 8), context=context, x_T=x_T)
+    plain = df.sample(
+        model, SCHEDULE, (1, 4, 8, 8), sampler="ddim", steps=4, context=context, x_T=x_T
+    )
+    assert error(x, plain) < 1e-5

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 import diffusion_fast as df
 from diffusion_fast import ops
-from diffusion_fast.engine.clock import Clock
+from diffusion_fast.engine.buffers import Clock
 from diffusion_fast.engine.rewrites import leaves
 from diffusion_fast.engine.rewrites.cost import DEVICE, Counter
 from diffusion_fast.engine.rewrites.plan import REWRITES, RewritePlan

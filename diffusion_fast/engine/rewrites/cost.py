@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...models import UNet2DCondition, UNetConfig
-from ..clock import Clock
+from ..buffers import Clock
 from .plan import REWRITES, RewritePlan, RewriteReport
 
 DEVICE = torch.device("meta")

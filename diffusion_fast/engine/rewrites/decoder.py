@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...edits import Edit, Watch
 from ...models.vae import AutoencoderKL
 from ...models.vae_config import VAEConfig
 from ...ops import checks
 from ...turns import Turns
-from ..staleness import Edit, Watch
 from .plan import asked_for, bypassed
 from .prepare import rewritten
 

@@ -15,7 +15,7 @@ from ...models import UNet2DCondition
 from ...models.blocks import Composite, ResBlock
 from ...models.unet import ContextProjections, TimeProjections
 from ...ops import checks
-from ..clock import Clock
+from ..buffers import Clock
 from . import cost
 from .leaves import Leaf, plain_leaves
 from .plan import REWRITES, RewritePlan, RewriteReport, make_plan

@@ -1,8 +1,8 @@
-"""What is seen of the edits of a model, and what must not be taken for one."""
+"""What is seen of the edits of a model and of tensors, and what must not be taken for one."""
 
 from __future__ import annotations
 
-import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -10,15 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import error
-from prepared import unet
-from tape import TapeCapturer, tape
 from torch import Tensor, nn
 
-import diffusion_fast as df
-from diffusion_fast.engine.staleness import Edit, Watch
-
-__all__ = ["tape"]  # a fixture
+from diffusion_fast.edits import Edit, Watch, Writes, checksums, spread
 
 
 class Net(nn.Module):
@@ -190,53 +184,122 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-SCHEDULE = df.DiffusionSchedule(timesteps=100)
-REWRITES = ["all", "none", ["cached_context", "time_table"]]
+DTYPES = [
+    *(torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn),
+    *(torch.int64, torch.uint8, torch.bool, torch.complex64),
+]
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dense": lambda x: x,
+    "transposed": lambda x: x.t(),
+    "channels_last": lambda x: x.view(4, 5, 5, 5).contiguous(memory_format=torch.channels_last),
+    "every other": lambda x: x[:, ::2],
+    "expanded": lambda x: x[:1].expand(7, -1),
+    "part": lambda x: x[:4, :9],
+    "one": lambda x: x[0, 0],
+    "none": lambda x: x[:0],
+}
 
 
-@pytest.mark.parametrize("rewrites", REWRITES, ids=str)
-@pytest.mark.parametrize("graph", ["off", "step"])
-def test_weights_that_a_callback_changes_serve_the_steps_after_it(
-    tape: TapeCapturer, graph: str, rewrites: Any
-) -> None:
-    """As for the plain loop; and the next run begins with them."""
-    call = {"x_T": torch.randn(1, 4, 8, 8), "context": torch.randn(1, 5, 24)}
-    call = {name: value.double() for name, value in call.items()}
-
-    def edits(model: nn.Module) -> Callable[[int, float, Tensor], None]:
-        def edit(step: int, t: float, x: Tensor) -> None:
-            if step == 1:
-                with torch.no_grad():
-                    for value in model.parameters():
-                        value.mul_(0.9)
-
-        return edit
-
-    model = unet(torch.float64)
-    twin = copy.deepcopy(model)
-    options = {"sampler": "ddim", "steps": 4}
-    engine = df.Engine(model, SCHEDULE, graph, rewrites=rewrites, **options)
-    before = engine.sample((1, 4, 8, 8), **call)
-    for _ in range(2):
-        edited = engine.sample((1, 4, 8, 8), **call, callback=edits(model))
-        truth = df.sample(twin, SCHEDULE, (1, 4, 8, 8), **call, callback=edits(twin), **options)
-        assert error(edited, truth) < 1e-9
-        assert error(edited, before) > 1e-3
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_whole_tensors_written_without_a_count(layout: str, dtype: torch.dtype) -> None:
+    whole = torch.rand(20, 25).mul(4).add(1).to(dtype)
+    value = LAYOUTS[layout](whole)
+    writes = Writes([torch.zeros(3), value])
+    assert not writes()
+    memory = whole if value.data_ptr() == whole.data_ptr() else value
+    memory.data.zero_()
+    assert writes() == bool(value.numel())
+    assert not writes()
 
 
-def test_a_callback_that_changes_more_of_a_model_is_refused() -> None:
-    model = unet()
-    engine = df.Engine(model, SCHEDULE, sampler="ddim", steps=4)
-    context = torch.randn(1, 5, 24)
+def test_what_is_no_number_compares() -> None:
+    value = torch.full((100,), float("nan"))
+    writes = Writes([value])
+    assert not writes()
+    value.data.zero_()
+    assert writes()
+    value.data.neg_()
+    assert writes()
 
-    def hook(*_: Any) -> None:
-        model.conv_out.register_forward_hook(lambda module, args, out: 2 * out)
 
-    with pytest.raises(RuntimeError, match="callback: expected one that changes nothing"):
-        engine.sample((1, 4, 8, 8), context=context, callback=hook)
-    x_T = torch.randn(1, 4, 8, 8)
-    x = engine.sample((1, 4, 8, 8), context=context, x_T=x_T)
-    plain = df.sample(
-        model, SCHEDULE, (1, 4, 8, 8), sampler="ddim", steps=4, context=context, x_T=x_T
-    )
-    assert error(x, plain) < 1e-5
+@given(st.lists(st.integers(1, 40), max_size=4))
+def test_a_sample_is_of_many_rows_and_columns(shape: list[int]) -> None:
+    places = torch.arange(torch.Size(shape).numel()).view(shape)
+    (sample,) = spread(places)
+    assert len(sample) >= min(64, places.numel())
+    assert len(sample.unique()) == len(sample)
+    for dim, size in enumerate(shape):
+        if places.numel() > 1000 and size > 2:
+            inside = places.stride(dim)
+            assert len((sample // inside % size).unique()) > 1
+
+
+def test_one_element_is_seen_by_its_checksum_alone() -> None:
+    value = torch.zeros(1000)
+    quick, sceptical = Writes([value]), Writes([value], verify=True)
+    value.data[1] = 1e-6
+    assert (quick(), sceptical()) == (False, True)
+
+
+def test_inference_tensors_have_no_count() -> None:
+    with torch.inference_mode():
+        value = torch.zeros(10)
+    writes = Writes([value])
+    assert not writes()
+    with torch.inference_mode():
+        value.add_(1)
+    assert writes()
+
+
+def test_tensors_without_memory() -> None:
+    writes = Writes([torch.empty(3, device="meta"), torch.eye(3).to_sparse()])
+    assert not writes()
+
+
+def test_steps_are_heard_of_where_the_sample_sees_nothing() -> None:
+    value = torch.nn.Parameter(torch.zeros(1000))
+    writes, other = Writes([value]), Writes([torch.zeros(1)])
+    optimizer = torch.optim.SGD([{"params": [value]}], lr=0.1, fused=True)
+    value.grad = torch.zeros(1000)
+    value.grad[1] = 1
+    optimizer.step()
+    assert value[1] != 0
+    assert (writes(), other()) == (True, False)
+    assert not writes()
+
+
+def test_questions_are_forgotten_with_who_asked() -> None:
+    value = torch.nn.Parameter(torch.zeros(3))
+    writes = Writes([value])
+    del writes
+    gc.collect()
+    value.grad = torch.ones(3)
+    torch.optim.SGD([value], lr=0.1, fused=True).step()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_has_a_checksum(dtype: torch.dtype) -> None:
+    value = torch.rand(5, 3).mul(4).to(dtype)
+    other = value.clone()
+    other.view(torch.uint8).reshape(-1)[-1] ^= 1
+    assert checksums([value]) == checksums([value.clone()])
+    assert checksums([value]) != checksums([other])
+    assert len(checksums([value, torch.zeros(0)])) == 2
+
+
+@given(st.data())
+def test_any_one_change_and_any_swap_is_seen(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 40))
+    bits = st.integers(-(2**31), 2**31 - 1)
+    value = torch.tensor(data.draw(st.lists(bits, min_size=count, max_size=count)))
+    value = value.to(torch.int32).view(torch.float32)
+    place = data.draw(st.integers(0, count - 1))
+    other = value.clone()
+    other.view(torch.int32)[place] ^= data.draw(st.integers(1, 2**31 - 1))
+    assert checksums([value]) != checksums([other])
+    i, j = (data.draw(st.integers(0, count - 1)) for _ in range(2))
+    swapped = value.clone().view(torch.int32)
+    swapped[[i, j]] = swapped[[j, i]]
+    same = torch.equal(swapped, value.view(torch.int32))
+    assert (checksums([swapped.view(torch.float32)]) == checksums([value])) == same
