@@ -163,10 +163,15 @@ class PromptDrawing:
             dtype=None if self.dtype is None else _dtype(self.dtype),
             device=self.device,
         )
-        for path, scale in loras:
-            pipe.loras.load(path, path, scale)
-        for path, name in map(_named, self.embedding):
-            pipe.embeddings.load(path, name or None)
+        option = "--lora"
+        try:
+            for path, scale in loras:
+                pipe.loras.load(path, path, scale)
+            option = "--embedding"
+            for path, name in map(_named, self.embedding):
+                pipe.embeddings.load(path, name or None)
+        except ValueError as error:
+            raise ValueError(f"{option}: {error}") from error
         return pipe
 
     def _run(

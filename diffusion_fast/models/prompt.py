@@ -21,16 +21,15 @@ from .embeddings import pattern
 
 STRONGER = 1.1  # (word); [word] is divided by it
 MOST = 1000.0  # a weight's size: states times more overflow in half precision
-_NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
+_NUMBER = r"[+-]?(?:(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?|(?i:nan|inf|infinity))"
 _TOKEN = re.compile(
     r"\\[()\[\]\\]"  # an escaped bracket or backslash
-    rf"|:\s*(?:{_NUMBER}|[+-]?(?:nan|inf|infinity))\s*\)"  # a weight and its closing parenthesis
+    rf"|:\s*{_NUMBER}\s*\)"  # a weight and its closing parenthesis
     r"|[()\[\]]"
     r"|\bBREAK\b"
     r"|(?:(?!\bBREAK\b)[^\\()\[\]:])+"
     r"|[\\:]"
 )
-_WHEN = re.compile(rf"\s*{_NUMBER}(?:[eE][+-]?\d+)?\s*")
 _FOREIGN = {  # what other programs read, and what to use instead
     r"<(?i:lora|lyco|hypernet)\s*:[^<>]*>": "load it with pipe.loras.load(file, name, scale)",
     r"(?<!\w)embedding:[^\s,()\[\]]+": "load it with pipe.embeddings.load(file, name)",
@@ -121,7 +120,7 @@ def _factors(tokens: Sequence[str], name: str) -> dict[int, float | None]:
 
 def _scheduled(end: Sequence[str]) -> bool:
     """Whether brackets end in a colon and a number."""
-    return len(end) == 2 and end[0] == ":" and _WHEN.fullmatch(end[1]) is not None
+    return len(end) == 2 and end[0] == ":" and bool(re.fullmatch(rf"\s*{_NUMBER}\s*", end[1]))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ..models.single_file import Kind, identify, scaling_factor
 from ..models.text import TextEncoders
 from ..models.vae import AutoencoderKL
 from ..ops import checks
-from .saving import RANDOM
+from .model_index import RANDOM
 from .scheduler_config import SchedulerSettings, read_scheduler
 from .tiny import KINDS, make_tiny
 
@@ -56,6 +56,11 @@ class Parts:
     safety_checker: SafetyChecker | None = None
     zero_empty: bool = False
     random_weights: bool = False
+
+    @property
+    def inpainting(self) -> bool:
+        """Whether the U-Net reads a mask and the masked image beside the noisy latents."""
+        return self.unet.config.in_channels != self.unet.config.out_channels
 
 
 @dataclass(frozen=True)

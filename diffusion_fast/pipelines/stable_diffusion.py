@@ -116,7 +116,7 @@ class StableDiffusion:
         Raises:
             OSError: it can't be written; what was there before still is.
         """
-        save(self, folder)
+        save(self._parts(), folder)
 
     @property
     def embeddings(self) -> Embeddings:
@@ -243,7 +243,12 @@ class StableDiffusion:
     @property
     def inpainting(self) -> bool:
         """Whether the U-Net reads a mask and the masked image beside the noisy latents."""
-        return self.unet.config.in_channels != self.unet.config.out_channels
+        return self._parts().inpainting
+
+    def _parts(self) -> Parts:
+        """The networks and the schedule as they are now."""
+        made = self.unet, self.vae, self.text, self.scheduler
+        return Parts(*made, self.safety_checker, self.zero_empty, self.random_weights)
 
     def _pictures(
         self, image: Any, mask: Any, size: Any, count: int

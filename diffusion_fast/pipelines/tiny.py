@@ -16,7 +16,7 @@ from ..models.clip_weights import save
 from ..models.vae import AutoencoderKL
 from ..models.vae_config import VAEConfig
 from ..ops import checks
-from .saving import model_index
+from .model_index import model_index
 from .tiny_tokenizer import LENGTH, vocabulary, write_tokenizer
 
 KINDS = ("sd15", "sd21", "sdxl", "inpainting")

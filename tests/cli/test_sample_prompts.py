@@ -225,8 +225,12 @@ def test_a_lora_with_and_without_a_scale(tiny: Path, tmp_path: Path, name: str) 
         expected = np.asarray(pipe("a", steps=2).images[0]).tobytes()
         lora = f"{tmp_path / name}{end}"
         assert alone(tiny, tmp_path / "x.png", "a", "--steps", 2, "--lora", lora) == expected
-    done = sample(tiny, tmp_path / "y.png", "a", "--lora", f"{tmp_path / 'no'}=nan")
-    assert done.returncode == 1
+    for scale, message in (
+        ("nan", "scale: expected a finite number"),
+        ("x", "expected a file, or"),
+    ):
+        done = sample(tiny, tmp_path / "y.png", "a", "--lora", f"{tmp_path / name}={scale}")
+        assert f"error: --lora: {message}" in done.stderr
 
 
 @pytest.mark.parametrize("end", ["", "=style"])
