@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -10,19 +11,14 @@ from typing import Any
 
 from ..ops import checks
 from ..prediction import PREDICTION_TYPES
-from ..samplers import of_diffusers
+from ..samplers import SAMPLERS, of_diffusers
 from ..samplers.grids import sigma_grid
+from ..samplers.names import options_of
 from ..samplers.registry import find
+from ..samplers.sampler import DiffusersName
 from ..schedule import DiffusionSchedule
 
-# The nearest sampler of ours to a scheduler that we don't have; dpmpp_2m for any other.
-_REPLACED = {
-    "KDPM2DiscreteScheduler": "heun",
-    "KDPM2AncestralDiscreteScheduler": "euler_ancestral",
-    "DPMSolverSDEScheduler": "dpmpp_2m_sde",
-    "LCMScheduler": "ddim",
-    "TCDScheduler": "ddim",
-}
+_EULER, _SINGLESTEP = "EulerDiscreteScheduler", "DPMSolverSinglestepScheduler"
 _NEAREST = {"DPMSolverMultistepScheduler": "dpmpp_2m", "UniPCMultistepScheduler": "unipc"}
 # What diffusers' classes assume where a file says nothing, if it is not linspace and so on.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -38,14 +34,20 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "solver_type": "midpoint",
     },
     "UniPCMultistepScheduler": {"solver_order": 2, "solver_type": "bh2", "predict_x0": True},
+    _SINGLESTEP: {
+        "algorithm_type": "dpmsolver++",
+        "solver_order": 2,
+        "solver_type": "midpoint",
+    },
     "PNDMScheduler": {"timestep_spacing": "leading", "set_alpha_to_one": False},
-    "LCMScheduler": {
+}
+for _name in ("LCMScheduler", "TCDScheduler"):
+    _DEFAULTS[_name] = {
         "timestep_spacing": "leading",
         "beta_start": 0.00085,
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
-    },
-}
+    }
 for _name in (
     "HeunDiscreteScheduler",
     "KDPM2DiscreteScheduler",
@@ -76,6 +78,15 @@ _READS: dict[str, tuple[str, ...]] = {
     ),
     "EulerAncestralDiscreteScheduler": (_ZERO_SNR,),
     "HeunDiscreteScheduler": (*_PLACED, "clip_sample", "clip_sample_range"),
+    "KDPM2DiscreteScheduler": _PLACED,
+    "KDPM2AncestralDiscreteScheduler": _PLACED,
+    "DPMSolverSDEScheduler": _PLACED,
+    _SINGLESTEP: (
+        *("algorithm_type", "solver_order", "solver_type", *_PLACED),
+        *("final_sigmas_type", "lambda_min_clipped"),
+    ),
+    "LCMScheduler": (_ZERO_SNR, "clip_sample", "clip_sample_range"),
+    "TCDScheduler": (_ZERO_SNR,),
 }
 _ALL_READ = {*_BETAS, "prediction_type", "timestep_spacing", "steps_offset"}.union(*_READS.values())
 # Options that change nothing where the others have the values that are allowed.
@@ -85,8 +96,6 @@ _WITHOUT_EFFECT = {
     "sample_max_value",
     "flow_shift",
     "time_shift_type",
-    "original_inference_steps",
-    "timestep_scaling",
     "noise_sampler_seed",
     "use_flow_sigmas",
 }
@@ -98,6 +107,8 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "timestep_type": ("discrete",),
     "predict_x0": (True,),
     "solver_p": (None,),
+    "original_inference_steps": (50,),
+    "timestep_scaling": (10.0, 10),
 }
 # Names that diffusers' constructors replace by another.
 _SAME = {
@@ -129,12 +140,19 @@ class SchedulerSettings:
         """The keywords of :func:`~diffusion_fast.samplers.make_table` that the config decides.
 
         Args:
-            sampler: None for the config's own; of another, the options that both have are kept.
+            sampler: None for the config's own; of another, the options that both have are kept. A
+                name of another program decides the grid by itself.
 
         Raises:
             ValueError: no such sampler.
         """
-        entry, config = find(self.sampler if sampler is None else sampler), self.config
+        config, sampler = self.config, self.sampler if sampler is None else sampler
+        entry = find(options_of(sampler, config["timestep_spacing"], SAMPLERS)["sampler"])
+        if sampler != entry.name:  # a name that decides the grid
+            kept = ("timestep_spacing", "prediction_type")
+            return {"sampler": sampler, **{name: config[name] for name in kept}}
+        if not entry.diffusers:  # a sampler that diffusers doesn't have takes Euler's settings
+            entry = dataclasses.replace(entry, diffusers=(DiffusersName(_EULER),))
         reads = _READS[entry.diffusers[0].scheduler]
         read = {name: config[name] for name in reads if config.get(name) is not None}
         options: dict[str, Any] = {
@@ -151,6 +169,8 @@ class SchedulerSettings:
         if placed:  # between the ends of the spaced grid, or of the whole schedule
             kind = "sigma_spacing" if entry.grid is sigma_grid else "timestep_spacing"
             options[kind] = placed[0]
+            if placed == ["karras"] and entry.diffusers[0].scheduler.startswith("KDPM2"):
+                options["whole_timesteps"] = True
         if not read.get("set_alpha_to_one", True) or read.get("final_sigmas_type") == "sigma_min":
             options["final_alpha"] = "first"
         if read.get("variance_type") is not None:
@@ -185,6 +205,8 @@ def read_scheduler(config: Mapping[str, Any]) -> SchedulerSettings:
     }
     for key, replaced in _SAME.get(name, {}).items():
         full[key] = replaced.get(full[key], full[key])
+    if name == _SINGLESTEP:  # it has no other
+        full |= {"timestep_spacing": "linspace", "steps_offset": 0}
     _refuse(name, full)
     sampler = _sampler(name, full)
     for problem in _left_out(full):
@@ -208,13 +230,15 @@ def write_scheduler(settings: SchedulerSettings) -> dict[str, Any]:
     }
     if "variance_type" in written:
         written["variance_type"] = f"fixed_{settings.table()['variance']}"
+    if name.scheduler == _SINGLESTEP:
+        del written["timestep_spacing"], written["steps_offset"]
     if written.get("lambda_min_clipped") == -math.inf:
         del written["lambda_min_clipped"]
     return written
 
 
 def _refuse(name: str, config: Mapping[str, Any]) -> None:
-    known = name in _READS or name in _REPLACED or name in _DEFAULTS
+    known = name in _READS or name in _DEFAULTS
     if not known and not config.keys() & {"beta_schedule", "trained_betas", "beta_start"}:
         supported = ", ".join(_READS)
         raise ValueError(f"_class_name: {name} is not supported (no betas), only {supported}")
@@ -238,7 +262,7 @@ def _sampler(name: str, config: Mapping[str, Any]) -> str:
     exact = of_diffusers(name, config)
     if exact is not None:
         return exact.name
-    wanted, sampler = name, _REPLACED.get(name, "dpmpp_2m")
+    wanted, sampler = name, "dpmpp_2m"
     if name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
         algorithm = str(config.get("algorithm_type", "UniPC"))
         wanted = f"{algorithm} of order {order}"

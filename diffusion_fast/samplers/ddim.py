@@ -50,5 +50,7 @@ SAMPLERS = (
         calls,
         options={"eta": 0.0, "clipped_direction": False},
         diffusers=(DiffusersName("DDIMScheduler"),),
+        comfyui="ddim",
+        a1111="DDIM",
     ),
 )

@@ -34,5 +34,7 @@ SAMPLERS = (
         calls,
         options={"variance": "large"},
         diffusers=(DiffusersName("DDPMScheduler"),),
+        comfyui="ddpm",
+        a1111="DDPM",
     ),
 )

@@ -33,7 +33,7 @@ def calls(
     """DPM-Solver++ of order 1, 2 (2M) or 3 (3M); warm-up rows have the order that history allows.
 
     Args:
-        sde: add the posterior's noise (orders 1 and 2).
+        sde: add noise, eta times as fast as the posterior's.
         exact: integrate the slope of order 2 exactly, in place of the midpoint rule ("heun").
         halved_curvature: take the second difference for the second derivative, which lacks a
             factor 2, as diffusers does for order 3. The order of convergence falls from 3 to 2.
@@ -50,7 +50,8 @@ def calls(
     with np.errstate(divide="ignore"):
         lam = np.log(grid.signal / grid.noise)
         h = -np.log(grid.ratio)  # infinite for a step to no noise
-    pace = 2.0 if sde else 1.0
+    eta = (options.eta or 0.0) if sde else 0.0
+    pace = 1 + eta
     integral_0 = -np.expm1(-pace * h)  # of pace exp(pace (tau - h))
     weights = np.zeros((n, 3))  # of x0, h1, h2 in the integral
     weights[:, 0] = integral_0
@@ -64,22 +65,26 @@ def calls(
     h_0, h_1 = lam[i] - lam[i - 1], lam[i - 1] - lam[i - 2]
     recent, older = _differences(1 / h_0), np.roll(_differences(1 / h_1), 1, axis=1)
     second = (recent - older) / (h_0 + h_1)[:, None]  # divided difference: half a curvature
-    integral_1 = h[i] - integral_0[i]  # of exp(tau - h) tau
-    integral_2 = h[i] ** 2 / 2 - integral_1  # of exp(tau - h) tau^2 / 2
+    integral_1 = h[i] - integral_0[i] / pace  # of pace exp(pace (tau - h)) tau
+    integral_2 = h[i] ** 2 / 2 - integral_1 / pace  # of the same with tau^2 / 2
     weights[i] += integral_1[:, None] * (recent + h_0[:, None] * second)
     weights[i] += (integral_2 if halved_curvature else 2 * integral_2)[:, None] * second
 
     c_0, c_1, c_2 = (grid.next_signal[:, None] * weights).T
     c_x = grid.next_noise / grid.noise
-    if sde:
-        noise = grid.posterior_std
-        return Calls.one_per_step(grid, c_x=c_x * grid.ratio, c_0=c_0, c_1=c_1, c_2=c_2, s=noise)
-    return Calls.one_per_step(grid, c_x=c_x, c_0=c_0, c_1=c_1, c_2=c_2)
+    if not sde:
+        return Calls.one_per_step(grid, c_x=c_x, c_0=c_0, c_1=c_1, c_2=c_2)
+    decay = grid.ratio**eta  # exp(-eta h)
+    noise = (options.s_noise or 0.0) * grid.next_noise * np.sqrt(np.maximum(1 - decay**2, 0))
+    return Calls.one_per_step(grid, c_x=c_x * decay, c_0=c_0, c_1=c_1, c_2=c_2, s=noise)
 
 
 def _differences(inverse: FloatArray) -> FloatArray:
     """[k, 3] weights of (x0 - h1) * inverse."""
     return inverse[:, None] * np.array([1.0, -1.0, 0.0])
+
+
+NOISE = {"eta": 1.0, "s_noise": 1.0}
 
 
 def _sampler(
@@ -90,6 +95,7 @@ def _sampler(
     exact: bool = False,
     halved_curvature: bool = False,
     nearest: bool = False,
+    a1111: str | None = None,
 ) -> Sampler:
     """``solver_types``: those of diffusers that mean this sampler, or the nearest to it."""
     algorithm = "sde-dpmsolver++" if sde else "dpmsolver++"
@@ -98,21 +104,33 @@ def _sampler(
         name,
         solver_grid,
         partial(calls, order=order, sde=sde, exact=exact, halved_curvature=halved_curvature),
-        options={"lower_order_final": True, "euler_at_final": False},
+        options={"lower_order_final": True, "euler_at_final": False, **(NOISE if sde else {})},
         diffusers=tuple(
             DiffusersName("DPMSolverMultistepScheduler", {**settings, "solver_type": kind}, nearest)
             for kind in solver_types
         ),
+        comfyui=name if a1111 else None,
+        a1111=a1111,
     )
 
 
 SAMPLERS = (
     _sampler("dpmpp_1", 1, "midpoint", "heun"),
-    _sampler("dpmpp_2m", 2, "midpoint"),
+    _sampler("dpmpp_2m", 2, "midpoint", a1111="DPM++ 2M"),
     _sampler("dpmpp_2m_heun", 2, "heun", exact=True),
     _sampler("dpmpp_3m", 3, "midpoint", nearest=True),
     _sampler("dpmpp_3m_diffusers", 3, "midpoint", "heun", halved_curvature=True),
     _sampler("dpmpp_1_sde", 1, "midpoint", "heun", sde=True),
-    _sampler("dpmpp_2m_sde", 2, "midpoint", sde=True),
-    _sampler("dpmpp_2m_sde_heun", 2, "heun", sde=True, exact=True),
+    _sampler("dpmpp_2m_sde", 2, "midpoint", sde=True, a1111="DPM++ 2M SDE"),
+    _sampler("dpmpp_2m_sde_heun", 2, "heun", sde=True, exact=True, a1111="DPM++ 2M SDE Heun"),
+    _sampler(
+        "dpmpp_3m_sde",
+        3,
+        "heun",
+        sde=True,
+        exact=True,
+        halved_curvature=True,
+        nearest=True,
+        a1111="DPM++ 3M SDE",
+    ),
 )

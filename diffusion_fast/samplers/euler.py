@@ -9,6 +9,7 @@ from __future__ import annotations
 from .ddim import transition
 from .grids import Grid, sigma_grid
 from .sampler import Calls, DiffusersName, Sampler, SamplerOptions
+from .table import INDEX
 
 
 def euler(grid: Grid, options: SamplerOptions) -> Calls:
@@ -17,16 +18,28 @@ def euler(grid: Grid, options: SamplerOptions) -> Calls:
 
 
 def ancestral(grid: Grid, options: SamplerOptions) -> Calls:
-    """Euler to sigma_down = sigma'^2 / sigma, then noise of sqrt(sigma'^2 - sigma_down^2)."""
-    return transition(grid, grid.posterior_std)
+    """Euler to a lower level than sigma', then noise up to it: eta times the posterior's."""
+    made = transition(grid, (options.eta or 0.0) * grid.posterior_std)
+    made.coefficients[:, INDEX["s"]] *= options.s_noise or 0.0
+    return made
 
 
 SAMPLERS = (
-    Sampler("euler", sigma_grid, euler, diffusers=(DiffusersName("EulerDiscreteScheduler"),)),
+    Sampler(
+        "euler",
+        sigma_grid,
+        euler,
+        diffusers=(DiffusersName("EulerDiscreteScheduler"),),
+        comfyui="euler",
+        a1111="Euler",
+    ),
     Sampler(
         "euler_ancestral",
         sigma_grid,
         ancestral,
+        options={"eta": 1.0, "s_noise": 1.0},
         diffusers=(DiffusersName("EulerAncestralDiscreteScheduler"),),
+        comfyui="euler_ancestral",
+        a1111="Euler a",
     ),
 )

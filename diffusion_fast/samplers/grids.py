@@ -18,7 +18,8 @@ the same settings give the same image, with these differences:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,9 @@ class GridOptions:
             goes from the schedule's highest to its lowest level and keeps the timesteps.
         sigma_min, sigma_max: other ends for ``sigma_spacing``, or for a spacing of noise levels.
         lambda_min: the lowest log(A / S) that DPM-Solver++ begins at (``lambda_min_clipped``).
+        convention: whose grid a name means: ``"diffusers"``; ``"k_diffusion"`` (and
+            AUTOMATIC1111's) or ``"comfyui"``, whose schedules :mod:`.schedules` has.
+        whole_timesteps: round the timesteps of ``sigma_spacing``.
         timesteps: the grid itself: decreasing timesteps, one for each step.
         sigmas: the grid itself: decreasing noise levels, one more than there are steps; the last
             two may be equal.
@@ -59,6 +63,8 @@ class GridOptions:
     sigma_min: float | None = None
     sigma_max: float | None = None
     lambda_min: float | None = None
+    convention: str = "diffusers"
+    whole_timesteps: bool = False
     timesteps: Sequence[float] | None = None
     sigmas: Sequence[float] | None = None
 
@@ -67,7 +73,8 @@ class GridOptions:
         Raises:
             ValueError: a value that is none of those above.
         """
-        checks.one_of("timestep_spacing", self.timestep_spacing, SPACINGS)
+        if self.convention == "diffusers":
+            checks.one_of("timestep_spacing", self.timestep_spacing, SPACINGS)
         checks.one_of("final_alpha", self.final_alpha, FINAL_ALPHAS)
         checks.whole_between("steps_offset", self.steps_offset, 0)
         if self.sigma_spacing is not None:
@@ -97,6 +104,9 @@ class Grid:
         next_signal, next_noise: A' and S' at its end. Mostly the start of the next step, but DDIM
             goes to t - T // n.
         initial_scale: the standard deviation of the state's pure noise at the first step.
+        levels: the noise levels of the schedule's timesteps, [T], increasing; None where there is
+            no schedule, and t is the noise level itself.
+        whole: whether the model is told whole timesteps.
     """
 
     timesteps: FloatArray
@@ -105,6 +115,8 @@ class Grid:
     next_signal: FloatArray
     next_noise: FloatArray
     initial_scale: float = field(default=1.0, kw_only=True)
+    levels: FloatArray | None = field(default=None, kw_only=True)
+    whole: bool = field(default=False, kw_only=True)
 
     @classmethod
     def from_sigmas(cls, sigmas: FloatArray, timesteps: FloatArray) -> Grid:
@@ -130,15 +142,29 @@ class Grid:
         return len(self.timesteps)
 
     def part(self, start: int, end: int | None = None) -> Grid:
-        """The steps from ``start`` on, up to ``end``."""
-        return Grid(*(array[start:end] for array in self._arrays()))
+        """The steps from ``start`` on, up to ``end``; they start from an image."""
+        arrays = {name: array[start:end] for name, array in self._arrays().items()}
+        return replace(self, initial_scale=1.0, **arrays)
 
     def then(self, other: Grid) -> Grid:
         """These steps and those of another grid."""
-        return Grid(*map(np.append, self._arrays(), other._arrays()))
+        more = other._arrays()
+        return replace(self, **{k: np.append(v, more[k]) for k, v in self._arrays().items()})
 
-    def _arrays(self) -> list[FloatArray]:
-        return [getattr(self, one.name) for one in fields(self) if one.name != "initial_scale"]
+    def _arrays(self) -> dict[str, Any]:
+        names = ("timesteps", "signal", "noise", "next_signal", "next_noise")
+        return {name: getattr(self, name) for name in names}
+
+    def starting(self, scale: float) -> Grid:
+        """The same with another standard deviation of the first state."""
+        return replace(self, initial_scale=scale)
+
+    def time_of(self, sigma: float) -> float:
+        """What the model is told at a noise level between the grid's, interpolated in log sigma."""
+        if self.levels is None:
+            return sigma
+        t = float(_time_of(np.array([sigma]), self.levels)[0])
+        return round(t) if self.whole else t
 
     @property
     def sigma(self) -> FloatArray:
@@ -159,7 +185,7 @@ class Grid:
 
 def ddpm_grid(schedule: DiffusionSchedule, steps: int, options: GridOptions) -> Grid:
     """n integer timesteps; each step goes to the next one."""
-    known = _given(schedule, steps, options, whole=True)
+    known = given(schedule, steps, options, whole=True)
     if known is not None:
         return known
     t = _timesteps(schedule.timesteps, steps, options)
@@ -173,7 +199,7 @@ def ddim_grid(schedule: DiffusionSchedule, steps: int, options: GridOptions) -> 
     The two are the same for leading spacing. Linspace makes them differ, most for few steps, and
     trailing by up to one; both are as diffusers does it.
     """
-    known = _given(schedule, steps, options, whole=True)
+    known = given(schedule, steps, options, whole=True)
     if known is not None:
         return known
     t = _timesteps(schedule.timesteps, steps, options)
@@ -195,7 +221,7 @@ def solver_grid(schedule: DiffusionSchedule, steps: int, options: GridOptions) -
     Leading spacing therefore starts at n (T // (n + 1)), far from the noise for many steps: at 500
     for n = 500 of 1000. There, trailing is the better choice.
     """
-    known = _given(schedule, steps, options, whole=True)
+    known = given(schedule, steps, options, whole=True)
     if known is not None:
         return known
     count, spacing = schedule.timesteps, options.timestep_spacing
@@ -221,7 +247,7 @@ def sigma_grid(schedule: DiffusionSchedule, steps: int, options: GridOptions) ->
 
     They start from sigma z but for leading spacing, where the start is sqrt(1 + sigma^2) z.
     """
-    grid = _given(schedule, steps, options, whole=False)
+    grid = given(schedule, steps, options, whole=False)
     if grid is None:
         grid = _spaced_sigmas(schedule, steps, options)
     if options.sigma_spacing == "log_linear":
@@ -229,7 +255,12 @@ def sigma_grid(schedule: DiffusionSchedule, steps: int, options: GridOptions) ->
         sigma = np.geomspace(levels[-1], levels[0], len(grid) + 1)
         grid = Grid.from_sigmas(sigma, grid.timesteps)
     leading = options.timestep_spacing == "leading"
-    return replace(grid, initial_scale=1.0 if leading else float(grid.noise[0]))
+    return grid.starting(1.0 if leading else float(grid.noise[0]))
+
+
+def schedule_levels(schedule: DiffusionSchedule) -> FloatArray:
+    """The noise levels of a schedule's timesteps, [T], finite and increasing."""
+    return _sigma(_finite_snr(schedule))
 
 
 def _spaced_sigmas(schedule: DiffusionSchedule, steps: int, options: GridOptions) -> Grid:
@@ -244,10 +275,11 @@ def _spaced_sigmas(schedule: DiffusionSchedule, steps: int, options: GridOptions
     if options.sigma_spacing in SIGMAS:
         sigma = _between(options.sigma_spacing, sigma[-1], sigma[0], steps, options)
         t = _time_of(sigma, levels)
+        t = t.round() if options.whole_timesteps else t
     return Grid.from_sigmas(np.append(sigma, end), t)
 
 
-def _given(
+def given(
     schedule: DiffusionSchedule, steps: int, options: GridOptions, *, whole: bool
 ) -> Grid | None:
     """The grid where noise levels or a list decide it; None for a spacing of timesteps."""
@@ -334,12 +366,21 @@ def _exponential(low: float, high: float, u: FloatArray) -> FloatArray:
 
 
 def _beta(low: float, high: float, u: FloatArray) -> FloatArray:
-    """Quantiles of Beta(0.6, 0.6) (Lee et al. 2024, arXiv:2407.12173). Needs SciPy."""
+    """Quantiles of Beta(0.6, 0.6) (Lee et al. 2024, arXiv:2407.12173)."""
+    return low + beta_quantile(1 - u) * (high - low)
+
+
+def beta_quantile(u: FloatArray) -> FloatArray:
+    """Quantiles of Beta(0.6, 0.6).
+
+    Raises:
+        ImportError: SciPy is not installed.
+    """
     try:
         from scipy.special import betaincinv
     except ImportError as error:
-        raise ImportError("timestep_spacing='beta' needs the package scipy") from error
-    return low + betaincinv(0.6, 0.6, 1 - u) * (high - low)
+        raise ImportError("a beta schedule needs the package scipy: pip install scipy") from error
+    return np.asarray(betaincinv(0.6, 0.6, u), np.float64)
 
 
 SIGMAS = {

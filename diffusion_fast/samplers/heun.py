@@ -60,5 +60,7 @@ SAMPLERS = (
         calls,
         calls_per_step=2,
         diffusers=(DiffusersName("HeunDiscreteScheduler"),),
+        comfyui="heun",
+        a1111="Heun",
     ),
 )

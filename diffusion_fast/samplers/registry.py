@@ -15,12 +15,28 @@ from ..guidance import plan_guidance
 from ..ops import checks
 from ..prediction import x0_coefficients
 from ..schedule import DiffusionSchedule
-from . import ddim, ddpm, dpm_solver, euler, heun, unipc
+from . import (
+    consistency,
+    ddim,
+    ddpm,
+    dpm_solver,
+    euler,
+    extrapolation,
+    heun,
+    midpoint,
+    restart,
+    singlestep,
+    unipc,
+)
 from .grids import Grid
+from .names import options_of
 from .sampler import Sampler, SamplerOptions
 from .table import INDEX, StepTable
 
-FAMILIES = (ddpm, ddim, dpm_solver, euler, heun, unipc)
+FAMILIES = (
+    *(ddpm, ddim, dpm_solver, euler, heun, unipc, midpoint, singlestep, extrapolation, restart),
+    consistency,
+)
 SAMPLERS = MappingProxyType({one.name: one for family in FAMILIES for one in family.SAMPLERS})
 
 
@@ -51,7 +67,7 @@ def make_table(
     """The table of a sampler on a schedule's time grid.
 
     Args:
-        sampler: one of :data:`SAMPLERS`.
+        sampler: one of :data:`SAMPLERS`, or a name of another program (:mod:`.names`).
         schedule: what the model was trained with.
         steps: 1 to T, None for all T.
         options: the other attributes of :class:`SamplerOptions`.
@@ -66,11 +82,15 @@ def make_table(
 
 def table_of(options: SamplerOptions, schedule: DiffusionSchedule) -> StepTable:
     """The same for options in one value."""
+    if not isinstance(options.sampler, str):
+        checks.fail("sampler", "a name", repr(options.sampler))
+    spacing, convention = options.timestep_spacing, options.convention
+    options = options.replace(**options_of(options.sampler, spacing, SAMPLERS, convention))
     sampler = find(options.sampler)
     options.check()
     steps = options.steps_of(schedule.timesteps)
     options = dataclasses.replace(sampler.resolved(options), steps=steps)
-    grid = sampler.grid(schedule, steps, options)
+    grid = sampler.place(schedule, steps, options)
     if options.strength is not None:  # an image comes with its noise
         grid = grid.part(len(grid) - options.steps_to_run(len(grid)))
     # Solver grids put a small SNR in the place of zero, where epsilon says nothing all the same.
@@ -102,8 +122,11 @@ def table_from_grid(sampler: str | Sampler, grid: Grid, **options: Any) -> StepT
 
 def _table(sampler: Sampler, grid: Grid, options: SamplerOptions) -> StepTable:
     clip, calls = options.clip, sampler.calls(grid, options)
+    starts = np.flatnonzero(np.diff(calls.step, prepend=-1))
+    with np.errstate(divide="ignore"):
+        sigma = calls.noise[starts] / calls.signal[starts]
     guidance = plan_guidance(
-        grid.sigma, options.guidance_scale, options.guidance_interval, options.guidance_rescale
+        sigma, options.guidance_scale, options.guidance_interval, options.guidance_rescale
     )
     a, b = x0_coefficients(options.prediction_type, calls.signal, calls.noise)
     rows = calls.coefficients

@@ -15,7 +15,8 @@ import numpy as np
 from ..ops import checks
 from ..prediction import PREDICTION_TYPES
 from ..schedule import DiffusionSchedule, FloatArray
-from .grids import Grid, GridOptions
+from .grids import Grid, GridOptions, schedule_levels, sigma_grid
+from .schedules import CONVENTIONS, schedule_grid
 from .table import coefficients
 
 
@@ -31,7 +32,9 @@ class SamplerOptions(GridOptions):
         prediction_type: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
         variance: noise of DDPM's steps, ``"large"`` or ``"small"``; None for large. Others have
             no use for it.
-        eta: noise of DDIM's steps, in [0, 1]; None for 0, which is deterministic.
+        eta: in [0, 1], the noise of a step as a part of the posterior's; 0 is deterministic, and
+            None is 0 for DDIM, 0.3 for TCD and 1 for the others that have it.
+        s_noise: a factor of the noise that a step adds; None for 1.
         clip_sample: clamp x_0 to [-1, 1] (True) or to [-c, c] (a number c > 0).
         clipped_direction: whether the epsilon of DDIM's direction follows from the clipped x_0
             (``use_clipped_model_output``); None for False.
@@ -50,6 +53,7 @@ class SamplerOptions(GridOptions):
     prediction_type: str = "epsilon"
     variance: str | None = None
     eta: float | None = None
+    s_noise: float | None = None
     clip_sample: bool | float = False
     clipped_direction: bool | None = None
     lower_order_final: bool | None = None
@@ -109,6 +113,7 @@ class SamplerOptions(GridOptions):
         Raises:
             ValueError: a value that no sampler takes.
         """
+        checks.one_of("convention", self.convention, CONVENTIONS)
         super().check()
         checks.one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
 
@@ -173,6 +178,8 @@ class Sampler:
         calls_per_step: how many calls a step has; the last step may have one.
         options: those options that not every sampler has, with their defaults.
         diffusers: its names in diffusers.
+        comfyui, a1111: its names in ComfyUI (and k-diffusion, after "sample_") and AUTOMATIC1111.
+        drops_penultimate: whether those two leave out the last noise level above 0.
     """
 
     name: str
@@ -181,6 +188,19 @@ class Sampler:
     calls_per_step: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
     diffusers: tuple[DiffusersName, ...] = ()
+    comfyui: str | None = None
+    a1111: str | None = None
+    drops_penultimate: bool = False
+
+    def place(self, schedule: DiffusionSchedule, steps: int, options: SamplerOptions) -> Grid:
+        """The steps on a schedule."""
+        if options.convention == "diffusers":
+            grid = self.grid(schedule, steps, options)
+            whole = self.grid is not sigma_grid
+        else:
+            drops, whole = self.drops_penultimate, options.convention == "comfyui"
+            grid = schedule_grid(schedule, steps, options, drops_penultimate=drops)
+        return dataclasses.replace(grid, levels=schedule_levels(schedule), whole=whole)
 
     def resolved(self, options: SamplerOptions) -> SamplerOptions:
         """The options with this sampler's defaults in the place of None.
@@ -193,10 +213,17 @@ class Sampler:
             if value is None:
                 continue
             check(name, value)
-            if name not in (*self.options, "variance") and value not in (False, 0, ()):
+            if name not in (*self.options, "variance") and value not in (
+                False,
+                0,
+                (),
+                OFF.get(name),
+            ):
                 checks.fail(name, f"none for {self.name}, which has no such option", value)
-        given = {name: getattr(options, name) for name in self.options}
-        chosen = {name: self.options[name] for name, value in given.items() if value is None}
+        defaults = dict(self.options)
+        if "lower_order_final" in defaults:  # only diffusers ends so
+            defaults["lower_order_final"] = options.convention == "diffusers"
+        chosen = {k: value for k, value in defaults.items() if getattr(options, k) is None}
         return dataclasses.replace(options, **chosen)
 
 
@@ -220,9 +247,11 @@ def _indices(name: str, value: Any) -> None:
         checks.whole_between(name, step, 0)
 
 
+OFF = {"s_noise": 1}  # values that ask for nothing, beside False, 0 and none
 # The options that not every sampler has, and the checks of their values.
-SPECIFIC: dict[str, Callable[[str, Any], None]] = {
+SPECIFIC: dict[str, Callable[[str, Any], object]] = {
     "eta": _eta,
+    "s_noise": checks.not_negative,
     "variance": _variance,
     "clipped_direction": _flag,
     "lower_order_final": _flag,

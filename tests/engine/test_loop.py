@@ -256,7 +256,7 @@ def test_configure_is_a_new_engine_on_the_same_buffers() -> None:
         engine.configure(**options)
         x = engine.sample(SHAPE, generator=seeded())
         assert torch.equal(
-            x, df.sample(model, SCHEDULE, SHAPE, generator=seeded(), **engine._options)
+            x, df.sample(model, SCHEDULE, SHAPE, generator=seeded(), **vars(engine._options))
         )
         assert list(engine._loops.values()) == [loop]
 

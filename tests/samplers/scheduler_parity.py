@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusion_fast.ops import sampler_step
-from diffusion_fast.samplers import StepTable, make_table
+from diffusion_fast.samplers import SAMPLERS, StepTable, make_table
 from diffusion_fast.samplers.grids import LEAST_ALPHA_BAR
 from diffusion_fast.schedule import DiffusionSchedule
 
@@ -32,6 +32,15 @@ COUNTERPARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", {"solver_order": 2}),
     "unipc_3": ("UniPCMultistepScheduler", {"solver_order": 3}),
 }
+# The samplers on diffusers' grids of every spacing, with one call a step (but Heun's two).
+CORE = tuple(
+    name
+    for name, sampler in SAMPLERS.items()
+    if sampler.diffusers
+    and (sampler.calls_per_step == 1 or name == "heun")
+    and name not in ("lcm", "tcd")
+    and "Singlestep" not in sampler.diffusers[0].scheduler
+)
 BETAS = {
     "linear": ("linear", 1e-4, 0.02),
     "scaled_linear": ("scaled_linear", 0.00085, 0.012),

@@ -31,6 +31,9 @@ ORDERS = {
     "dpmpp_3m": 3,
     "unipc": 3,
     "unipc_3": 3,
+    "dpm_2": 2,
+    "exp_heun_2_x0": 2,
+    "res_multistep": 2,
 }
 MEAN, STD = 0.7, 0.4  # of the Gaussian
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scheduler_parity import CORE
 
-from diffusion_fast.samplers import SAMPLERS, make_table, table_from_grid
+from diffusion_fast.samplers import make_table, table_from_grid
 from diffusion_fast.samplers.grids import (
     Grid,
     GridOptions,
@@ -20,7 +21,7 @@ T = 1000
 GRIDS = (ddpm_grid, ddim_grid, solver_grid, sigma_grid)
 FINITE_SIGMA = (
     "heun",
-    *(s for s in SAMPLERS if s.startswith("unipc")),
+    *(s for s in CORE if s.startswith("unipc")),
 )  # their own grids put a small SNR in its place
 # Where floating point gives numpy.arange(T, 0, -T / n) one element too many.
 ONE_TOO_MANY = [n for n in range(1, T + 1) if len(np.arange(T, 0, -(T / n))) != n]
@@ -73,7 +74,7 @@ def test_there_are_62_numbers_of_steps_where_trailing_used_to_break():
     assert ONE_TOO_MANY[:3] == [61, 103, 121]
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", CORE)
 @pytest.mark.parametrize("steps", (61, 103, 121))
 def test_trailing_has_the_steps_asked_for(schedule, sampler, steps):
     table = make_table(sampler, schedule, steps, timestep_spacing="trailing")
@@ -83,7 +84,7 @@ def test_trailing_has_the_steps_asked_for(schedule, sampler, steps):
 
 
 @pytest.mark.parametrize("spacing", ("leading", "trailing", "linspace"))
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", CORE)
 def test_all_steps_are_every_timestep(sampler, spacing):
     table = make_table(sampler, DiffusionSchedule(50), timestep_spacing=spacing)
     assert table.timesteps.unique().tolist() == pytest.approx(range(50))
@@ -91,7 +92,7 @@ def test_all_steps_are_every_timestep(sampler, spacing):
 
 
 @pytest.mark.parametrize("steps", (999, 1000))
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", CORE)
 def test_an_offset_past_the_end_raises(schedule, sampler, steps):
     solver = solver_grid(schedule, steps, GridOptions("leading")).timesteps[0]
     sampler_is_solver = sampler.startswith(("dpm", "unipc"))
@@ -122,7 +123,7 @@ def test_karras_keeps_fractions_where_the_first_timesteps_would_coincide(sampler
     assert linear.integer_timesteps
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", CORE)
 def test_epsilon_at_zero_snr_raises(sampler):
     schedule = DiffusionSchedule(T, zero_terminal_snr=True)
     with pytest.raises(ValueError, match="prediction_type: expected v_prediction or sample"):
@@ -145,7 +146,7 @@ def test_ddim_with_eta_at_zero_snr_is_finite():
     assert table.rows[:, 3:].isfinite().all()
 
 
-@pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s not in FINITE_SIGMA])
+@pytest.mark.parametrize("sampler", [s for s in CORE if s not in FINITE_SIGMA])
 def test_a_grid_that_starts_at_zero_snr_itself(sampler):
     """Exactly zero, as in a table of DDPM or DDIM: lambda is infinite there."""
     alpha_bar = np.array([0.0, 0.2, 0.5, 0.8, 0.95])
@@ -165,7 +166,7 @@ def test_ddim_goes_a_fixed_distance_and_ddpm_to_the_next_timestep(schedule):
 
 
 @pytest.mark.parametrize("spacing", ("leading", "trailing", "linspace", "karras"))
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", CORE)
 def test_the_known_grids_of_fifty_steps(schedule, sampler, spacing):
     first = make_table(sampler, schedule, 50, timestep_spacing=spacing).timesteps[0].item()
     solver = sampler.startswith(("dpm", "unipc"))

@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from scheduler_parity import run_table
+from scheduler_parity import CORE, run_table
 
 from diffusion_fast.ops.sampler_step import COLUMNS
-from diffusion_fast.samplers import SAMPLERS, make_table
+from diffusion_fast.samplers import make_table
 from diffusion_fast.schedule import DiffusionSchedule
 
 CLIP = COLUMNS.index("clip")
@@ -57,14 +57,14 @@ def test_bad_arguments(schedule, arguments, message):
 
 
 @pytest.mark.parametrize("clip, column", [(False, math.inf), (True, 1.0), (2.5, 2.5), (3, 3.0)])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", CORE)
 def test_clip_column(schedule, sampler, clip, column):
     table = make_table(sampler, schedule, 5, clip_sample=clip)
     assert set(table.rows[:, CLIP].tolist()) == {column}
 
 
 @pytest.mark.parametrize("prediction", ("epsilon", "v_prediction", "sample"))
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", CORE)
 def test_wide_clipping_changes_nothing(schedule, sampler, prediction):
     """Where clipping switches the formula (DDIM, Heun), both must agree if nothing is clipped."""
     x = torch.randn(1, 6, dtype=torch.float64)
@@ -86,7 +86,7 @@ def test_wide_clipping_changes_nothing(schedule, sampler, prediction):
     torch.testing.assert_close(plain, clipped, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", CORE)
 def test_clipping_bounds_the_image(schedule, sampler):
     if sampler == "ddpm":
         sampler = "ddim"  # its last row is noiseless on any grid
@@ -95,7 +95,7 @@ def test_clipping_bounds_the_image(schedule, sampler):
     assert run_table(table, lambda x, t: torch.zeros_like(x), x)[-1].abs().max() <= 0.5
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", CORE)
 def test_image_to_image_runs_the_end_of_the_grid(schedule, sampler):
     whole = make_table(sampler, schedule, 20)
     part = make_table(sampler, schedule, 20, strength=0.35)
@@ -112,7 +112,7 @@ def test_image_to_image_runs_the_end_of_the_grid(schedule, sampler):
     assert trace[-1].isfinite().all()
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", CORE)
 @pytest.mark.parametrize("spacing", ("leading", "trailing", "linspace", "karras"))
 def test_start_of_the_state(schedule, sampler, spacing):
     """Euler and Heun start from sigma z as in diffusers, but for leading spacing."""

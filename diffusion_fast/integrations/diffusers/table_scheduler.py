@@ -187,7 +187,7 @@ class TableScheduler:
         else:
             steps = checks.whole_between("num_inference_steps", steps, 1, count)
         options.check()
-        self._use(schedule, self.sampler().grid(schedule, steps, options), device)
+        self._use(schedule, self.sampler().place(schedule, steps, options), device)
         self.num_inference_steps = len(self._ready().grid)
 
     def _use(
@@ -209,7 +209,7 @@ class TableScheduler:
             schedule = DiffusionSchedule.from_config(self.config)
             every = SamplerOptions(timesteps=range(schedule.timesteps - 1, -1, -1))
             device = self.timesteps.device
-            self._use(schedule, self.sampler().grid(schedule, schedule.timesteps, every), device)
+            self._use(schedule, self.sampler().place(schedule, schedule.timesteps, every), device)
         if self._plan is None:
             name = "num_inference_steps"
             checks.fail(name, "a call of set_timesteps before the first step", None)

@@ -1,0 +1,95 @@
+"""Samplers by the names that other programs give them.
+
+A name fixes the grid: ``DPM++ 2M Karras`` is AUTOMATIC1111's, with fractional timesteps;
+``sample_dpmpp_2m`` k-diffusion's; ``comfyui/dpmpp_2m``, or ``dpmpp_2m`` with a schedule that only
+ComfyUI has, ComfyUI's, with whole ones; and a scheduler class of diffusers means its grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..ops import checks
+from .grids import SIGMAS
+from .sampler import Sampler
+from .schedules import NAMES
+
+COMFYUI, K_DIFFUSION = "comfyui/", "sample_"
+# AUTOMATIC1111's names of schedules.
+A1111_SCHEDULES = {
+    "Karras": "karras",
+    "Exponential": "exponential",
+    "Polyexponential": "polyexponential",
+    "SGM Uniform": "sgm_uniform",
+    "KL Optimal": "kl_optimal",
+    "Align Your Steps": "ays",
+    "Simple": "simple",
+    "Normal": "normal",
+    "DDIM": "ddim_uniform",
+    "Beta": "beta",
+    "Uniform": "normal",
+}
+# What has a name elsewhere and is no table of rows.
+REFUSED = {
+    "dpm_adaptive": "it chooses its steps by the error that it finds on the way",
+    "DPM adaptive": "it chooses its steps by the error that it finds on the way",
+    "IPNDMScheduler": "its schedule is of its own, not that of Stable Diffusion",
+    "UniPC": "AUTOMATIC1111's own form; unipc, unipc_3 and their bh1 forms are diffusers'",
+    "uni_pc": "ComfyUI's own form; unipc, unipc_3 and their bh1 forms are diffusers'",
+    "uni_pc_bh2": "ComfyUI's own form; unipc, unipc_3 and their bh1 forms are diffusers'",
+}
+
+
+def options_of(
+    name: str, spacing: str, samplers: Mapping[str, Sampler], convention: str = "diffusers"
+) -> dict[str, Any]:
+    """The options that a name means, ``sampler`` with our own name among them.
+
+    Args:
+        name: any spelling.
+        spacing: the ``timestep_spacing`` beside it, which a schedule in the name replaces.
+        samplers: the registry.
+        convention: what is asked for beside our own name.
+
+    Raises:
+        ValueError: a name that nobody has, or that of a sampler that is no table.
+    """
+    plain = name.strip()
+    if plain in samplers:
+        own = convention == "diffusers" and spacing in NAMES and spacing not in SIGMAS
+        return {"sampler": plain, **({"convention": "comfyui"} if own else {})}
+    for refused, reason in REFUSED.items():
+        if plain.removeprefix(COMFYUI).removeprefix(K_DIFFUSION) == refused:
+            checks.fail("sampler", "one that is a table of rows", f"{plain}: {reason}")
+    schedule = spacing if spacing in NAMES else "normal"
+    for sampler in samplers.values():
+        means = {"sampler": sampler.name, "timestep_spacing": schedule}
+        if sampler.comfyui and plain == COMFYUI + sampler.comfyui:
+            return {**means, "convention": "comfyui"}
+        if sampler.comfyui and plain == K_DIFFUSION + sampler.comfyui:
+            return {**means, "convention": "k_diffusion"}
+        if sampler.a1111 and plain.lower().startswith(sampler.a1111.lower()):
+            rest = plain[len(sampler.a1111) :].strip()
+            known = {label.lower(): one for label, one in A1111_SCHEDULES.items()}
+            if not rest or rest.lower() in known:
+                means["timestep_spacing"] = known[rest.lower()] if rest else schedule
+                return {**means, "convention": "k_diffusion"}
+        for theirs in sampler.diffusers:
+            if plain == theirs.scheduler and not theirs.nearest:
+                return {"sampler": sampler.name}
+    checks.one_of("sampler", name, samplers)
+    raise AssertionError(name)
+
+
+def table(samplers: Mapping[str, Sampler]) -> Iterator[tuple[str, str, str, str, str]]:
+    """(name, diffusers, k-diffusion, ComfyUI, AUTOMATIC1111) of each sampler, for the docs."""
+    for sampler in samplers.values():
+        theirs = [
+            ", ".join([one.scheduler, *(f"{k}={v}" for k, v in one.settings.items())])
+            for one in sampler.diffusers
+            if not one.nearest
+        ]
+        comfyui = sampler.comfyui or ""
+        k_diffusion = K_DIFFUSION + comfyui if comfyui and sampler.a1111 else ""
+        yield sampler.name, "; ".join(theirs), k_diffusion, comfyui, sampler.a1111 or ""

@@ -1,0 +1,144 @@
+"""Samplers written as their papers have them: sums of what a step has at hand, call after call.
+
+The state here is x = x_0 + sigma epsilon (Karras et al. 2022). :class:`Program` rewrites it to the
+variance-preserving form that the tables keep.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from ..prediction import epsilon_coefficients
+from ..schedule import FloatArray
+from .grids import Grid
+from .sampler import Calls, SamplerOptions
+from .table import INDEX, coefficients
+
+
+class Sum:
+    """A sum of what a step has, each with a coefficient: +, - and * by numbers."""
+
+    def __init__(self, terms: Mapping[str, float]) -> None:
+        self.terms = dict(terms)
+
+    def __add__(self, other: Sum) -> Sum:
+        total = dict(self.terms)
+        for name, value in other.terms.items():
+            total[name] = total.get(name, 0.0) + value
+        return Sum(total)
+
+    def __mul__(self, factor: float) -> Sum:
+        return Sum({name: factor * value for name, value in self.terms.items()})
+
+    __rmul__ = __mul__
+
+    def __sub__(self, other: Sum) -> Sum:
+        return self + other * -1.0
+
+
+# The state; the model's x_0 and epsilon = (x - x_0) / sigma; x_0 of the calls before; what was
+# kept; and noise.
+X, X0, EPS, H1, H2, Y, Z = (Sum({name: 1.0}) for name in ("x", "x0", "eps", "h1", "h2", "y", "z"))
+
+
+class Program:
+    """Collects the calls of a sampler.
+
+    Args:
+        grid: the steps.
+        options: the prediction type, clipping and noise of the run.
+
+    Attributes:
+        sigmas: the noise levels of the steps' starts and of the last one's end, [n + 1].
+        eta, s_noise: the noise that the options ask for.
+    """
+
+    def __init__(self, grid: Grid, options: SamplerOptions) -> None:
+        self.grid, self.options = grid, options
+        end = grid.next_noise[-1] / grid.next_signal[-1]
+        self.sigmas = [*grid.sigma.tolist(), float(end)]
+        self.eta, self.s_noise = options.eta or 0.0, options.s_noise or 0.0
+        self._times = dict(zip(self.sigmas[:-1], grid.timesteps.tolist(), strict=True))
+        self._rows: list[FloatArray] = []
+        self._points: list[tuple[float, ...]] = []
+
+    def call(self, step: int, sigma: float, after: float, x: Sum, y: Sum | None = None) -> None:
+        """A model call at noise level ``sigma``, which leads to the state x at level ``after``.
+
+        Args:
+            step: the step that the call belongs to.
+            y: what to keep; None for nothing.
+        """
+        signal, signal_after = 1 / math.hypot(1, sigma), 1 / math.hypot(1, after)
+        noise, row = sigma * signal, coefficients(1)[0]
+        for name, value in _lowered(x, sigma, self._epsilon(signal, noise)).items():
+            row[INDEX[_COLUMNS[name]]] += signal_after * value / (signal if name == "x" else 1.0)
+        # epsilon of what is kept goes by way of x_0: a row keeps no model output
+        kept = {} if y is None else _lowered(y, sigma, {"x": 1 / sigma, "x0": -1 / sigma})
+        for name, value in kept.items():
+            row[INDEX[_KEPT[name]]] += value / (signal if name == "x" else 1.0)
+        self._rows.append(row)
+        t = self._times.get(sigma)
+        t = self.grid.time_of(sigma) if t is None else t
+        self._points.append((step, t, signal, noise, signal_after, after * signal_after))
+
+    def _epsilon(self, signal: float, noise: float) -> dict[str, float]:
+        """epsilon of x and the model's output, or of x_0 where that is clipped."""
+        if self.options.clip < math.inf:
+            return {"x": signal / noise, "x0": -signal / noise}
+        e_x, e_m = epsilon_coefficients(
+            self.options.prediction_type, np.array([signal]), np.array([noise])
+        )
+        return {"x": float(e_x[0]) * signal, "m": float(e_m[0])}
+
+    def calls(self) -> Calls:
+        """All calls so far."""
+        step, *levels = np.array(self._points).T
+        return Calls(
+            np.stack(self._rows), step.astype(np.int64), *map(np.ascontiguousarray, levels)
+        )
+
+    def steps(self) -> Iterator[tuple[int, float, float]]:
+        """(number, noise level at the start, at the end) of each step.
+
+        A step to its own level, as the last one may be, is a call that changes nothing.
+        """
+        for i, (sigma, after) in enumerate(itertools.pairwise(self.sigmas)):
+            if math.isclose(sigma, after, rel_tol=1e-12):
+                self.call(i, sigma, sigma, X)
+            else:
+                yield i, sigma, after
+
+
+_COLUMNS = {
+    **{"x": "c_x", "x0": "c_0", "m": "c_m", "h1": "c_1", "h2": "c_2", "y": "c_y", "z": "s"},
+}
+_KEPT = {"x": "d_x", "x0": "d_0", "h1": "d_1", "h2": "d_2", "y": "d_y"}
+
+
+def _lowered(total: Sum, sigma: float, epsilon: Mapping[str, float]) -> dict[str, float]:
+    """The sum without epsilon itself."""
+    terms = dict(total.terms)
+    weight = terms.pop("eps", 0.0)
+    for name, value in epsilon.items():
+        if weight:
+            terms[name] = terms.get(name, 0.0) + weight * value
+    return terms
+
+
+def toward(x: Sum, x0: Sum, sigma: float, after: float) -> Sum:
+    """The state at level ``after`` of a straight line from x at ``sigma`` to x_0."""
+    return after / sigma * x + (1 - after / sigma) * x0
+
+
+def ancestral_step(start: float, end: float, eta: float) -> tuple[float, float]:
+    """(sigma_down, sigma_up) of a step: the level to step down to, the noise to add then.
+
+    eta = 1 gives the posterior's noise, eta = 0 none (Song et al. 2021, eq. 16).
+    """
+    up = min(end, eta * end * math.sqrt(max(1 - (end / start) ** 2, 0.0)))
+    return math.sqrt(max(end**2 - up**2, 0.0)), up

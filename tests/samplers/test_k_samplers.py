@@ -1,0 +1,333 @@
+"""The samplers of k-diffusion and ComfyUI against their formulas, in float64, noise given.
+
+The formulas are written out here as loops over x = x_0 + sigma z; the tables know nothing of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion_fast.ops import sampler_step
+from diffusion_fast.samplers import Grid, table_from_grid
+
+SIGMAS = [*np.geomspace(15.0, 0.05, 7).tolist(), 0.0]
+Draw = Callable[[], Tensor]
+
+
+def denoised(x: Tensor, sigma: float) -> Tensor:
+    u = torch.tanh(x / (1 + sigma))
+    return 0.8 * u + 0.3 * torch.sin(u.roll(1, -1) + 0.1 * sigma)
+
+
+def line(x: Tensor, x_0: Tensor, start: float, end: float) -> Tensor:
+    return x_0 + end / start * (x - x_0)
+
+
+def split(start: float, end: float, eta: float) -> tuple[float, float]:
+    """(level to go down to, noise to add)."""
+    up = eta * end * math.sqrt(1 - (end / start) ** 2)
+    return math.sqrt(end**2 - up**2), up
+
+
+def euler_ancestral(x, sigmas, draw, eta, s_noise):
+    for start, end in itertools.pairwise(sigmas):
+        down, up = split(start, end, eta)
+        x = line(x, denoised(x, start), start, down)
+        if end and eta:
+            x = x + s_noise * up * draw()
+    return x
+
+
+def dpm_2(x, sigmas, draw, eta, s_noise):
+    for start, end in itertools.pairwise(sigmas):
+        down, up = split(start, end, eta)
+        slope = (x - denoised(x, start)) / start
+        if down:
+            middle = math.sqrt(start * down)
+            there = x + (middle - start) * slope
+            slope = (there - denoised(there, middle)) / middle
+        x = x + (down - start) * slope
+        if end and eta:
+            x = x + s_noise * up * draw()
+    return x
+
+
+def dpmpp_2s_ancestral(x, sigmas, draw, eta, s_noise):
+    for start, end in itertools.pairwise(sigmas):
+        down, up = split(start, end, eta)
+        x_0 = denoised(x, start)
+        if down:
+            middle = math.sqrt(start * down)
+            x_0 = denoised(line(x, x_0, start, middle), middle)
+        x = line(x, x_0, start, down)
+        if end and eta:
+            x = x + s_noise * up * draw()
+    return x
+
+
+def dpmpp_sde(x, sigmas, draw, eta, s_noise):
+    """With the values of one Brownian path in sigma, as differences W."""
+    for start, end in itertools.pairwise(sigmas):
+        x_0 = denoised(x, start)
+        if not end:
+            return x_0
+        middle = math.sqrt(start * end)
+        first, rest = math.sqrt(start - middle), math.sqrt(middle - end)
+        path = first * draw() if eta else 0.0
+        down, up = split(start, middle, eta)
+        there = line(x, x_0, start, down) + s_noise * up * path / first
+        x_0 = denoised(there, middle)
+        path = path + rest * draw() if eta else 0.0
+        down, up = split(start, end, eta)
+        x = line(x, x_0, start, down) + s_noise * up * path / math.sqrt(start - end)
+    return x
+
+
+def sde_multistep(order: int, exact: bool):
+    def run(x, sigmas, draw, eta, s_noise):
+        past: list[tuple[float, Tensor]] = []
+        for start, end in itertools.pairwise(sigmas):
+            past.append((-math.log(start), denoised(x, start)))
+            (here, x_0), known = past[-1], past[-order:]
+            if not end:
+                return x_0
+            h = -math.log(end) - here
+            wide = (1 + eta) * h
+            x = math.exp(-wide) * x + (1 - math.exp(-wide)) * x_0
+            phi = 1 - (1 - math.exp(-wide)) / wide
+            if len(known) >= 2:
+                recent = (x_0 - known[-2][1]) / (here - known[-2][0])
+            if len(known) == 2:
+                x = x + (phi * h if exact else 0.5 * (1 - math.exp(-wide)) * h) * recent
+            if len(known) == 3:
+                (t_2, x_2), (t_1, x_1), _ = known
+                older = (x_1 - x_2) / (t_1 - t_2)
+                bend = (recent - older) / (here - t_2)
+                x = x + phi * h * (recent + bend * (here - t_1))
+                x = x - (phi / wide - 0.5) * h**2 * bend
+            if eta:
+                x = x + s_noise * end * math.sqrt(1 - math.exp(-2 * eta * h)) * draw()
+        return x
+
+    return run
+
+
+def res_multistep(x, sigmas, draw, eta, s_noise):
+    before = None
+    for i, (start, end) in enumerate(itertools.pairwise(sigmas)):
+        x_0 = denoised(x, start)
+        down, up = split(start, end, eta)
+        if before is None or not down:
+            x = line(x, x_0, start, down)
+        else:
+            h, last = math.log(start / down), math.log(before[0] / sigmas[i - 1])
+            slope = 1 - (1 - math.exp(-h)) / h  # the integral of exp(tau - h) tau / h
+            share = slope * h / last if last else 0.0
+            x = math.exp(-h) * x + (1 - math.exp(-h)) * x_0 + share * (before[1] - x_0)
+        if end and eta:
+            x = x + s_noise * up * draw()
+        before = down, x_0
+    return x
+
+
+def gradient_estimation(x, sigmas, draw, eta, s_noise):
+    before = None
+    for start, end in itertools.pairwise(sigmas):
+        x_0 = denoised(x, start)
+        slope = (x - x_0) / start
+        if not end:
+            return x_0
+        x = x + (end - start) * (slope if before is None else 2 * slope - before)
+        before = slope
+    return x
+
+
+def er_sde(x, sigmas, draw, eta, s_noise):
+    def scale(sigma):
+        return sigma * (np.exp(np.power(sigma, 0.3)) + 10)
+
+    history: list[Tensor] = []
+    slopes: list[Tensor] = []
+    for i, (start, end) in enumerate(itertools.pairwise(sigmas)):
+        history.append(denoised(x, start))
+        if not end:
+            return history[-1]
+        ratio = scale(end) / scale(start)
+        x = ratio * x + (1 - ratio) * history[-1]
+        points = end + (start - end) * np.arange(200) / 200
+        width = (start - end) / 200
+        if i >= 1:
+            slopes.append((history[-1] - history[-2]) / (start - sigmas[i - 1]))
+            x = x + (end - start + scale(end) * (width / scale(points)).sum()) * slopes[-1]
+        if i >= 2:
+            bend = 2 * (slopes[-1] - slopes[-2]) / (start - sigmas[i - 2])
+            integral = scale(end) * (width * (points - start) / scale(points)).sum()
+            x = x + ((end - start) ** 2 / 2 + integral) * bend
+        x = x + s_noise * math.sqrt(end**2 - (ratio * start) ** 2) * draw()
+    return x
+
+
+def seeds(nodes: list[float], exact: bool = False):
+    """SEEDS with calls at the fractions ``nodes`` of a step in log-SNR."""
+
+    def run(x, sigmas, draw, eta, s_noise):
+        for start, end in itertools.pairwise(sigmas):
+            found = [denoised(x, start)]
+            if not end:
+                return found[0]
+            h, noise, at, last = math.log(start / end), 0.0, start, 0.0
+            for node in (*nodes, 1.0):
+                wide = node * h * (1 + eta)
+                whole = 1 - math.exp(-wide)
+                share = 0.0  # of the last x_0 beside the first one
+                if len(found) > 1:
+                    straight = (wide - whole) / wide / last * node
+                    share = straight if exact or len(nodes) == 2 else whole / (2 * last)
+                level = start * math.exp(-node * h)
+                part = math.exp(-(node - last) * h * eta)
+                fresh = draw() if eta and node > last else 0.0
+                noise = level / at * part * noise + level * math.sqrt(1 - part**2) * fresh
+                there = math.exp(-wide) * x + whole * found[0] + share * (found[-1] - found[0])
+                there = there + s_noise * noise
+                if node == 1.0 and len(found) == len(nodes) + 1:
+                    x = there
+                    break
+                found.append(denoised(there, level))
+                at, last = level, node
+        return x
+
+    return run
+
+
+def heunpp2(x, sigmas, draw, eta, s_noise):
+    for i, (start, end) in enumerate(itertools.pairwise(sigmas)):
+        ahead, there, slopes = sigmas[i : i + 3], x, []
+        if i + 3 > len(sigmas) - 1:
+            ahead = sigmas[i:-1]
+        for k, level in enumerate(ahead):
+            slopes.append((there - denoised(there, level)) / level)
+            if k + 1 < len(ahead):
+                there = there + (ahead[k + 1] - level) * slopes[-1]
+        weights = [level / (len(ahead) * sigmas[0]) for level in ahead]
+        weights[0] = 1 - sum(weights[1:])
+        x = x + (end - start) * sum(w * d for w, d in zip(weights, slopes, strict=True))
+    return x
+
+
+def lcm_plain(x, sigmas, draw, eta, s_noise):
+    for start, end in itertools.pairwise(sigmas):
+        x = denoised(x, start)
+        if end:
+            x = x + s_noise * end * draw()
+    return x
+
+
+def heun(x, start, end):
+    slope = (x - denoised(x, start)) / start
+    there = x + (end - start) * slope
+    if not end:
+        return there
+    return x + (end - start) / 2 * (slope + (there - denoised(there, end)) / end)
+
+
+def restart(x, sigmas, draw, eta, s_noise):
+    """20 to 35 steps: nine are for going from near 2 to near 0.1 once more."""
+
+    def karras(low, high, count):
+        ends = np.linspace(high ** (1 / 7), low ** (1 / 7), count)
+        return [float(v) for v in ends**7]
+
+    levels = [*karras(sigmas[-2], sigmas[0], len(sigmas) - 1 - 9), 0.0]
+    bottom, top = (min(range(len(levels)), key=lambda i: abs(levels[i] - v)) for v in (0.1, 2.0))
+    for i in range(len(levels) - 1):
+        x = heun(x, levels[i], levels[i + 1])
+        if i + 1 == bottom:
+            again = karras(levels[bottom], levels[top], 10)
+            x = x + s_noise * math.sqrt(again[0] ** 2 - levels[bottom] ** 2) * draw()
+            for start, end in itertools.pairwise(again):
+                x = heun(x, start, end)
+    return x
+
+
+REFERENCES = {
+    "euler_ancestral": euler_ancestral,
+    "dpm_2": dpm_2,
+    "dpm_2_ancestral": dpm_2,
+    "dpmpp_2s_ancestral": dpmpp_2s_ancestral,
+    "dpmpp_sde": dpmpp_sde,
+    "dpmpp_2m_sde": sde_multistep(2, exact=False),
+    "dpmpp_2m_sde_heun": sde_multistep(2, exact=True),
+    "dpmpp_3m_sde": sde_multistep(3, exact=True),
+    "res_multistep": res_multistep,
+    "res_multistep_ancestral": res_multistep,
+    "gradient_estimation": gradient_estimation,
+    "er_sde": er_sde,
+    "seeds_2": seeds([0.5]),
+    "seeds_3": seeds([1 / 3, 2 / 3]),
+    "exp_heun_2_x0": seeds([1.0], exact=True),
+    "exp_heun_2_x0_sde": seeds([1.0], exact=True),
+    "heunpp2": heunpp2,
+    "lcm_plain": lcm_plain,
+    "restart": restart,
+}
+NOISE = {
+    "eta": {"eta": 1.0, "s_noise": 1.0},
+    "part": {"eta": 0.6, "s_noise": 1.1},
+    "none": {"eta": 0.0, "s_noise": 1.0},
+}
+
+
+def epsilon(x: Tensor, sigma: float) -> Tensor:
+    return (x - denoised(x, sigma)) / sigma
+
+
+def run_on(name: str, sigmas: list[float], x: Tensor, draw: Draw, **options) -> Tensor:
+    """One of ours on given levels, from x = x_0 + sigma z and back to it."""
+    levels = np.array(sigmas)
+    table = table_from_grid(name, Grid.from_sigmas(levels, levels[:-1]), **options)
+    state = x / math.hypot(1, sigmas[0])
+    y, h1, h2 = (torch.full_like(x, math.nan) for _ in range(3))
+    kept = zip((y, h1, h2), (table.needs_y, table.needs_h1, table.needs_h2), strict=True)
+    y, h1, h2 = (one if needed else None for one, needed in kept)
+    model = epsilon if options["prediction_type"] == "epsilon" else denoised
+    for i, sigma in enumerate(table.timesteps.tolist()):
+        noise = draw() if table.draws[i] else None
+        output = model(state / table.levels[i, 0], sigma)
+        sampler_step(state, output, table.rows, i, noise=noise, y=y, h1=h1, h2=h2)
+    return state / table.next_levels[-1, 0]
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "epsilon"])
+@pytest.mark.parametrize("noise", NOISE)
+@pytest.mark.parametrize("name", REFERENCES)
+def test_steps_are_the_formula(name: str, noise: str, prediction_type: str) -> None:
+    from diffusion_fast.samplers import SAMPLERS
+
+    has = SAMPLERS[name].options
+    options = {key: value for key, value in NOISE[noise].items() if key in has}
+    if noise != "eta" and not options:
+        pytest.skip("draws nothing")
+    given = {"eta": 0.0, "s_noise": 1.0, **options}
+    sigmas = [*np.geomspace(15.0, 0.05, 24).tolist(), 0.0] if name == "restart" else SIGMAS
+    start = torch.Generator().manual_seed(1)
+    x = sigmas[0] * torch.randn(2, 3, 4, generator=start, dtype=torch.float64)
+    results = []
+    for run in ("ours", "formula"):
+        generator = torch.Generator().manual_seed(2)
+
+        def draw(generator=generator) -> Tensor:
+            return torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+        if run == "ours":
+            more = {"prediction_type": prediction_type, **options}
+            results.append(run_on(name, sigmas, x, draw, **more))
+        else:
+            results.append(REFERENCES[name](x, sigmas, draw, **given))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-11)
