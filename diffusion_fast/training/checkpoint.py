@@ -47,7 +47,7 @@ class Checkpoints:
     """The folder of a run's checkpoints.
 
     Args:
-        folder: of this run alone.
+        folder: folder of the checkpoints of this run alone.
         every: steps between two checkpoints.
         keep: how many of the newest to keep; the one with the lowest validation loss is kept too.
     """
@@ -78,7 +78,7 @@ class Checkpoints:
         for path in self.all():
             with contextlib.suppress(CheckpointError):  # damaged, which resuming it names
                 loss = _read_mark(path).get("validation_loss")
-                known |= {} if loss is None else {path: loss}
+                known |= {path: loss} if isinstance(loss, (int, float)) else {}
         return min(known, key=lambda path: known[path], default=None)
 
     def save(
@@ -91,9 +91,9 @@ class Checkpoints:
         """Write a checkpoint, then remove those that are no longer kept.
 
         Args:
-            step: names it.
+            step: number of the step, which names the checkpoint.
             groups: tensors by name, one file for each group.
-            state: what JSON can hold.
+            state: anything else, as JSON can hold it.
             validation_loss: decides which one is the best.
 
         Returns:

@@ -30,7 +30,7 @@ def load_digits(held_out: float = 0.2, seed: int = 0) -> tuple[Digits, Digits]:
 
     Args:
         held_out: share of every class to keep apart.
-        seed: of the split.
+        seed: random seed of the split.
 
     Returns:
         The digits to train on, and those held out.

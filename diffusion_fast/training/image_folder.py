@@ -35,7 +35,7 @@ class ImageFolder(Dataset[Any]):
 
     Args:
         root: the folder.
-        size: of the images, (height, width) or one number for both. Images are scaled until they
+        size: height and width of an item, or one number for both. Images are scaled until they
             cover it (Lanczos) and cut at the middle.
         channels: 3 for colour, 1 for grey.
         encode: makes a tensor, what the model is conditioned on, of a caption.

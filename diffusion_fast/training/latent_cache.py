@@ -78,14 +78,14 @@ class LatentData(Dataset[Any]):
         return len(self._latents)
 
     def __getitem__(self, index: int) -> Any:
-        latents = _read(self._latents[index])["latents"].float()
+        latents = _read(self._latents[index], "latents")["latents"].float()
         if self._conditions is None:
             return latents
         condition = self._conditions[index]
         return latents, self._states(condition) if isinstance(condition, Path) else condition
 
     def _states(self, path: Path) -> Tensor | Tensors:
-        states = {name: value.float() for name, value in _read(path).items()}
+        states = {name: value.float() for name, value in _read(path, "context").items()}
         if "text_embeds" not in states:
             return states["context"]
         height, width = map(float, self._size)  # SDXL: as if images had been this large, and whole
@@ -112,8 +112,8 @@ def cache_latents(
     ``null_context`` of the result.
 
     Args:
-        images: with classes, captions, or neither; broken files are left out if it skips them.
-        folder: of the cache, which several data sets and encoders can share.
+        images: data with classes, captions, or neither; broken files are left out if it skips them.
+        folder: place of the cache, which several data sets and encoders can share.
         vae: the encoder of images.
         text: the encoders of captions, needed with captions.
         flip: cache the mirrored images as well. The data is then twice as long: first all images,
@@ -251,8 +251,11 @@ def _write(path: Path, tensors: Tensors) -> None:
         save_tensors(tensors, temporary)
 
 
-def _read(path: Path) -> Tensors:
+def _read(path: Path, wanted: str) -> Tensors:
     try:
-        return read_tensors(path)
+        tensors = read_tensors(path)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; cache the latents again") from error
+    if wanted not in tensors:
+        raise CheckpointError(f"{path}: expected {wanted}, got {sorted(tensors)}; cache again")
+    return tensors

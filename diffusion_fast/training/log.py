@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import torch
 
 from ..conditioning import Context
 from ..engine import Engine
-from ..files import AnyPath, whole
+from ..files import AnyPath, read_text, whole
 from ..ops import checks
 from .processes import is_sharded
 from .trainer import Trainer
@@ -30,7 +31,7 @@ class CsvLog:
     A run that is resumed goes on in the same file, without the rows of steps that were lost.
 
     Args:
-        path: of the file.
+        path: CSV file to write.
     """
 
     def __init__(self, path: AnyPath) -> None:
@@ -48,10 +49,15 @@ class CsvLog:
     def _begin(self, progress: Progress) -> None:
         """Write everything so far anew, with the validation losses of the file that is there."""
         validated: dict[int, str] = {}
-        with contextlib.suppress(FileNotFoundError), self.path.open(encoding="utf-8-sig") as file:
-            for row in csv.DictReader(file):
-                if row.get("step") and row.get("validation_loss"):
-                    validated[int(row["step"])] = row["validation_loss"]
+        try:
+            rows = list(csv.reader(io.StringIO(read_text(self.path), newline="")))
+            if rows and tuple(rows[0]) != _COLUMNS:
+                checks.fail(str(self.path), f"the columns {', '.join(_COLUMNS)}", rows[0])
+            validated = {int(row[0]): str(float(row[2])) for row in rows[1:] if any(row[2:3])}
+        except FileNotFoundError:
+            pass
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{self.path}: expected a log of training: {error}") from error
         with (
             whole(self.path) as (temporary,),
             temporary.open("w", newline="", encoding="utf-8") as file,
@@ -78,15 +84,15 @@ class SampleGrids:
 
     Args:
         trainer: whose model to sample.
-        folder: for the pictures.
-        shape: of the images, [B, C, H, W].
+        folder: folder to write pictures to.
+        shape: size of what is drawn, [B, C, H, W].
         every: steps between two pictures; drawn when the losses are read next.
         context: what to draw, [B, ...].
         columns: images in a row.
-        seed: of the noise.
+        seed: random seed of the noise that is drawn from.
         on_drawn: called with the step and the picture, such as
             :meth:`TensorBoardLog.picture <diffusion_fast.training.TensorBoardLog.picture>`.
-        options: of :class:`~diffusion_fast.Engine`, such as ``sampler``, ``steps``,
+        options: keywords of :class:`~diffusion_fast.Engine`, such as ``sampler``, ``steps``,
             ``guidance_scale``.
     """
 
@@ -151,7 +157,7 @@ class TensorBoardLog:
     With ``SampleGrids(..., on_drawn=log.picture)`` the sample grids stand beside them.
 
     Args:
-        folder: that ``tensorboard --logdir`` is given.
+        folder: log folder, which ``tensorboard --logdir`` is given.
         after: what :meth:`Trainer.resume` returned: later steps that an interrupted run has left in
             the folder are replaced.
 

@@ -39,7 +39,7 @@ def diffusion_loss(
         weight: one per image, [B].
         t: timesteps, int64 [B]; drawn uniformly by default.
         noise: standard normal, like ``x_0``; drawn by default.
-        generator: for the timesteps and the noise, on the device of ``x_0``.
+        generator: source of timesteps and noise, on the device of ``x_0``.
 
     Returns:
         The mean over the batch, a scalar.

@@ -24,14 +24,14 @@ class TrainingOptions:
 
     Attributes:
         optimizer: ``"adamw"`` (weight decay apart from the gradient) or ``"adam"`` (L2 within it).
-        learning_rate: of the optimizer at its peak.
-        weight_decay: of the optimizer.
+        learning_rate: step size of the optimizer at its peak.
+        weight_decay: strength of the optimizer's weight decay.
         warmup_steps: over which the rate rises from zero.
         decay: ``"constant"``, or ``"cosine"`` down to zero at the last step.
         gradient_clip: largest norm of the gradient; None for no limit.
         accumulate: parts that each batch is cut into, one after the other, when it doesn't fit into
             memory at once. The gradient stays that of the whole batch.
-        ema_decay: of the averaged weights; None to keep none.
+        ema_decay: share that averaged weights keep at each step; None for no averages.
         condition_dropout: share of conditions replaced by ``null_context`` (0.1 is usual).
         prediction_type: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
         loss_weighting: such as :class:`~diffusion_fast.training.MinSNR`; None for all alike.

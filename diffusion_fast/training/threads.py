@@ -46,7 +46,7 @@ def rehearsal(
         schedule: the noise schedule.
         batch: x_0 and its context, on the device of the model.
         prediction_type: what the model predicts.
-        precision: as in :class:`~diffusion_fast.training.TrainingOptions`.
+        precision: ``"float32"`` or ``"bfloat16"``, as for a Trainer.
     """
     x_0, context = batch
     twin = copy.deepcopy(model).train()

@@ -19,7 +19,7 @@ class UniformSampler:
     """Every timestep as often as any other; the base of the other samplers.
 
     Args:
-        timesteps: T of the schedule.
+        timesteps: number of timesteps of the schedule, T.
     """
 
     learns = False  # whether update() wants the losses
@@ -75,9 +75,9 @@ class LogitNormalSampler(UniformSampler):
     the gradient noisier than with uniform sampling where losses are alike.
 
     Args:
-        timesteps: T of the schedule.
+        timesteps: number of timesteps of the schedule, T.
         mean: above 0 for more noise.
-        std: of the normal distribution before the sigmoid.
+        std: width of the normal distribution before the sigmoid.
         unbiased: weight the losses so that the objective stays that of uniform sampling.
     """
 
@@ -118,7 +118,7 @@ class ImportanceSampler(UniformSampler):
     seen that often, sampling is uniform. The weights keep the objective that of uniform sampling.
 
     Args:
-        timesteps: T of the schedule.
+        timesteps: number of timesteps of the schedule, T.
         history: losses kept per timestep.
         uniform: share of the draws that stays uniform, so that no timestep is ever forgotten.
     """

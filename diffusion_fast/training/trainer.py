@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..conditioning import Context
-from ..files import AnyPath
+from ..files import AnyPath, CheckpointError
 from ..ops import checks
 from ..schedule import DiffusionSchedule
 from ..turns import Turns
@@ -36,6 +36,8 @@ from .timestep_sampling import UniformSampler
 from .validation import validation_loss
 from .watch import Interruption, OnRead, Progress, Stopwatch
 
+_COUNTS = ("step", "steps", "batches")
+
 
 class Trainer:
     """Trains a model on batches of data.
@@ -54,13 +56,13 @@ class Trainer:
             several processes, a :class:`~diffusion_fast.training.Batches`.
         schedule: the noise schedule.
         null_context: what stands for no condition, for ``condition_dropout``.
-        seed: of timesteps, noise and dropout; None draws from PyTorch's global generator.
+        seed: random seed of timesteps, noise and dropout; None draws from the global generator.
         timestep_sampler: which timesteps to train on, made for the T of the schedule; uniform by
             default.
         validation: batches that are not trained on, for the validation loss. It is that of the
             averaged weights where there are any.
         checkpoints: where to save; None for nowhere.
-        options: as in :class:`TrainingOptions`.
+        options: fields of :class:`TrainingOptions`.
 
     Raises:
         ValueError: arguments that don't fit together, or a batch size that the processes can't
@@ -128,7 +130,7 @@ class Trainer:
 
     @property
     def generator(self) -> torch.Generator | None:
-        """Of timesteps, noise and dropout; None stands for PyTorch's global one."""
+        """The generator of timesteps, noise and dropout; None stands for PyTorch's global one."""
         return self.objective.generator
 
     def fit(self, steps: int, on_read: OnRead | Sequence[OnRead] | None = None) -> list[float]:
@@ -204,8 +206,12 @@ class Trainer:
             wanted = "a training.Batches, which can start in the middle, to resume"
             checks.fail("dataloader", wanted, type(self.dataloader).__name__)
         groups, saved = read_checkpoint(path)
-        compare_settings(saved["settings"], self.settings(), ignore, str(path))
-        self._load(groups, saved, str(path))
+        try:
+            compare_settings(saved["settings"], self.settings(), ignore, str(path))
+            self._load(groups, saved, str(path))
+        except (LookupError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+            message = f"{path}: damaged, or of another program: {type(error).__name__}: {error}"
+            raise CheckpointError(message) from error
         self._resumed = str(path)
         return self.step
 
@@ -362,7 +368,11 @@ class Trainer:
         return values
 
     def _load(self, groups: Groups, rest: Mapping[str, Any], origin: str) -> None:
-        """Go on from :meth:`state`; a CheckpointError comes before anything was changed."""
+        """Go on from :meth:`state`."""
+        numbers = {name: _count(rest[name], f"{origin}: {name}") for name in _COUNTS}
+        losses: list[float] = groups["run"]["losses"].tolist()
+        if self.ema is not None:
+            self.ema.updates = _count(rest["ema_updates"], f"{origin}: ema_updates")
         targets = {"model": named_tensors(self.model)}
         if self.ema is not None:
             targets["ema"] = self.ema.state_dict()
@@ -371,14 +381,11 @@ class Trainer:
         for group, target in targets.items():
             for name, value in groups[group].items():
                 fill(target[name], value)
-        if self.ema is not None:
-            self.ema.updates = int(rest["ema_updates"])
         load_optimizer_state(self.model, self.optimizer, groups.get("optimizer", {}))
         load_random_state(self.processes, self.device, self.generator, groups["random"])
         self.objective.timestep_sampler.load_state_dict(dict(groups.get("timesteps", {})))
-        self.losses = groups["run"]["losses"].tolist()
-        self.step, self.steps = int(rest["step"]), int(rest["steps"])
-        self.batches = int(rest["batches"])
+        self.losses, self.step = losses, numbers["step"]
+        self.steps, self.batches = numbers["steps"], numbers["batches"]
 
     def _check_finite(self) -> None:
         """What was finite at the start still is; all processes stop together."""
@@ -405,6 +412,12 @@ class Trainer:
         return whole(tensors, self.processes)
 
 
+def _count(value: object, name: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise CheckpointError(f"{name}: expected a number of at least 0, got {value!r}")
+    return value
+
+
 def train_diffusion(
     model: nn.Module,
     dataloader: Iterable[Any],
@@ -420,7 +433,7 @@ def train_diffusion(
         dataloader: yields x_0, or (x_0, context); needs a length.
         schedule: the noise schedule.
         epochs: times to go through the data.
-        options: as for :class:`Trainer` and :class:`TrainingOptions`.
+        options: keywords of :class:`Trainer`, and fields of :class:`TrainingOptions`.
 
     Returns:
         The loss of every step.

@@ -38,12 +38,12 @@ def validation_loss(
 
     Args:
         model: put into eval mode meanwhile.
-        batches: as for the trainer, but finite.
+        batches: data as for a trainer, but finite.
         schedule: the noise schedule.
         prediction_type: what the model predicts.
-        seed: of timesteps and noise.
+        seed: random seed of timesteps and noise.
         processes: shares the batches out; the result is the same in each of them.
-        precision: as in :class:`~diffusion_fast.training.TrainingOptions`.
+        precision: ``"float32"`` or ``"bfloat16"``, as for a Trainer.
 
     Raises:
         ValueError: no batches.

@@ -19,8 +19,8 @@ class Progress:
 
     Attributes:
         step, steps: done, and of the whole run.
-        loss: of this step.
-        losses: of every step so far.
+        loss: the step's loss.
+        losses: the loss of every step so far.
         validation_loss: where it was measured at this step, else None.
         waiting: share of the time since the last such report that went into waiting for data.
     """
@@ -111,10 +111,11 @@ class Interruption:
     def __init__(self, active: bool = True) -> None:
         self.asked = False
         self._active = active and threading.current_thread() is threading.main_thread()
+        self._before = signal.getsignal(signal.SIGINT)
 
     def __enter__(self) -> Interruption:
         if self._active:
-            self._before = signal.signal(signal.SIGINT, self._note)
+            signal.signal(signal.SIGINT, self._note)
         return self
 
     def __exit__(
