@@ -138,8 +138,8 @@ def sample_all(trainer: df.Trainer, labels: Tensor, clock: Clock) -> list[Result
     results = {}
     for sampler, steps in sorted(SAMPLERS, key=lambda pair: pair[1] or math.inf):
         if steps is None and results:
-            seconds = max(result.seconds / result.steps for result in results.values())
-            possible = max(1, int(clock.until(SAMPLING) / seconds))
+            longest = max(results.values(), key=lambda result: result.steps)
+            possible = max(1, int(clock.until(SAMPLING) * longest.steps / longest.seconds))
             steps = possible if possible < trainer.schedule.timesteps else None
         print(f"sampling by {sampler}", file=sys.stderr)
         results[sampler] = sample(trainer, labels, sampler, steps)

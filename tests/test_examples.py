@@ -78,7 +78,14 @@ def test_digits_on_a_slow_machine(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_demo_reaches_what_it_asks_of_itself(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "examples" / "digits.py", "--out", tmp_path]
+    command = [
+        sys.executable,
+        ROOT / "examples" / "digits.py",
+        "--out",
+        tmp_path,
+        "--minutes",
+        "60",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -206,10 +206,14 @@ class Trainer:
             wanted = "a training.Batches, which can start in the middle, to resume"
             checks.fail("dataloader", wanted, type(self.dataloader).__name__)
         groups, saved = read_checkpoint(path)
+        if not isinstance(saved.get("settings"), Mapping):
+            raise CheckpointError(f"{path}: damaged: expected settings in its state")
+        compare_settings(saved["settings"], self.settings(), ignore, str(path))
         try:
-            compare_settings(saved["settings"], self.settings(), ignore, str(path))
             self._load(groups, saved, str(path))
-        except (LookupError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+        except CheckpointError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             message = f"{path}: damaged, or of another program: {type(error).__name__}: {error}"
             raise CheckpointError(message) from error
         self._resumed = str(path)
@@ -369,21 +373,25 @@ class Trainer:
 
     def _load(self, groups: Groups, rest: Mapping[str, Any], origin: str) -> None:
         """Go on from :meth:`state`."""
-        numbers = {name: _count(rest[name], f"{origin}: {name}") for name in _COUNTS}
+        names = _COUNTS if self.ema is None else (*_COUNTS, "ema_updates")
+        numbers = {name: _count(rest.get(name), f"{origin}: {name}") for name in names}
         losses: list[float] = groups["run"]["losses"].tolist()
-        if self.ema is not None:
-            self.ema.updates = _count(rest["ema_updates"], f"{origin}: ema_updates")
+        if len(losses) != numbers["step"]:
+            raise CheckpointError(f"{origin}: step: expected {len(losses)}, got {numbers['step']}")
         targets = {"model": named_tensors(self.model)}
         if self.ema is not None:
             targets["ema"] = self.ema.state_dict()
-        for group, target in targets.items():
+        sampler = self.objective.timestep_sampler
+        for group, target in (*targets.items(), ("timesteps", sampler.state_dict())):
             compare_tensors(group, target, groups.get(group, {}), origin)
         for group, target in targets.items():
             for name, value in groups[group].items():
                 fill(target[name], value)
+        if self.ema is not None:
+            self.ema.updates = numbers["ema_updates"]
         load_optimizer_state(self.model, self.optimizer, groups.get("optimizer", {}))
         load_random_state(self.processes, self.device, self.generator, groups["random"])
-        self.objective.timestep_sampler.load_state_dict(dict(groups.get("timesteps", {})))
+        sampler.load_state_dict(dict(groups.get("timesteps", {})))
         self.losses, self.step = losses, numbers["step"]
         self.steps, self.batches = numbers["steps"], numbers["batches"]
 

@@ -42,7 +42,7 @@ def test_captions(tmp_path: Path, seeds: range) -> None:
     file = tmp_path / "metadata.jsonl"
     text = "\n".join(json.dumps(entry) for entry in entries)
     for seed in seeds:
-        lines = [json.dumps(line) for line in mutated_json(entries, seed) or []]
+        lines = [json.dumps(mutated_json(entry, seed + i)) for i, entry in enumerate(entries)]
         for data in (mutated(text.encode(), seed), "\n".join(lines).encode()):
             file.write_bytes(data)
             found = survives(
