@@ -142,7 +142,10 @@ class PromptDrawing:
         added += [(f"embedding {path}", path) for path, _ in map(_named, self.embedding)]
         for name, path in (("image", self.image), ("mask", self.mask), *added):
             if path is not None and not Path(path).is_dir():
-                found[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+                try:
+                    found[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+                except OSError as error:
+                    checks.fail(f"--{name.split()[0]}", "a file", f"{path}: {error.strerror}")
                 if self.digests.get(name, found[name]) != found[name]:
                     checks.fail(f"--{name}", f"{path} as it was (SHA-256)", "another file")
         return found

@@ -302,6 +302,8 @@ def test_many_files_of_a_list_of_prompts(tiny: Path, tmp_path: Path) -> None:
         (("a", "--zero-snr", "--spacing", "trailing"), "expected v_prediction"),
         (("a <lora:x:1>",), "error: PROMPT: expected none .*load it with --lora FILE=SCALE"),
         (("a \udce4",), "error: PROMPT: expected text that UTF-8 can hold"),
+        (("a", "--lora", "nowhere=0.5"), "error: --lora: expected a file, got nowhere: No such"),
+        (("a", "--embedding", "nowhere"), "error: --embedding: expected a file, got nowhere: No"),
         (("a", "--image", "nowhere.png"), "--image: expected an image, got nowhere.png"),
         (("a", "--strength", "0.5"), "error: --strength: expected None without --image"),
         (("a", "--classes", "3"), "--classes: expected nothing for prompts"),
