@@ -44,7 +44,7 @@ def write(model: str, dtype: str, folder: Path) -> None:
 
     from diffusion_fast import StableDiffusion
     from diffusion_fast.benchmarks.models.networks import KINDS, SETTINGS, Networks
-    from diffusion_fast.pipelines.loading import Parts
+    from diffusion_fast.pipelines.parts import Parts
 
     networks = Networks(KINDS[model], getattr(torch, dtype), torch.device("cpu"))
     two = len(networks.kind.text) == 2

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -103,20 +103,12 @@ def statements(path: Path) -> int:
     return sum(isinstance(node, ast.stmt) for node in nodes) - len(docstrings)
 
 
-def circle(unchecked: Collection[str] = ()) -> list[str]:
-    """Files that import each other in a circle, package __init__ files left out; none if empty.
-
-    Args:
-        unchecked: rooms, such as ``"pipelines"``, whose imports of themselves are left out.
-    """
+def circle() -> list[str]:
+    """Files that import each other in a circle, package __init__ files left out; none if empty."""
     files = [path for path in sources("diffusion_fast", "kernels") if path.name != "__init__.py"]
     names = {_module(path): path for path in files}
     graph = {
-        name: {
-            there
-            for there in _imported(path, name.split("."))
-            if there in names and there != name and _room(there, name) not in unchecked
-        }
+        name: {one for one in _imported(path, name.split(".")) if one in names and one != name}
         for name, path in names.items()
     }
     try:
@@ -129,12 +121,6 @@ def circle(unchecked: Collection[str] = ()) -> list[str]:
 def _module(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts if parts[0] == "diffusion_fast" else ("diffusion_fast", *parts))
-
-
-def _room(module: str, other: str) -> str | None:
-    """The folder that two modules share."""
-    first, second = module.split("."), other.split(".")
-    return first[1] if first[1] == second[1] else None
 
 
 def _imported(path: Path, module: list[str]) -> Iterator[str]:

@@ -27,6 +27,8 @@ class Adapter:
       neither is, LyCORIS has c = 1).
     - a difference: D itself, with c = 1.
 
+    LyCORIS 4.1 trains with c once; its own ``merge_to`` of a LoHa or a LoKr takes c squared.
+
     With a magnitude m (DoRA) the sum V = W + change is scaled to m V / |V|, with the norm of each
     row, or of each column where m has the shape [1, in, ...].
 

@@ -20,10 +20,10 @@ Config = TypeVar("Config")
 
 
 def find_model(path: AnyPath, subfolder: str) -> Path:
-    """The folder that holds a model's config.json.
+    """Find the folder that holds a model's config.json.
 
     Args:
-        path: that folder itself, the folder of a whole pipeline, or a file in the model's folder.
+        path: the model's folder, one of a whole pipeline, or a file in the model's folder.
         subfolder: where a pipeline keeps this model, such as ``"unet"``.
 
     Raises:

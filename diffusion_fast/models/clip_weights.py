@@ -36,7 +36,8 @@ def read_states(
 
     Args:
         folder: holds ``config.json`` and the weights.
-        dtype, device: of the tensors read; None for the dtype of the files.
+        dtype: dtype of the tensors that are returned; None for that of the files.
+        device: where they are put.
         variant: such as ``"fp16"``; where the folder lacks it, its plain files are read.
 
     Raises:
@@ -84,7 +85,7 @@ def save(model: Any, folder: Path, prefix: str = "text_model.") -> None:
     """Write ``config.json`` and ``model.safetensors`` in the older layout, which all versions load.
 
     Args:
-        prefix: of all tensors but those that stand beside the transformer.
+        prefix: what goes before the names of all tensors of the transformer itself.
 
     Raises:
         OSError: the folder can't be written.

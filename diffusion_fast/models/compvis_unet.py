@@ -77,8 +77,8 @@ def unet_config(shapes: Shapes, **fixed: Any) -> UNetConfig:
     has 8 everywhere, the others have heads of 64 channels.
 
     Args:
-        shapes: of its tensors, names without prefix.
-        fixed: fields that shapes can't tell.
+        shapes: shapes of the U-Net's tensors by name, without prefix.
+        fixed: fields of the config that shapes can't tell.
 
     Raises:
         KeyError: a tensor that every U-Net has is missing.

@@ -28,7 +28,7 @@ def find_pretrained(
             in diffusers' names, or a hub id.
         subfolder: the model's place in a pipeline, ``"unet"`` or ``"vae"``.
         parse: makes the config of the contents of ``config.json``.
-        variant: of the weights in a folder, such as ``"fp16"``.
+        variant: which weights of a folder to read, such as ``"fp16"``.
         rename: the model's name for a name in diffusers' files, such as one of an older version.
         scaling: scaling factor of an autoencoder alone, see :func:`.single_file.identify`.
 

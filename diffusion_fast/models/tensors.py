@@ -62,9 +62,9 @@ class Source(Generic[Config]):
 
     Attributes:
         path: what error messages name.
-        config: of the model.
-        tensors: by their names in the file, without a prefix that all share.
-        file_name: that name for a name of the model's.
+        config: the model's config.
+        tensors: its tensors by their names in the file, without a prefix that all share.
+        file_name: gives the name in the file for a name of the model's.
     """
 
     path: Path
@@ -174,11 +174,11 @@ def fill(
     [C, D, 1, 1] is expected, and the other way round.
 
     Args:
-        model: with all parameters and buffers on the meta device, left as it is on errors.
-        tensors: by their names in the file.
+        model: a model with all parameters and buffers on the meta device, left as it is on errors.
+        tensors: the file's tensors by their names in it.
         source: what error messages name.
-        dtype: of the loaded model; None for that of the files.
-        device: where to put it.
+        dtype: dtype of the loaded model; None for that of the files.
+        device: where to put the model.
         file_name: the name in the file for a name of the model's; the same by default.
 
     Raises:

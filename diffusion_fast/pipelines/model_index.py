@@ -1,11 +1,37 @@
-"""The ``model_index.json`` of a pipeline's folder: its parts, by library and class."""
+"""``model_index.json``: which class of which library each subfolder of a pipeline is of."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-RANDOM = "_random_weights"  # the weights were never trained
+from ..files import CheckpointError, read_json
+from ..models.single_file import SUPPORTED as FILES
+
+INDEX = "model_index.json"
+RANDOM = "_random_weights"  # a key of ours: the weights were never trained
 LAYOUT = "0.35.0"  # the version of diffusers that these folders are written for
+_KINDS = ("", "Img2Img", "Inpaint")
+SUPPORTED = tuple(f"StableDiffusion{xl}{kind}Pipeline" for xl in ("", "XL") for kind in _KINDS)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The contents of a folder's ``model_index.json``.
+
+    Raises:
+        CheckpointError: there is none, or it is of an unsupported pipeline (named).
+    """
+    if not (folder / INDEX).is_file():
+        hint = "; it holds one U-Net" if (folder / "unet").is_dir() else ""
+        raise CheckpointError(f"{folder}: not a Stable Diffusion model, it has no {INDEX}{hint}")
+    index = read_json(folder / INDEX)
+    kind = index.get("_class_name")
+    if kind not in SUPPORTED:
+        raise CheckpointError(
+            f"{folder}: {kind} is not supported, only {', '.join(SUPPORTED)}; and single files of"
+            f" {FILES}"
+        )
+    return index
 
 
 def model_index(
@@ -17,7 +43,7 @@ def model_index(
     zero_empty: bool = True,
     random_weights: bool = False,
 ) -> dict[str, Any]:
-    """The contents of the file: which class of which library each subfolder is of."""
+    """The contents of ``model_index.json`` for a scheduler of this class and these parts."""
     name = "StableDiffusion" + "XL" * two_encoders + "Inpaint" * inpainting + "Pipeline"
     index: dict[str, Any] = {
         "_class_name": name,

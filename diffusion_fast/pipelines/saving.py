@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from ..files import AnyPath, staged, write_json
-from .loading import Parts
-from .model_index import model_index
+from .model_index import INDEX, model_index
+from .parts import Parts
 from .scheduler_config import write_scheduler
 
 
 def save(parts: Parts, folder: AnyPath) -> None:
-    """Write all parts of a pipeline; see :meth:`StableDiffusion.save_pretrained`."""
+    """Write all parts.
+
+    Raises:
+        OSError: the folder can't be written; what was there before still is.
+    """
     scheduler = write_scheduler(parts.scheduler)
-    with staged(folder) as part:
-        parts.unet.save_pretrained(part / "unet")
-        parts.vae.save_pretrained(part / "vae")
-        parts.text.save_pretrained(part)
+    index = model_index(
+        scheduler["_class_name"],
+        two_encoders=len(parts.text.encoders) == 2,
+        inpainting=parts.inpainting,
+        safety_checker=parts.safety_checker is not None,
+        zero_empty=parts.zero_empty,
+        random_weights=parts.random_weights,
+    )
+    with staged(folder) as place:
+        parts.unet.save_pretrained(place / "unet")
+        parts.vae.save_pretrained(place / "vae")
+        parts.text.save_pretrained(place)
         if parts.safety_checker is not None:
-            parts.safety_checker.save_pretrained(part)
-        index = model_index(
-            scheduler["_class_name"],
-            two_encoders=len(parts.text.encoders) == 2,
-            inpainting=parts.inpainting,
-            safety_checker=parts.safety_checker is not None,
-            zero_empty=parts.zero_empty,
-            random_weights=parts.random_weights,
-        )
-        write_json(scheduler, part / "scheduler" / "scheduler_config.json")
-        write_json(index, part / "model_index.json")
+            parts.safety_checker.save_pretrained(place)
+        write_json(scheduler, place / "scheduler" / "scheduler_config.json")
+        write_json(index, place / INDEX)

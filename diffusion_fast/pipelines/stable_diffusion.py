@@ -24,7 +24,8 @@ from ..samplers import SamplerOptions
 from ..schedule import DiffusionSchedule
 from . import inputs
 from .latents import Autoencoding
-from .loading import Options, Parts, load
+from .loading import load
+from .parts import Parts
 from .result import Result
 from .saving import save
 
@@ -102,8 +103,16 @@ class StableDiffusion:
         """
         if prediction_type is not None:
             checks.one_of("prediction_type", prediction_type, PREDICTION_TYPES)
-        options = Options(vae, dtype, device, variant, tokenizer, safety_checker, prediction_type)
-        parts = load(path, options)
+        parts = load(
+            path,
+            vae=vae,
+            dtype=dtype,
+            device=device,
+            variant=variant,
+            tokenizer=tokenizer,
+            safety_checker=safety_checker,
+            prediction_type=prediction_type,
+        )
         if zero_terminal_snr is not None:
             config = parts.scheduler.config | {"rescale_betas_zero_snr": zero_terminal_snr}
             schedule = DiffusionSchedule.from_config(config)

@@ -1,0 +1,54 @@
+"""What a Stable Diffusion pipeline is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..models import UNet2DCondition
+from ..models.text import TextEncoders
+from ..models.vae import AutoencoderKL
+from ..ops import checks
+from .scheduler_config import SchedulerSettings
+
+if TYPE_CHECKING:
+    from .safety import SafetyChecker  # imports Pillow
+
+
+@dataclass
+class Parts:
+    """The networks, the noise schedule and what else a model says of itself.
+
+    Attributes:
+        unet, vae, text: the networks.
+        scheduler: the noise schedule, and how to sample on it.
+        safety_checker: None for none.
+        zero_empty: an absent negative prompt means states of zero, not those of "" (SDXL).
+        random_weights: they were never trained.
+    """
+
+    unet: UNet2DCondition
+    vae: AutoencoderKL
+    text: TextEncoders
+    scheduler: SchedulerSettings
+    safety_checker: SafetyChecker | None = None
+    zero_empty: bool = False
+    random_weights: bool = False
+
+    @property
+    def inpainting(self) -> bool:
+        """Whether the U-Net reads a mask and the masked image beside the noisy latents."""
+        return self.unet.config.in_channels != self.unet.config.out_channels
+
+    def check_fit(self) -> None:
+        """Raise ValueError if the networks don't fit together."""
+        unet, latents = self.unet.config, self.vae.config.latent_channels
+        if unet.out_channels != latents:
+            checks.fail("vae", f"one of {unet.out_channels} latent channels, as the U-Net", latents)
+        if unet.in_channels not in (latents, 2 * latents + 1):
+            expected = f"one of {latents} input channels, or {2 * latents + 1} for inpainting"
+            checks.fail("unet", expected, unet.in_channels)
+        width = sum(one.config.hidden_size for one in self.text.encoders)  # type: ignore
+        if width != unet.cross_attention_dim:
+            expected = f"states of {unet.cross_attention_dim} channels, as the U-Net"
+            checks.fail("text_encoder", expected, width)
