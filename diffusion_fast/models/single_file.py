@@ -148,18 +148,6 @@ def identify_tensors(
         raise CheckpointError(f"{file}: unusual shapes: {error}") from error
 
 
-def text_states(path: AnyPath) -> dict[str, TextState]:
-    """The text encoders in a single file, ``"text_encoder"`` and for SDXL ``"text_encoder_2"``.
-
-    Raises:
-        CheckpointError: as :func:`identify`, or the file has none.
-    """
-    found = identify(path).text
-    if not found:
-        raise CheckpointError(f"{path}: has no text encoder")
-    return found
-
-
 def _refuse_others(file: Path, tensors: Mapping[str, Stored], unet: Mapping[str, Stored]) -> None:
     if kind := contents.by_names(tensors):
         raise CheckpointError(f"{file}: {kind} is not supported, only {SUPPORTED}")

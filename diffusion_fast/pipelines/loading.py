@@ -130,7 +130,9 @@ def _from_file(
     }
     told = prediction_type or kind.prediction_type
     config["prediction_type"] = told or _usual_prediction(file, kind)
-    if kind.zero_terminal_snr:  # sampled from the last step on (Lin et al. 2023, arXiv:2305.08891)
+    if kind.zero_terminal_snr and config["prediction_type"] != "epsilon":
+        # Sampled from the last step on (Lin et al. 2023, arXiv:2305.08891), where epsilon says
+        # nothing of the image.
         config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     unet = UNet2DCondition.from_pretrained(file, **placing)
     if kind.name == "sd2" and config["prediction_type"] == "epsilon":

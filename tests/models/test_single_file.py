@@ -104,7 +104,7 @@ def test_vae_is_diffusers(kind: str, file: File) -> None:
 
 def test_text_encoders_are_diffusers(kind: str, file: File, tmp_path: Path) -> None:
     path, state = file
-    found = single_file.text_states(path)
+    found = single_file.identify(path).text
     assert list(found) == ["text_encoder", "text_encoder_2"][: 2 if kind == "sdxl" else 1]
     for name, (config, load) in found.items():
         cls = getattr(transformers, config["architectures"][0])
@@ -128,7 +128,7 @@ def test_the_second_projection_is_transposed(file: File, kind: str) -> None:
     if kind != "sdxl":
         pytest.skip("SDXL only")
     path, state = file
-    ours = single_file.text_states(path)["text_encoder_2"].load()["text_projection.weight"]
+    ours = single_file.identify(path).text["text_encoder_2"].load()["text_projection.weight"]
     assert torch.equal(ours, state[OPEN_CLIP["sdxl"] + "text_projection"].T)
 
 
@@ -217,7 +217,7 @@ def test_formulas_that_are_not_supported_are_named(
 def test_sd2_reads_the_first_23_layers_whatever_the_file_has(layers: int, tmp_path: Path) -> None:
     state = open_clip_states(OPEN_CLIP["sd2"], layers=layers) | unet_states(UNETS["sd2"])
     save_file(state, tmp_path / "model.safetensors")
-    config, load = single_file.text_states(tmp_path / "model.safetensors")["text_encoder"]
+    config, load = single_file.identify(tmp_path / "model.safetensors").text["text_encoder"]
     assert config["num_hidden_layers"] == 23
     assert "text_model.encoder.layers.22.mlp.fc1.weight" in load()
 
@@ -228,7 +228,7 @@ def test_the_activation_of_a_text_encoder_in_transformers_names(
 ) -> None:
     state = clip_states(CLIP["sd1"], width=width, layers=1) | unet_states(UNETS["sd1"])
     save_file(state, tmp_path / "model.safetensors")
-    config, _ = single_file.text_states(tmp_path / "model.safetensors")["text_encoder"]
+    config, _ = single_file.identify(tmp_path / "model.safetensors").text["text_encoder"]
     assert config["hidden_act"] == activation
 
 
@@ -273,7 +273,7 @@ def test_both_clip_layouts(layout: str, tmp_path: Path) -> None:
     if layout == "flat":  # transformers from 5.6
         state = {n.replace(prefix, CLIP["sd1"]): v for n, v in state.items()}
     save_file(state, tmp_path / "model.safetensors")
-    config, load = single_file.text_states(tmp_path / "model.safetensors")["text_encoder"]
+    config, load = single_file.identify(tmp_path / "model.safetensors").text["text_encoder"]
     assert config["hidden_size"] == 64
     assert config["num_hidden_layers"] == 2
     assert all(name.startswith("text_model.") for name in load())
@@ -302,11 +302,6 @@ def test_an_autoencoder_alone(prefix: str, tmp_path: Path) -> None:
         pytest.raises(CheckpointError, match="has no unet"),
     ):
         UNet2DCondition.from_pretrained(tmp_path / "vae.safetensors")
-    with (
-        pytest.warns(UserWarning, match="scaling factor"),
-        pytest.raises(CheckpointError, match="has no text encoder"),
-    ):
-        single_file.text_states(tmp_path / "vae.safetensors")
 
 
 @pytest.mark.parametrize(
