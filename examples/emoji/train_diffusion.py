@@ -29,7 +29,7 @@ from diffusion_fast.files import whole
 from diffusion_fast.models.text import TextEncoders
 from diffusion_fast.models.vae import AutoencoderKL
 from diffusion_fast.pipelines import StableDiffusion
-from diffusion_fast.pipelines.loading import Parts
+from diffusion_fast.pipelines.parts import Parts
 from diffusion_fast.pipelines.scheduler_config import read_scheduler
 from diffusion_fast.training import Batches, Checkpoints
 
