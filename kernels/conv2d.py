@@ -30,8 +30,8 @@ def conv2d(x, weight, bias, stride, padding, x2, add, residual, packed):
     if residual is not None:
         residual = launch.laid_out_like(residual, y)
     pixels = out_height * out_width
-    tables = (bias, add, None, None, None)
-    p = matmul.Problem(
+    epilogue = (bias, add, None, None, None)
+    p = matmul.Product(
         x=x,
         x_strides=x.stride(),
         x2=x2,
@@ -40,7 +40,7 @@ def conv2d(x, weight, bias, stride, padding, x2, add, residual, packed):
         w_strides=weight.stride(),
         y=y,
         y_strides=(columns * pixels, columns, 1) if last else (columns * pixels, 1, pixels),
-        tables=tuple(None if t is None else t.contiguous() for t in tables),
+        epilogue=tuple(None if t is None else t.contiguous() for t in epilogue),
         residual=residual,
         shape=(batch * pixels, columns, pixels),
         channels=(channels, 0 if x2 is None else x2.shape[1]),

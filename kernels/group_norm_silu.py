@@ -209,8 +209,8 @@ class Config(NamedTuple):
     warps: int
 
 
-class Plan(NamedTuple):
-    """A config applied to a shape; see :func:`plan`."""
+class Tiling(NamedTuple):
+    """A config applied to a shape; see :func:`tiling`."""
 
     shape: tuple[int, ...]  # channels, space, groups, parts of the space, channels of x
     S: int
@@ -237,7 +237,7 @@ def configs(batch, channels, space, num_groups, arrays, device):
     return [fused, *split[:2]] if few else [fused]
 
 
-def plan(config, batch, channels, first, space, num_groups, channels_last, device):
+def tiling(config, batch, channels, first, space, num_groups, channels_last, device):
     """Tile sizes and grid of a config."""
     width = channels // num_groups
     C = launch.power_of_2(width)
@@ -248,17 +248,17 @@ def plan(config, batch, channels, first, space, num_groups, channels_last, devic
         S = launch.power_of_2(space)
         G = min(G, max(4096 // (S * C), 1))
         blocks = batch * triton.cdiv(num_groups, G)
-        return Plan((channels, space, num_groups, 1, first), S, G, C, blocks, 1, space)
+        return Tiling((channels, space, num_groups, 1, first), S, G, C, blocks, 1, space)
     S = min(max(config.tile // (G * C), 1), launch.power_of_2(space))
     blocks = batch * triton.cdiv(num_groups, G)
     wanted = triton.cdiv(2 * launch.multiprocessors(device), blocks)  # programs for every SM
     chunks = max(1, min(wanted, CHUNKS, triton.cdiv(space, S)))
     chunk = triton.cdiv(triton.cdiv(space, chunks), S) * S
     shape = (channels, space, num_groups, triton.cdiv(space, S), first)
-    return Plan(shape, S, G, C, blocks, triton.cdiv(space, chunk), chunk)
+    return Tiling(shape, S, G, C, blocks, triton.cdiv(space, chunk), chunk)
 
 
-class Problem(NamedTuple):
+class Operands(NamedTuple):
     """The tensors of a call as the kernels see them."""
 
     sources: tuple  # x, its strides, x2, its strides, add, its strides, row
@@ -271,7 +271,7 @@ class Problem(NamedTuple):
     meta: dict  # constants that forward and backward share
 
 
-def problem(x, num_groups, weight, bias, add, scale, shift, x2, row, *others):
+def operands(x, num_groups, weight, bias, add, scale, shift, x2, row, *others):
     """Views where the strides allow it, copies where they don't.
 
     ``others`` are walked beside the sources: offsets are as wide as the widest of all needs.
@@ -279,7 +279,7 @@ def problem(x, num_groups, weight, bias, add, scale, shift, x2, row, *others):
     x, x_strides = _strided(x)
     x2, x2_strides = (None, (0, 0, 0)) if x2 is None else _strided(x2)
     channels = weight.shape[0]
-    return Problem(
+    return Operands(
         (x, x_strides, x2, x2_strides, *_table(add), row),
         (weight.contiguous(), bias.contiguous(), *_table(scale), *_table(shift), row),
         x.shape[0],
@@ -346,11 +346,11 @@ def group_norm_silu(x, num_groups, weight, bias, eps, silu, add, scale, shift, x
     y = result_like(x, weight.shape[0])
     if not y.numel():
         return y
-    p = problem(x, num_groups, weight, bias, add, scale, shift, x2, row, y)
+    p = operands(x, num_groups, weight, bias, add, scale, shift, x2, row, y)
 
     def run(config):
         sizes = p.batch, p.channels, p.first, p.space
-        q = plan(config, *sizes, num_groups, p.channels_last, x.device)
+        q = tiling(config, *sizes, num_groups, p.channels_last, x.device)
         parts = None if config.fused else reduce_statistics(p, q, config, x.device)
         launch.launch(
             _normalize,

@@ -23,10 +23,10 @@ from .group_norm_silu import (
     _rstd,
     _tile,
     _two_pass,
-    plan,
-    problem,
+    operands,
     reduce_statistics,
     result_like,
+    tiling,
     tune,
 )
 
@@ -235,7 +235,7 @@ def group_norm_silu_backward(
     if dy.numel():
         if launch.image_strides(dy) is None:
             dy = dy.contiguous()
-        p = problem(x, num_groups, weight, bias, add, scale, shift, x2, None, dy, dx, dx2)
+        p = operands(x, num_groups, weight, bias, add, scale, shift, x2, None, dy, dx, dx2)
         _launch(p, dy, dx, dx2, small, num_groups, eps, silu)
     none = x.new_empty(0)
     results = dx, *small, dx2
@@ -250,7 +250,7 @@ def _launch(p, dy, dx, dx2, small, num_groups, eps, silu):
 
     def run(config):
         sizes = p.batch, p.channels, p.first, p.space
-        q = plan(config, *sizes, num_groups, p.channels_last, device)
+        q = tiling(config, *sizes, num_groups, p.channels_last, device)
         tile = {"S": q.S, "G": q.G, "C": q.C, "num_warps": config.warps}
         padded = launch.power_of_2(q.chunks)
         sums = torch.empty(p.batch, q.chunks, 3, p.channels, dtype=accumulate, device=device)

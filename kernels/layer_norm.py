@@ -155,10 +155,10 @@ def layer_norm(x, weight, bias, eps):
     x, stride = _rows(x)
     height, block, warps = _tile(*x.shape)
     grid = (triton.cdiv(x.shape[0], height),)
-    tables = weight.contiguous(), bias.contiguous()
+    affine = weight.contiguous(), bias.contiguous()
     options = {"DTYPE": launch.accumulator(x.dtype), "ROWS": height, "BLOCK": block}
     options |= {"num_warps": warps, "device": x.device}
-    launch.launch(_layer_norm, grid, y, x, *tables, stride, *x.shape, eps, **options)
+    launch.launch(_layer_norm, grid, y, x, *affine, stride, *x.shape, eps, **options)
     return y
 
 

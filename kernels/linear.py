@@ -17,8 +17,8 @@ def linear(x, weight, bias, residual, geglu, mean, rstd, sums, packed):
     rows, channels = x.shape
     if residual is not None:
         residual = launch.laid_out_like(residual, y)
-    tables = (bias, None, mean, rstd, sums)
-    p = matmul.Problem(
+    epilogue = (bias, None, mean, rstd, sums)
+    p = matmul.Product(
         x=x,
         x_strides=(0, 1, 0, stride),
         x2=None,
@@ -27,7 +27,7 @@ def linear(x, weight, bias, residual, geglu, mean, rstd, sums, packed):
         w_strides=(weight.stride(0), weight.stride(1), 0, 0),
         y=y,
         y_strides=(0, columns, 1),
-        tables=tuple(None if t is None else t.contiguous() for t in tables),
+        epilogue=tuple(None if t is None else t.contiguous() for t in epilogue),
         residual=residual,
         shape=(rows, columns, rows),
         channels=(channels, 0),

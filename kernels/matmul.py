@@ -99,10 +99,10 @@ def _accumulate(
 
 
 @triton.jit
-def _affine(value, tables, row, column, offset, shape, DTYPE: tl.constexpr):
+def _affine(value, epilogue, row, column, offset, shape, DTYPE: tl.constexpr):
     """The folded LayerNorm, bias and the numbers per image; ``offset`` of the column in them."""
     rows, columns, pixels = shape[0], shape[1], shape[2]
-    bias_ptr, add_ptr, mean_ptr, rstd_ptr, sums_ptr = tables
+    bias_ptr, add_ptr, mean_ptr, rstd_ptr, sums_ptr = epilogue
     inside = column < columns
     if mean_ptr is not None:
         mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
@@ -142,7 +142,7 @@ def _product(
     x2_strides,
     w_ptr,
     w_strides,
-    tables,
+    epilogue,
     residual_ptr,
     shape,
     channels,
@@ -197,9 +197,9 @@ def _product(
         mask = (row < (part + 1) * rows)[:, None] & (column < columns)[None, :]
         tl.store(parts_ptr + (row * columns)[:, None] + column[None, :], acc, mask=mask)
     else:
-        acc = _affine(acc, tables, row, column, 0, shape, DTYPE)
+        acc = _affine(acc, epilogue, row, column, 0, shape, DTYPE)
         if GEGLU:
-            gate = _affine(gate, tables, row, column, columns, shape, DTYPE)
+            gate = _affine(gate, epilogue, row, column, columns, shape, DTYPE)
             acc = acc * (gate * _phi(gate))
         _finish(acc, y_ptr, residual_ptr, y_strides, row, column, shape, DTYPE)
 
@@ -209,7 +209,7 @@ def _reduce(
     y_ptr,
     y_strides,
     parts_ptr,
-    tables,
+    epilogue,
     residual_ptr,
     shape,
     parts,
@@ -230,7 +230,7 @@ def _reduce(
     for _ in range(parts):
         total += tl.load(place, mask=mask, other=0.0)
         place += rows * columns
-    total = _affine(total, tables, row, column, 0, shape, DTYPE)
+    total = _affine(total, epilogue, row, column, 0, shape, DTYPE)
     _finish(total, y_ptr, residual_ptr, y_strides, row, column, shape, DTYPE)
 
 
@@ -245,7 +245,7 @@ class Config(NamedTuple):
     parts: int = 1
 
 
-class Problem(NamedTuple):
+class Product(NamedTuple):
     """A call as the kernel sees it: tensors, strides and sizes."""
 
     x: torch.Tensor
@@ -256,7 +256,7 @@ class Problem(NamedTuple):
     w_strides: tuple[int, int, int, int]  # column of the result, channel, row, column
     y: torch.Tensor
     y_strides: tuple[int, int, int]  # image, pixel, column
-    tables: tuple  # bias, add, mean, rstd, sums
+    epilogue: tuple  # bias, add, mean, rstd, sums
     residual: torch.Tensor | None
     shape: tuple[int, int, int]  # rows, columns, pixels of an image
     channels: tuple[int, int]
@@ -330,7 +330,7 @@ def _launch(p, config):
         p.x2_strides,
         p.w,
         p.w_strides,
-        p.tables,
+        p.epilogue,
         p.residual,
         p.shape,
         p.channels,
@@ -355,6 +355,6 @@ def _launch(p, config):
         m, n = 8, 128
         grid = (triton.cdiv(rows, m) * triton.cdiv(columns, n),)
         launch.launch(
-            _reduce, grid, p.y, p.y_strides, partial, p.tables, p.residual, p.shape, parts,
+            _reduce, grid, p.y, p.y_strides, partial, p.epilogue, p.residual, p.shape, parts,
             M=m, N=n, **meta,
         )  # fmt: skip

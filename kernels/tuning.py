@@ -48,7 +48,7 @@ def choose(
         configs: candidates with a repr that tells them apart, the safest guess first.
         run: launches the kernel with one of them. It is called several times, so it may write only
             what it overwrites.
-        device: of the tensors.
+        device: device of the tensors.
 
     Nothing is measured in the interpreter, without a GPU, or while a graph is being captured.
     """

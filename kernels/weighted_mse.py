@@ -109,7 +109,7 @@ def _weight_gradient(
     tl.store(dweight_ptr + image, factor * tl.sum(total, 0))
 
 
-def _problem(prediction, target):
+def _laid_out(prediction, target):
     """Both in one dense layout, and its (outer, B, inner, chunks)."""
     like = torch.empty_like(prediction)
     prediction = launch.laid_out_like(prediction, like)
@@ -124,7 +124,7 @@ def _options(like):
 
 def weighted_mse(prediction, target, weight):
     """A scalar, at least float32."""
-    p, t, (outer, batch, inner, chunks) = _problem(prediction, target)
+    p, t, (outer, batch, inner, chunks) = _laid_out(prediction, target)
     options = _options(p)
     accumulate = launch.torch_accumulator(p.dtype)
     count = outer * batch * chunks
@@ -139,7 +139,7 @@ def weighted_mse(prediction, target, weight):
 
 def weighted_mse_backward(grad, prediction, target, weight):
     """Gradients of prediction, target and weight (empty without a weight)."""
-    p, t, (outer, batch, inner, chunks) = _problem(prediction, target)
+    p, t, (outer, batch, inner, chunks) = _laid_out(prediction, target)
     options = _options(p)
     dp, dt = torch.empty_like(p), torch.empty_like(p)
     count = outer * batch * chunks

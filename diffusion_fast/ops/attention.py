@@ -29,9 +29,9 @@ def attention(
         q: [B, Sq, H, D]; unlike PyTorch's SDPA the heads come after the sequence, so that a
             projection's output is used as it is.
         k, v: [B, Sk, H, D], or [1, Sk, H, D] for one prompt shared by the batch.
-        scale: of the scores; 1 / sqrt(D) by default.
-        bias: added to the scaled scores, broadcastable to [B, H, Sq, Sk], in the dtype of ``q`` or
-            float32.
+        scale: factor of the scores; 1 / sqrt(D) by default.
+        bias: what is added to the scaled scores, broadcastable to [B, H, Sq, Sk], in the dtype of
+            ``q`` or float32.
         key_lengths: int32 or int64 [B], values in [1, Sk]: item b sees its first
             key_lengths[b] keys.
 

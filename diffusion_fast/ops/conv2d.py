@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.layout import channels_last, format_of
+from ..kernels.layout import format_of
 from . import onednn
 from .dispatch import Backend, Op, autocast, checks, needs_gradient, triton
 
@@ -35,11 +35,11 @@ def conv2d(
         x: [B, C1, H, W].
         weight: [O, C1 + C2, kh, kw].
         bias: [O]; None adds nothing.
-        stride: of both dimensions.
+        stride: step of the window in both dimensions.
         padding: zeros on every side, or (left, right, top, bottom).
         x2: [B, C2, H, W], further input channels behind those of ``x``; None: C2 is 0.
         add: [B, O], one number per image and channel (time embedding).
-        residual: of the result's shape.
+        residual: what is added to the result, of its shape.
         packed: what :func:`pack_conv2d` made of ``weight``; it changes the speed, not the result.
 
     Under autocast the tensors are cast to its dtype, as F.conv2d casts them.
@@ -292,7 +292,7 @@ def _windows(
     x = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))
     for dim, size in enumerate(weight.shape[2:], 1):
         x = x.unfold(dim, size, stride)  # at last [B, H', W', C, kh, kw]
-    if channels_last(weight):
+    if format_of(weight) == torch.channels_last:
         x, weight = x.permute(0, 1, 2, 4, 5, 3), weight.permute(0, 2, 3, 1)
     return x.flatten(3), weight.flatten(1)
 

@@ -33,10 +33,10 @@ def group_norm_silu(
 
     Args:
         x: [B, C, ...], contiguous or channels_last.
-        num_groups: divides C.
+        num_groups: number of groups, a divisor of C.
         weight, bias: the affine of the norm, [C].
-        eps: added to the variance.
-        silu: whether to end with x * sigmoid(x).
+        eps: small number added to the variance.
+        silu: whether the result ends with x * sigmoid(x).
         add: [B, C], joins x before the statistics (time embedding).
         scale, shift: [B, C], after the affine and before SiLU (adaptive norm).
         x2: [B, C2, ...], joins x behind its last channel, as ``torch.cat((x, x2), 1)`` would (the
@@ -156,7 +156,10 @@ def reference(
         x = torch.cat((x, x2), 1)
     if add is not None:
         x = x + _per_channel(add, x)
-    x = _normalized(x, num_groups, weight, bias, eps)
+    if x.is_cpu and x.dim() > 3 and x.stride(1) <= x.stride(-1):
+        x = _normalized(x, num_groups, weight, bias, eps)
+    else:
+        x = torch.group_norm(x, num_groups, weight, bias, eps)
     if scale is not None:
         x = x * (1 + _per_channel(scale, x))
     if shift is not None:
@@ -167,28 +170,23 @@ def reference(
 
 
 def _normalized(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """The norm alone.
+    """The norm alone of an image whose channels are innermost, on a CPU.
 
-    On a CPU PyTorch makes the variance of channels_last from sums of squares, which cancel beside a
-    large mean. There it is made here, in two passes, as PyTorch does in every other layout.
+    There PyTorch makes the variance from sums of squares, which cancel beside a large mean. Here it
+    is made in two passes, as PyTorch does in every other layout.
     """
-    if x.device.type != "cpu" or x.dim() < 4 or x.stride(1) > x.stride(-1):
-        return torch.group_norm(x.contiguous(), groups, weight, bias, eps)
-    space = tuple(range(2, x.dim()))
-
-    def of_groups(*values: Tensor) -> Tensor:
-        """Means of each [B, C, ...] over its groups, at each of their channels: [N, B, C, 1...]."""
-        channels = torch.stack([value.mean(space, keepdim=True) for value in values])
-        grouped = channels.reshape(len(values), len(x), groups, -1)
-        return grouped.mean(3, keepdim=True).expand_as(grouped).reshape(channels.shape)
-
+    space, batch = tuple(range(2, x.dim())), len(x)
+    width, spread = x.shape[1] // groups, (..., *(None,) * len(space))  # [B, C] beside [B, C, ...]
     compute = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(compute)
-    deviation = wide - of_groups(wide)[0]
-    rest, square = of_groups(deviation, deviation.square())  # rest: the mean's own rounding
+    mean = wide.mean(space).reshape(batch, groups, -1).mean(2)  # [B, G]
+    deviation = wide - mean.repeat_interleave(width, 1)[spread]
+    rest = deviation.mean(space).reshape(batch, groups, -1).mean(2)  # what rounding the mean left
+    square = deviation.square().mean(space).reshape(batch, groups, -1).mean(2)
     rstd = ((square - rest.square()).clamp_min(0) + eps).rsqrt()
-    w, b = (value.to(compute).view(-1, *(1,) * len(space)) for value in (weight, bias))
-    return torch.addcmul(b - rest * rstd * w, deviation, rstd * w).to(x.dtype)
+    factor = rstd.repeat_interleave(width, 1) * weight.to(compute)  # [B, C]
+    offset = bias.to(compute) - rest.repeat_interleave(width, 1) * factor
+    return torch.addcmul(offset[spread], deviation, factor[spread]).to(x.dtype)
 
 
 def reference_backward(

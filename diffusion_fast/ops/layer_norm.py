@@ -17,7 +17,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     Args:
         x: [..., C].
         weight, bias: [C], of the dtype and device of ``x``.
-        eps: added to the variance.
+        eps: small number added to the variance.
 
     Under autocast tensors of several dtypes are promoted and the result has the dtype that
     F.layer_norm would give.

@@ -41,7 +41,7 @@ def linear(
         x: [..., K].
         weight: [N, K].
         bias: [N]; None adds nothing.
-        residual: of the result's shape, added last.
+        residual: what is added last, of the result's shape.
         geglu: ends with first half * gelu(second half) of the N outputs (Shazeer 2020).
         norm: (mean [...], rstd [...], column sums [N]) of a folded LayerNorm, float32 (float64 for
             float64); ``weight`` and ``bias`` are W' and b' then.

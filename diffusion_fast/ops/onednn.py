@@ -42,8 +42,8 @@ def _supports(dtype: torch.dtype) -> bool:
 
 
 def supports(x: Tensor) -> bool:
-    """Whether oneDNN takes tensors of this device and dtype."""
-    return x.device.type == "cpu" and _supports(x.dtype)
+    """Whether oneDNN is here and takes tensors of this device and dtype."""
+    return not machine() and x.device.type == "cpu" and _supports(x.dtype)
 
 
 def takes(x: Tensor, *others: Tensor | None) -> list[str]:
@@ -87,7 +87,7 @@ def pack_linear(weight: Tensor, rows: int) -> Tensor:
 
 
 def pack_conv2d(weight: Tensor, size: tuple[int, ...], stride: int, padding: list[int]) -> Tensor:
-    opaque = weight.detach().contiguous().to_mkldnn()
+    packed = weight.detach().contiguous().to_mkldnn()
     return torch.ops.aten.mkldnn_reorder_conv2d_weight(
-        opaque, padding, (stride, stride), _ONE, 1, list(size)
+        packed, padding, (stride, stride), _ONE, 1, list(size)
     )

@@ -13,13 +13,13 @@ Packed = tuple[Tensor, ...]
 
 
 def pack_linear(weight: Tensor, rows: int, *, geglu: bool = False) -> Packed | None:
-    """What :func:`linear` takes as ``packed``; opaque, and a copy of the weight.
+    """What :func:`linear` takes as ``packed``, in a layout of its own: a copy of the weight.
 
     Args:
         weight: [N, K].
         rows: how many rows ``x`` will have, all its dimensions but the last; others work as well,
             perhaps slower.
-        geglu: whether it is for a call with ``geglu=True``, and for such calls only.
+        geglu: whether the packed weight is for calls with ``geglu=True``, and for those only.
 
     Returns:
         None where packing does nothing: off the CPU, without oneDNN, or for the weight's dtype.
@@ -31,7 +31,7 @@ def pack_linear(weight: Tensor, rows: int, *, geglu: bool = False) -> Packed | N
     checks.positive_int("rows", rows)
     if weight.dim() != 2 or (geglu and weight.shape[0] % 2):
         checks.fail("weight", "shape [N, K], N even with geglu", list(weight.shape))
-    if not _packs(weight):
+    if not onednn.supports(weight):
         return None
     parts = weight.chunk(2) if geglu else (weight,)
     return tuple(onednn.pack_linear(part, rows) for part in parts)
@@ -40,11 +40,11 @@ def pack_linear(weight: Tensor, rows: int, *, geglu: bool = False) -> Packed | N
 def pack_conv2d(
     weight: Tensor, size: tuple[int, int, int, int], *, stride: int = 1, padding: Padding = 0
 ) -> Packed | None:
-    """What :func:`conv2d` takes as ``packed``; opaque, and a copy of the weight.
+    """What :func:`conv2d` takes as ``packed``, in a layout of its own: a copy of the weight.
 
     Args:
         weight: [O, C, kh, kw].
-        size: of the input, [B, C, H, W], both sources counted; others work as well, perhaps slower.
+        size: the input's [B, C, H, W], both sources counted; others work as well, perhaps slower.
         stride, padding: as in :func:`conv2d`.
 
     Returns:
@@ -65,14 +65,10 @@ def pack_conv2d(
         return None
     if weight.device.type == "cuda":
         return (weight.detach().contiguous(memory_format=torch.channels_last),)
-    if not _packs(weight):
+    if not onednn.supports(weight):
         return None
     batch, channels, height, width = size
     pads = [top, left]
     if (left, top) != (right, bottom):  # then conv2d pads the input itself
         height, width, pads = height + top + bottom, width + left + right, [0, 0]
     return (onednn.pack_conv2d(weight, (batch, channels, height, width), stride, pads),)
-
-
-def _packs(weight: Tensor) -> bool:
-    return not onednn.machine() and onednn.supports(weight)

@@ -24,12 +24,12 @@ class Philox:
     """Stands for standard normal noise that is not drawn yet; ops take it in place of a tensor.
 
     Args:
-        seed: chooses the stream.
-        offset: chooses an independent stream of the same seed, such as a training step. A sampler
-            adds its step to it.
-        device: where seed and offset live. On the CPU (the default) kernels get them as launch
-            arguments; on a GPU they are read there, so that a captured graph draws anew after
-            ``philox.set(...)``.
+        seed: number of the stream.
+        offset: number of an independent stream of the same seed, such as a training step, to which
+            a sampler adds its own step.
+        device: device that seed and offset live on. On the CPU (the default) kernels get them as
+            launch arguments; on a GPU they are read there, so that a captured graph draws anew
+            after ``philox.set(...)``.
 
     Raises:
         ValueError: seed or offset is not an integer in [0, 2^63).

@@ -24,7 +24,7 @@ def residual(
         x: any shape.
         residual: like ``x``; None adds nothing.
         bias: [C], the size of dimension ``dim`` of ``x``, of its dtype; None adds nothing.
-        scale: such as 1 / sqrt(2), or 1 over a block's output scale factor.
+        scale: factor such as 1 / sqrt(2), or 1 over a block's output scale factor.
         dim: the dimension of the channels: 1 for convolutions, -1 for linear layers.
 
     Under autocast tensors of several dtypes are promoted, as ``+`` promotes them.

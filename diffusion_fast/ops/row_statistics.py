@@ -19,7 +19,7 @@ def row_statistics(x: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
 
     Args:
         x: [..., C].
-        eps: added to the variance, that of the whole row (divided by C).
+        eps: small number added to the variance of the whole row (divided by C).
 
     Returns:
         mean and rstd [...], float32, or float64 for float64. They are made in two passes, so that

@@ -236,7 +236,7 @@ def test_split_statistics_fill_the_gpu(batch: int) -> None:
         config = kernel.configs(batch, channels, space, 32, 1, device)[0]
         assert not config.fused
         for channels_last in (False, True):
-            q = kernel.plan(config, batch, channels, channels, space, 32, channels_last, device)
+            q = kernel.tiling(config, batch, channels, channels, space, 32, channels_last, device)
             assert q.blocks * q.chunks >= 132
             assert q.blocks * q.shape[3] >= 132
             assert q.chunks <= kernel.CHUNKS

@@ -20,12 +20,12 @@ BACKWARD = {f"{name}_backward" for name in known_ops} & set(known_ops)
 def _forget() -> Iterator[None]:
     """The machine is asked once per process; these tests change its answers."""
     triton._interpreted.cache_clear()
-    triton._machine.cache_clear()
+    triton.machine.cache_clear()
     for op in known_ops.values():
         op.forget()
     yield
     triton._interpreted.cache_clear()
-    triton._machine.cache_clear()
+    triton.machine.cache_clear()
     for op in known_ops.values():
         op.forget()
 

@@ -113,7 +113,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, clock: dict[str, Any]) -> dict[str, Any
     kernels = SimpleNamespace(linear=kernel)
     plain = [backend for backend in linear.backends if backend.name == "reference"]
     monkeypatch.setattr(linear, "backends", plain)
-    monkeypatch.setattr(triton, "_machine", lambda interpreted: [])
+    monkeypatch.setattr(triton, "machine", lambda: [])
     monkeypatch.setattr(triton, "tensors_fit", lambda op, args: [])
     monkeypatch.setattr(measured, "_key", lambda op, args, device: (op, CUDA, *map(str, args)))
     known, choose = tuning.known, tuning.choose

@@ -28,14 +28,11 @@ class BackendError(RuntimeError):
     """A backend was asked for by name and can't run this call; the message says why."""
 
 
-def no_reasons(*args: Any) -> Reasons:
-    """Yes, whatever the call."""
-    return []
-
-
 @dataclass(frozen=True)
 class Backend:
     """One way to compute an op. ``args`` are those of its reference, in order.
+
+    Of the questions that follow, a None stands for "yes, whatever the call".
 
     Attributes:
         name: one of :data:`BACKENDS`.
@@ -43,8 +40,7 @@ class Backend:
         machine: ``machine()``: why this machine can't run it.
         supports: ``supports(*args)``: why it can't run this call. It looks at what a signature
             holds and at nothing else.
-        ready: ``ready(*args)``: why it won't run this call after all. It may compile or measure;
-            None: there is nothing to do.
+        ready: ``ready(*args)``: why it won't run this call after all. It may compile or measure.
         foresee: ``foresee(*args)``: what ``ready`` will answer, or None where only the first call
             can tell.
         composite: made of PyTorch's differentiable functions, so that autograd, torch.func and fake
@@ -53,10 +49,10 @@ class Backend:
 
     name: str
     load: Callable[[], Callable[..., Any]]
-    machine: Callable[[], Reasons] = no_reasons
-    supports: Callable[..., Reasons] = no_reasons
+    machine: Callable[[], Reasons] | None = None
+    supports: Callable[..., Reasons] | None = None
     ready: Callable[..., Reasons] | None = None
-    foresee: Callable[..., Reasons | None] = no_reasons
+    foresee: Callable[..., Reasons | None] | None = None
     composite: bool = False
 
 

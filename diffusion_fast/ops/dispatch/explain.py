@@ -62,9 +62,11 @@ def _choice(op: Op, args: tuple[Any, ...] | None) -> Choice:
     rejected = dict.fromkeys(BACKENDS, "not implemented for this op")
     chosen, wanted = "", _backend.requested(op.name)
     for candidate in op.backends:
-        why: list[str] | None = candidate.machine()
+        why: list[str] | None = [] if candidate.machine is None else candidate.machine()
         if not why and args is not None:
-            why = op.why_not(candidate, args) or candidate.foresee(*args)
+            why = op.why_not(candidate, args)
+            if not why and candidate.foresee is not None:
+                why = candidate.foresee(*args)
         if not why and wanted not in ("auto", candidate.name):
             why = [f"{wanted} was asked for"]
         if why is None and not chosen:

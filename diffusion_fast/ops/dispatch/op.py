@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autocast, checks
+from . import autocast
 from . import backend as _backend
 from .backend import BACKENDS, Backend, BackendError, Reasons
 
 _LIBRARY = torch.library.Library("diffusion_fast", "FRAGMENT")
 _MOST = 4096  # signatures that an op remembers
+_any_autocast, _is_compiling = torch._C._is_any_autocast_enabled, torch.compiler.is_compiling
+_grad_enabled, _functorch_level = torch.is_grad_enabled, torch._C._functorch.maybe_current_level
 PLAIN = (Tensor, torch.nn.Parameter)
 NUMBERS = (int, float, bool)
 
@@ -98,15 +100,14 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         """Check the arguments and compute, as PyTorch's own function would under autocast."""
-        if torch._C._is_any_autocast_enabled() and autocast.enabled(args[0]):
+        if _any_autocast() and autocast.enabled(args[0]):
             return self._under_autocast(args)
-        if torch.compiler.is_compiling():
+        if _is_compiling():
             return self._compiled(args)
-        found = self.resolve(args)
+        call, _, self.last_ran = self.resolve(args)
         if self._values is not None:
             self._values(*args)
-        self.last_ran = found.backend
-        return found.call(*args)
+        return call(*args)
 
     def _under_autocast(self, args: tuple[Any, ...]) -> Any:
         args, dtype = self._policy(*args) if self._policy is not None else (args, None)
@@ -137,12 +138,15 @@ class Op:
             BackendError: the backend asked for can't run them.
             ValueError, TypeError: they don't fit, or each other.
         """
+        grad = _grad_enabled()
         key: Any = (  # all that a choice can depend on; written out, as it is made at every call
             _backend.overrides,
-            torch.is_grad_enabled(),
-            torch._C._functorch.maybe_current_level(),
+            grad,
+            _functorch_level(),
             *[
-                (a.__class__, a.shape, a.stride(), a.dtype, a.device, a.requires_grad)
+                None
+                if a is None
+                else (a.__class__, a.shape, a.stride(), a.dtype, a.device, grad and a.requires_grad)
                 if isinstance(a, Tensor)
                 else (
                     len(a),
@@ -206,7 +210,8 @@ class Op:
         why = ["not implemented for this op"]
         for candidate in self.backends:
             if asked in ("auto", candidate.name):
-                why = candidate.machine() or self.why_not(candidate, args)
+                why = candidate.machine() if candidate.machine is not None else []
+                why = why or self.why_not(candidate, args)
                 why = why or (candidate.ready(*args) if candidate.ready is not None else [])
                 if not why:
                     return candidate
@@ -215,9 +220,9 @@ class Op:
 
     def why_not(self, candidate: Backend, args: tuple[Any, ...]) -> Reasons:
         """Why a backend can't run this call, on a machine that has it."""
-        if not candidate.composite and checks.transformed():
+        if not candidate.composite and _functorch_level() is not None:
             return ["torch.func transforms PyTorch's own functions only"]
-        return candidate.supports(*args)
+        return [] if candidate.supports is None else candidate.supports(*args)
 
 
 class Question(Tensor):

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 
 from . import measured as _measured
-from .backend import Backend, Reasons, needs_gradient, no_reasons, requested
+from .backend import Backend, Reasons, needs_gradient, requested
 from .op import Op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @functools.cache
-def _machine(interpreted: bool) -> Reasons:
+def machine() -> Reasons:
+    """Why Triton kernels can't run on this machine."""
     if importlib.util.find_spec("triton") is None:
         return ["triton is not installed (pip install triton)"]
-    if interpreted or torch.cuda.is_available():
+    if _interpreted() or torch.cuda.is_available():
         return []
     return ["no CUDA device (TRITON_INTERPRET=1 interprets the kernels on a CPU, for tests)"]
 
@@ -32,11 +33,6 @@ def _machine(interpreted: bool) -> Reasons:
 def _interpreted() -> bool:
     """As triton sees it: it reads the variable once, when it is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def machine() -> Reasons:
-    """Why Triton kernels can't run on this machine."""
-    return _machine(_interpreted())
 
 
 def tensors_fit(op: str, args: tuple[Any, ...]) -> Reasons:
@@ -57,7 +53,7 @@ def tensors_fit(op: str, args: tuple[Any, ...]) -> Reasons:
 def add(
     op: Op,
     kernels: Callable[[], ModuleType],
-    supports: Callable[..., Reasons] = no_reasons,
+    supports: Callable[..., Reasons] | None = None,
     measured: bool = False,
 ) -> None:
     """Give an op the backend ``"triton"``.
@@ -76,7 +72,7 @@ def add(
         return launcher
 
     def fits(*args: Any) -> Reasons:
-        why = tensors_fit(op.name, args) or supports(*args)
+        why = tensors_fit(op.name, args) or ([] if supports is None else supports(*args))
         asks = measured and requested(op.name) == "auto"
         return why or ([_measured.GRADIENT] if asks and needs_gradient(*args) else [])
 
@@ -86,8 +82,9 @@ def add(
         return _measured.ask(op.name, args, load(), op.reference, args[0].device)
 
     def foresee(*args: Any) -> Reasons | None:
-        if not measured or requested(op.name) != "auto":
+        if requested(op.name) != "auto":
             return []
         return _measured.known(op.name, args, args[0].device)
 
-    op.add(Backend("triton", load, machine, fits, ready if measured else None, foresee))
+    asks = (ready, foresee) if measured else (None, None)
+    op.add(Backend("triton", load, machine, fits, *asks))
