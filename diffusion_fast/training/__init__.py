@@ -2,13 +2,13 @@
 
 from .batches import Batches
 from .checkpoint import Checkpoints
+from .distributed import local_device
 from .ema import EMA
 from .image_folder import ImageFolder
 from .latent_cache import LatentData, cache_latents
 from .log import CsvLog, SampleGrids, TensorBoardLog
 from .loss import diffusion_loss, drop_condition
 from .options import TrainingOptions
-from .processes import local_device
 from .timestep_sampling import ImportanceSampler, LogitNormalSampler, UniformSampler
 from .trainer import Trainer, train_diffusion
 from .validation import validation_loss

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from ..conditioning import Context
 from ..ops import checks
-from .processes import Processes
+from .distributed import Processes
 
 _ORDER, _FLIPS, _ITEMS, _WORKERS = range(4)  # streams of random numbers that must not meet
 Request = tuple[int, list[int]]  # number of the batch, and which items this process reads

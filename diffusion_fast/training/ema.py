@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import checks
-from .processes import fill_local, local
+from .distributed import fill_local, local
 
 
 class EMA:

@@ -23,8 +23,8 @@ from torch.utils.data import Dataset
 from ..conditioning import Context
 from ..files import AnyPath, CheckpointError, read_tensors, save_tensors, whole
 from ..ops import checks
+from .distributed import Processes
 from .image_folder import ImageFolder
-from .processes import Processes
 
 if TYPE_CHECKING:
     from ..models.text import TextEncoders

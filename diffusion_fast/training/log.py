@@ -15,7 +15,7 @@ from ..conditioning import Context
 from ..engine import Engine
 from ..files import AnyPath, read_text, whole
 from ..ops import checks
-from .processes import is_sharded
+from .distributed import is_sharded
 from .trainer import Trainer
 from .watch import Progress
 

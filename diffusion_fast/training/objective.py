@@ -14,9 +14,9 @@ from ..conditioning import Context
 from ..ops import checks
 from ..schedule import DiffusionSchedule
 from .batches import moved, split, unpacked
+from .distributed import Processes, shard
 from .loss import image_mse, predict, replace_condition
 from .options import TrainingOptions, autocast
-from .processes import Processes, shard
 from .timestep_sampling import UniformSampler
 
 
@@ -73,7 +73,7 @@ class Objective:
     def backward(self, batch: Any) -> Tensor:
         """Add the batch's gradient to the parameters'; its loss, a scalar of this process.
 
-        Every process draws for the batch of all, and keeps its part: see :mod:`.processes`.
+        Every process draws for the batch of all, and keeps its part: see :mod:`.distributed`.
         """
         x_0, context = unpacked(batch, self.device)
         if self.options.channels_last and x_0.dim() == 4:

@@ -27,10 +27,10 @@ from .checkpoint import (
     compare_tensors,
     read_checkpoint,
 )
+from .distributed import Processes, fill, local, whole
 from .ema import EMA, is_finite, named_tensors
 from .objective import Objective
 from .options import TrainingOptions
-from .processes import Processes, fill, local, whole
 from .state import load_optimizer_state, load_random_state, optimizer_state, random_state
 from .timestep_sampling import UniformSampler
 from .validation import validation_loss
@@ -44,7 +44,7 @@ class Trainer:
 
     Under ``torchrun`` the same script trains in all its processes: each works on its part of every
     batch, and gradients are averaged (DDP); with ``sharding="fsdp"`` the weights are spread over
-    the processes too (FSDP2), in place, see :mod:`.processes`. Random numbers are those of one
+    the processes too (FSDP2), in place, see :mod:`.distributed`. Random numbers are those of one
     process with the whole batch. The first process alone writes checkpoints, which any number of
     processes can resume, and calls ``on_read``.
 

@@ -14,9 +14,9 @@ from .. import ops
 from ..conditioning import Context
 from ..schedule import DiffusionSchedule
 from .batches import Batches, unpacked
+from .distributed import Processes
 from .loss import predict
 from .options import autocast
-from .processes import Processes
 
 
 @torch.no_grad()

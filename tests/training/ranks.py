@@ -21,7 +21,7 @@ from torch.utils.data import TensorDataset
 
 import diffusion_fast as df
 from diffusion_fast.training import Batches, SampleGrids, Trainer
-from diffusion_fast.training.processes import is_sharded, local, whole
+from diffusion_fast.training.distributed import is_sharded, local, whole
 
 FOLDER = Path(sys.argv[1])
 ALONE = {"dropout": 0.0}  # masks of dropout are drawn by each process, not for the joint batch
@@ -178,5 +178,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     assert batches(8).batch_size == 8
-    signal.alarm(100)  # a process that waits for one that is gone ends all the same
+    signal.alarm(250)  # a process that waits for one that is gone ends all the same
     main()

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from diffusion_fast.training import Batches
-from diffusion_fast.training.processes import Processes
+from diffusion_fast.training.distributed import Processes
 
 
 class Items(Dataset[object]):

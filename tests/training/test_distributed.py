@@ -16,7 +16,7 @@ from tiny import STEPS, Points, full_trainer
 from torch import Tensor
 
 from diffusion_fast.training import Checkpoints, TrainingOptions
-from diffusion_fast.training.processes import Processes, local_device
+from diffusion_fast.training.distributed import Processes, local_device
 
 HERE = Path(__file__).parent
 

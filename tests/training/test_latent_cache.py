@@ -20,7 +20,7 @@ from diffusion_fast.models.text import TextStates
 from diffusion_fast.models.vae import AutoencoderKL
 from diffusion_fast.models.vae_config import VAEConfig
 from diffusion_fast.training import Batches, ImageFolder, Trainer, cache_latents, latent_cache
-from diffusion_fast.training.processes import Processes
+from diffusion_fast.training.distributed import Processes
 
 
 class Vae(AutoencoderKL):

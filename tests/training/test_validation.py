@@ -8,7 +8,7 @@ from tiny import SCHEDULE, Points, batches
 from torch import Tensor
 
 from diffusion_fast.training import Progress, Trainer, validation_loss
-from diffusion_fast.training.processes import Processes
+from diffusion_fast.training.distributed import Processes
 
 
 def test_only_the_weights_change_it() -> None:
