@@ -25,6 +25,16 @@ def test_train_then_sample(model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+def test_a_guidance_of_at_most_1_is_the_conditional_model(model: Path, tmp_path: Path) -> None:
+    pixels = []
+    for guidance in ("0", "1"):
+        drawing = ("--classes", "3", "--per-class", 1, "--steps", 2, "--guidance", guidance)
+        done = run("sample", "--model", model, "-o", tmp_path / "x.png", *drawing)
+        assert done.returncode == 0, done.stderr
+        pixels.append(Image.open(tmp_path / "x.png").tobytes())
+    assert pixels[0] == pixels[1]
+
+
 def test_a_long_list_of_tensors_is_cut(model: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(model, tmp_path / "model")
     config = json.loads((copy / "unet" / "config.json").read_text())
@@ -54,7 +64,7 @@ def test_a_truncated_model_is_named(model: Path, tmp_path: Path) -> None:
         (("--classes", "cat"), r"--classes: expected numbers and ranges such as 0-9"),
         (("--sampler", "fast"), "sampler: expected one of ddpm"),
         (("--steps", "5000"), "steps: expected"),
-        (("--guidance", "nan"), "guidance_scale: expected"),
+        (("--guidance", "nan"), "error: --guidance: expected finite numbers"),
     ],
 )
 def test_bad_options_of_sample(
