@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..ops import checks, sampler_step
 from ..prediction import PREDICTION_TYPES
-from ..samplers import Grid, table_from_grid
+from ..samplers import Grid, StepTable, table_from_grid
 from ..samplers.grids import LEAST_ALPHA_BAR
 from ..schedule import DiffusionSchedule
 
@@ -139,6 +139,36 @@ def sample_dpmpp_2m_sde(model: KModel, x: Tensor, sigmas: Tensor, **options: Any
     return _sample("dpmpp_2m_sde", model, x, sigmas, **options)
 
 
+def sample_dpm_2(model: KModel, x: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
+    """DPM-Solver-2 as Karras et al. (2022) write it, two model calls a step."""
+    return _sample("dpm_2", model, x, sigmas, **options)
+
+
+def sample_dpm_2_ancestral(model: KModel, x: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
+    """The same to a lower noise level, and fresh noise back up."""
+    return _sample("dpm_2_ancestral", model, x, sigmas, **options)
+
+
+def sample_dpmpp_2s_ancestral(model: KModel, x: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
+    """DPM-Solver++ of order 2, singlestep, to a lower noise level, and fresh noise back up."""
+    return _sample("dpmpp_2s_ancestral", model, x, sigmas, **options)
+
+
+def sample_dpmpp_sde(model: KModel, x: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
+    """The stochastic form of order 2, two model calls a step, whose noises lie on one path."""
+    return _sample("dpmpp_sde", model, x, sigmas, **options)
+
+
+def sample_dpmpp_2m_sde_heun(model: KModel, x: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
+    """The stochastic form of order 2, multistep, with ``solver_type="heun"``."""
+    return _sample("dpmpp_2m_sde_heun", model, x, sigmas, **options)
+
+
+def sample_dpmpp_3m_sde(model: KModel, x: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
+    """The stochastic form of order 3, multistep."""
+    return _sample("dpmpp_3m_sde", model, x, sigmas, **options)
+
+
 def sample_unipc(model: KModel, x: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
     """UniPC of order 2 (Zhao et al. 2023, arXiv:2302.04867)."""
     return _sample("unipc", model, x, sigmas, **options)
@@ -155,6 +185,8 @@ def _sample(
     callback: Callable[[dict[str, Any]], object] | None = None,
     disable: bool | None = None,
     noise_sampler: NoiseSampler | None = None,
+    eta: float | None = None,
+    s_noise: float | None = None,
 ) -> Tensor:
     """Run one of our tables on given noise levels.
 
@@ -166,7 +198,9 @@ def _sample(
         callback: called after each model call with a dict of x, i, sigma, sigma_hat and denoised.
         disable: True for no progress bar; there is none either way.
         noise_sampler: ``noise_sampler(sigma, next_sigma)`` gives standard normal noise like ``x``;
-            PyTorch's global generator by default.
+            PyTorch's global generator by default. A step that draws twice asks for the noise of
+            each part of it.
+        eta, s_noise: how much noise a step adds, for samplers that add some; 1 by default.
 
     Raises:
         ValueError: sigmas that don't decrease, or a model whose output has another shape.
@@ -174,7 +208,9 @@ def _sample(
     levels = _levels(sigmas)
     # Tables end at no noise: other runs stop before that step.
     whole = levels if levels[-1] == 0 else np.append(levels, 0.0)
-    table = table_from_grid(name, Grid.from_sigmas(whole, whole[:-1]), prediction_type="sample")
+    noise_options = {"eta": eta, "s_noise": s_noise, "prediction_type": "sample"}
+    table = table_from_grid(name, Grid.from_sigmas(whole, whole[:-1]), **noise_options)
+    spans = _noise_spans(table, levels)
     rows, draws = table.folded().tolist(), table.draws.tolist()
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     state = x.to(dtype, copy=True) / math.hypot(1, levels[0])
@@ -189,8 +225,8 @@ def _sample(
         checks.shape("model(x, sigma)", denoised, x.shape, "of x")
         noise = None
         if draws[row]:
-            after = sigmas[step + 1]
-            noise = noise_sampler(level, after) if noise_sampler else torch.randn_like(x)
+            span = (sigmas.new_tensor(end) for end in spans[row])
+            noise = noise_sampler(*span) if noise_sampler else torch.randn_like(x)
             noise = noise.to(dtype)
         if callback is not None:
             callback(
@@ -198,6 +234,20 @@ def _sample(
             )
         sampler_step(state, denoised.to(dtype), rows, row, noise=noise, y=y, h1=h1, h2=h2)
     return (state * math.hypot(1, levels[-1])).to(x.dtype)
+
+
+def _noise_spans(table: StepTable, levels: np.ndarray) -> list[tuple[float, float]]:
+    """The noise levels between which each row's noise lies, within its step."""
+    steps, at, draws = table.step_of_row.tolist(), table.timesteps.tolist(), table.draws.tolist()
+    spans = []
+    for row, step in enumerate(steps):
+        rows = [i for i, one in enumerate(steps) if one == step and draws[i]]
+        first = not rows or row <= rows[0]
+        last = not rows or row >= rows[-1]
+        start = levels[min(step, len(levels) - 1)] if first else at[row]
+        end = levels[min(step + 1, len(levels) - 1)] if last else at[row + 1]
+        spans.append((float(start), float(end)))
+    return spans
 
 
 def _levels(sigmas: Tensor) -> np.ndarray:

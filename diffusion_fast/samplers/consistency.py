@@ -78,7 +78,6 @@ SAMPLERS = (
         lcm,
         options={"s_noise": 1.0},
         diffusers=(DiffusersName("LCMScheduler"),),
-        a1111="LCM",
     ),
     Sampler(
         "tcd",

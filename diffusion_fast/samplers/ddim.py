@@ -51,6 +51,5 @@ SAMPLERS = (
         options={"eta": 0.0, "clipped_direction": False},
         diffusers=(DiffusersName("DDIMScheduler"),),
         comfyui="ddim",
-        a1111="DDIM",
     ),
 )

@@ -34,7 +34,5 @@ SAMPLERS = (
         calls,
         options={"variance": "large"},
         diffusers=(DiffusersName("DDPMScheduler"),),
-        comfyui="ddpm",
-        a1111="DDPM",
     ),
 )

@@ -110,6 +110,7 @@ def _sampler(
             for kind in solver_types
         ),
         comfyui=name if a1111 else None,
+        k_diffusion=a1111 is not None and not (sde and exact and order == 2),
         a1111=a1111,
     )
 

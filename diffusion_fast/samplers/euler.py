@@ -32,6 +32,7 @@ SAMPLERS = (
         diffusers=(DiffusersName("EulerDiscreteScheduler"),),
         comfyui="euler",
         a1111="Euler",
+        k_diffusion=True,
     ),
     Sampler(
         "euler_ancestral",
@@ -41,5 +42,6 @@ SAMPLERS = (
         diffusers=(DiffusersName("EulerAncestralDiscreteScheduler"),),
         comfyui="euler_ancestral",
         a1111="Euler a",
+        k_diffusion=True,
     ),
 )

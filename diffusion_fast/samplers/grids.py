@@ -149,7 +149,8 @@ class Grid:
     def then(self, other: Grid) -> Grid:
         """These steps and those of another grid."""
         more = other._arrays()
-        return replace(self, **{k: np.append(v, more[k]) for k, v in self._arrays().items()})
+        arrays: dict[str, Any] = {k: np.append(v, more[k]) for k, v in self._arrays().items()}
+        return replace(self, **arrays)
 
     def _arrays(self) -> dict[str, Any]:
         names = ("timesteps", "signal", "noise", "next_signal", "next_noise")

@@ -62,5 +62,6 @@ SAMPLERS = (
         diffusers=(DiffusersName("HeunDiscreteScheduler"),),
         comfyui="heun",
         a1111="Heun",
+        k_diffusion=True,
     ),
 )

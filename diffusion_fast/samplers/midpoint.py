@@ -154,6 +154,7 @@ SAMPLERS = (
         diffusers=(DiffusersName("KDPM2DiscreteScheduler"),),
         comfyui="dpm_2",
         a1111="DPM2",
+        k_diffusion=True,
         drops_penultimate=True,
     ),
     Sampler(
@@ -165,6 +166,7 @@ SAMPLERS = (
         diffusers=(DiffusersName("KDPM2AncestralDiscreteScheduler"),),
         comfyui="dpm_2_ancestral",
         a1111="DPM2 a",
+        k_diffusion=True,
         drops_penultimate=True,
     ),
     Sampler(
@@ -175,6 +177,7 @@ SAMPLERS = (
         options=_STOCHASTIC,
         comfyui="dpmpp_2s_ancestral",
         a1111="DPM++ 2S a",
+        k_diffusion=True,
     ),
     Sampler(
         "dpmpp_sde",
@@ -185,6 +188,7 @@ SAMPLERS = (
         diffusers=(DiffusersName("DPMSolverSDEScheduler"),),
         comfyui="dpmpp_sde",
         a1111="DPM++ SDE",
+        k_diffusion=True,
     ),
     Sampler(
         "seeds_2",

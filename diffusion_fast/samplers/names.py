@@ -30,6 +30,13 @@ A1111_SCHEDULES = {
     "Beta": "beta",
     "Uniform": "normal",
 }
+# Settings that a class of diffusers has by default.
+USUAL: dict[str, tuple[Any, ...]] = {
+    "algorithm_type": ("dpmsolver++",),
+    "solver_order": (2,),
+    "solver_type": ("midpoint", "bh2"),
+    "predict_x0": (True,),
+}
 # What has a name elsewhere and is no table of rows.
 REFUSED = {
     "dpm_adaptive": "it chooses its steps by the error that it finds on the way",
@@ -67,7 +74,7 @@ def options_of(
         means = {"sampler": sampler.name, "timestep_spacing": schedule}
         if sampler.comfyui and plain == COMFYUI + sampler.comfyui:
             return {**means, "convention": "comfyui"}
-        if sampler.comfyui and plain == K_DIFFUSION + sampler.comfyui:
+        if sampler.k_diffusion and plain == f"{K_DIFFUSION}{sampler.comfyui}":
             return {**means, "convention": "k_diffusion"}
         if sampler.a1111 and plain.lower().startswith(sampler.a1111.lower()):
             rest = plain[len(sampler.a1111) :].strip()
@@ -76,20 +83,51 @@ def options_of(
                 means["timestep_spacing"] = known[rest.lower()] if rest else schedule
                 return {**means, "convention": "k_diffusion"}
         for theirs in sampler.diffusers:
-            if plain == theirs.scheduler and not theirs.nearest:
+            usual = all(value in USUAL[key] for key, value in theirs.settings.items())
+            if plain == theirs.scheduler and usual and not theirs.nearest:
                 return {"sampler": sampler.name}
-    checks.one_of("sampler", name, samplers)
-    raise AssertionError(name)
+    if plain.lower() not in samplers:
+        checks.one_of("sampler", name, samplers)
+    return {"sampler": plain.lower()}
+
+
+def document(samplers: Mapping[str, Sampler]) -> str:
+    """docs/samplers.md."""
+    lines = [
+        "# Samplers",
+        "",
+        "Made from the registry by `diffusion_fast/samplers/names.py`. Any of these names may be",
+        "given as `sampler=`. Ours and diffusers' take diffusers' grid;",
+        "k-diffusion's and AUTOMATIC1111's (with a schedule behind it, as in `DPM++ 2M Karras`)",
+        "fractional timesteps, interpolated in log sigma; ComfyUI's (written `comfyui/NAME`, or",
+        "without it beside a schedule that only ComfyUI has) whole ones.",
+        "",
+        "| ours | diffusers | k-diffusion | ComfyUI | AUTOMATIC1111 |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            "| " + " | ".join(f"`{name}`" if name else "" for name in row) + " |"
+            for row in table(samplers)
+        ),
+        "",
+        f"Schedules: {', '.join(f'`{name}`' for name in NAMES)}. AUTOMATIC1111's names of them:",
+        ", ".join(f"{label} (`{name}`)" for label, name in A1111_SCHEDULES.items()) + ".",
+        "",
+        "Refused:",
+        "",
+        *(f"- `{name}`: {reason}" for name, reason in REFUSED.items()),
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def table(samplers: Mapping[str, Sampler]) -> Iterator[tuple[str, str, str, str, str]]:
     """(name, diffusers, k-diffusion, ComfyUI, AUTOMATIC1111) of each sampler, for the docs."""
     for sampler in samplers.values():
         theirs = [
-            ", ".join([one.scheduler, *(f"{k}={v}" for k, v in one.settings.items())])
+            " ".join([one.scheduler, *(f"{k}={v}" for k, v in one.settings.items())])
             for one in sampler.diffusers
             if not one.nearest
         ]
         comfyui = sampler.comfyui or ""
-        k_diffusion = K_DIFFUSION + comfyui if comfyui and sampler.a1111 else ""
+        k_diffusion = K_DIFFUSION + comfyui if sampler.k_diffusion else ""
         yield sampler.name, "; ".join(theirs), k_diffusion, comfyui, sampler.a1111 or ""

@@ -178,7 +178,8 @@ class Sampler:
         calls_per_step: how many calls a step has; the last step may have one.
         options: those options that not every sampler has, with their defaults.
         diffusers: its names in diffusers.
-        comfyui, a1111: its names in ComfyUI (and k-diffusion, after "sample_") and AUTOMATIC1111.
+        comfyui, a1111: its names in ComfyUI and AUTOMATIC1111.
+        k_diffusion: whether k-diffusion has it too, under ComfyUI's name after "sample_".
         drops_penultimate: whether those two leave out the last noise level above 0.
     """
 
@@ -190,6 +191,7 @@ class Sampler:
     diffusers: tuple[DiffusersName, ...] = ()
     comfyui: str | None = None
     a1111: str | None = None
+    k_diffusion: bool = False
     drops_penultimate: bool = False
 
     def place(self, schedule: DiffusionSchedule, steps: int, options: SamplerOptions) -> Grid:

@@ -129,5 +129,6 @@ SAMPLERS = (
         options={"eta": 0.0, "s_noise": 1.0},
         comfyui="dpm_fast",
         a1111="DPM fast",
+        k_diffusion=True,
     ),
 )

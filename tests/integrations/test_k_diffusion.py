@@ -172,3 +172,40 @@ def test_bad_sigmas_are_named(sigmas: list[float]) -> None:
 def test_a_model_of_another_shape_is_named() -> None:
     with pytest.raises(ValueError, match=r"model\(x, sigma\): expected shape"):
         k.sample_euler(lambda x, sigma: x[:1], start(), SIGMAS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"],
+)
+def test_stochastic_samplers_take_their_noise_from_the_sampler(name: str) -> None:
+    """Its spans fill each step but the last, to no noise; eta = 0 asks for none."""
+    spans: list[tuple[float, float]] = []
+
+    def noise(sigma: Tensor, after: Tensor) -> Tensor:
+        spans.append((sigma.item(), after.item()))
+        return torch.ones_like(start())
+
+    run = getattr(k, f"sample_{name}")
+    got = run(denoise, start(), SIGMAS, noise_sampler=noise, eta=0.7, s_noise=1.1)
+    assert got.isfinite().all()
+    assert spans[0][0] == SIGMAS[0]
+    assert spans[-1][1] == pytest.approx(0.03)
+    assert all(a[1] == pytest.approx(b[0]) for a, b in itertools.pairwise(spans))
+    assert len(spans) == (14 if name == "dpmpp_sde" else 7)
+    spans.clear()
+    quiet = run(denoise, start(), SIGMAS, noise_sampler=noise, eta=0.0)
+    assert not spans
+    assert not torch.equal(quiet, got)
+
+
+def test_dpm_2_takes_the_slope_at_the_geometric_mean() -> None:
+    x = start()
+    for s, t in itertools.pairwise(SIGMAS):
+        slope = (x - denoise(x, s.expand(2))) / s
+        if t > 0:
+            middle = (s * t).sqrt()
+            ahead = x + (middle - s) * slope
+            slope = (ahead - denoise(ahead, middle.expand(2))) / middle
+        x = x + (t - s) * slope
+    torch.testing.assert_close(k.sample_dpm_2(denoise, start(), SIGMAS), x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from scheduler_parity import run_table, toy_model
 
 from diffusion_fast.samplers import SAMPLERS, make_table
-from diffusion_fast.samplers.names import table
+from diffusion_fast.samplers.names import document, table
 from diffusion_fast.samplers.schedules import NAMES
 from diffusion_fast.schedule import DiffusionSchedule
 
@@ -62,6 +63,26 @@ def test_a_name_fixes_the_grid(name: str, sampler: str, spacing: str, whole: boo
     assert torch.equal(named.rows, same.rows)
     assert torch.equal(named.timesteps, same.timesteps)
     assert named.integer_timesteps == whole
+
+
+def test_ddim_of_a1111_is_that_of_the_models_own_config() -> None:
+    """There it steps through t = 1, 1 + T // n, ..., as with Stable Diffusion's offset."""
+    made = make_table("DDIM", STABLE_DIFFUSION, 20, steps_offset=1)
+    assert made.timesteps.tolist() == [951 - 50 * i for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    "name, sampler",
+    [
+        ("DPMSolverMultistepScheduler", "dpmpp_2m"),
+        ("DPMSolverSinglestepScheduler", "dpmpp_2s"),
+        ("UniPCMultistepScheduler", "unipc"),
+        ("EulerDiscreteScheduler", "euler"),
+        ("LCMScheduler", "lcm"),
+    ],
+)
+def test_a_class_of_diffusers_means_its_defaults(name: str, sampler: str) -> None:
+    assert make_table(name, STABLE_DIFFUSION, 5).sampler == sampler
 
 
 def test_a_class_of_diffusers_means_its_grid() -> None:
@@ -177,3 +198,8 @@ def test_the_table_of_names() -> None:
         for name in (k_diffusion, comfyui and f"comfyui/{comfyui}", a1111):
             if name:
                 make_table(name, STABLE_DIFFUSION, 5)
+
+
+def test_the_docs_are_the_registry() -> None:
+    path = Path(__file__).parents[2] / "docs" / "samplers.md"
+    assert path.read_text(encoding="utf-8") == document(SAMPLERS)
