@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from diffusion_fast.engine.rewrites.cost import Bench, Counter
+from diffusion_fast.engine.rewrites.cost import Counter, DryRun
 from diffusion_fast.engine.rewrites.prepare import prepare
 
 from ..lib.environment import GPU
@@ -18,9 +18,9 @@ def step_cost(
     kind: Kind, dtype: torch.dtype, batch: int, rewrites: str | Iterable[str] = "all"
 ) -> Counter:
     """Launches, bytes and FLOPs of a step of ``batch`` images with guidance, by op."""
-    bench = Bench(kind.unet, dtype, 2 * batch, (kind.side, kind.side), TOKENS)
+    run = DryRun(kind.unet, dtype, 2 * batch, (kind.side, kind.side), TOKENS)
     plan = {"batch": batch, "halves": 2, "max_rows": 1, "rewrites": rewrites}
-    return bench.step(lambda twin: prepare(twin, **plan))
+    return run.step(lambda twin: prepare(twin, **plan))
 
 
 def limit_seconds(cost: Counter, dtype: torch.dtype) -> float | None:

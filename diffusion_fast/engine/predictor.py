@@ -12,7 +12,7 @@ from ..conditioning import Context, Model, bind
 from ..models import UNet2DCondition
 from ..ops import checks
 from .buffers import Clock
-from .rewrites.plan import REWRITES, RewriteReport, bypassed
+from .rewrites.plan import REWRITES, Bypassed, RewriteReport
 from .rewrites.prepare import prepare
 
 
@@ -119,10 +119,12 @@ def predictor_for(
     """
     why: str | None = None
     if isinstance(model, UNet2DCondition) and rewrites != "none":
-        hooked = bypassed(model)
-        if hooked is None or rewrites != "all":
+        try:
             return prepare(model, batch=batch, halves=halves, max_rows=max_rows, rewrites=rewrites)
-        why = f"a hook on {hooked!r}, or a forward of its own, would not run"
+        except Bypassed as error:
+            if rewrites != "all":
+                raise
+            why = f"a hook on {error.place!r}, or a forward of its own, would not run"
     if rewrites not in ("all", "none"):
         kind = f"{type(model).__name__}, which is no UNet2DCondition"
         checks.fail("rewrites", f"'all' or 'none' for a model of type {kind}", repr(rewrites))

@@ -53,7 +53,7 @@ class UNetConfig:
 
     Args:
         sample_size: height and width the model was trained at; for information only.
-        in_channels, out_channels: of the image or latent.
+        in_channels, out_channels: number of channels of the image or latent, in and out.
         flip_sin_to_cos: the sinusoidal embedding has its cosines first.
         freq_shift: 0 or 1, the end point of the sinusoids' frequencies.
         down_block_types, up_block_types: per level, with or without attention; down from the finest
@@ -62,7 +62,7 @@ class UNetConfig:
         layers_per_block: residual blocks on the way down, per level; one more on the way up.
         downsample_padding: 1 all around, or 0 for one row and column at the end.
         dropout: inside the residual blocks, in training.
-        norm_num_groups, norm_eps: of the group norms.
+        norm_num_groups, norm_eps: groups of a group norm, and what it adds to the variance.
         cross_attention_dim: channels of the context.
         transformer_layers_per_block: transformer blocks after a residual block, per level.
         attention_head_dim: the number of heads in spite of its name, per level.

@@ -207,9 +207,9 @@ class UNet2DCondition(Composite):
             path: the folder with ``config.json`` and safetensors files, a pipeline's folder with
                 such a folder ``unet``, one file of weights beside its ``config.json``, a single
                 CompVis file (``.safetensors`` or ``.ckpt``), or a hub id ``owner/name``.
-            variant: of the files in a folder, such as ``"fp16"``.
-            dtype: of the parameters; None for that of the files.
-            device: of the parameters.
+            variant: which files of a folder to read, such as ``"fp16"``.
+            dtype: dtype of the parameters; None for that of the files.
+            device: device of the parameters.
 
         Raises:
             CheckpointError: a missing or damaged file, an unsupported config, or tensors that are

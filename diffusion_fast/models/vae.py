@@ -236,9 +236,9 @@ class AutoencoderKL(nn.Module):
                 diffusers), a pipeline's folder with such a folder ``vae``, one file of weights
                 beside its ``config.json``, a single CompVis file (``.safetensors`` or ``.ckpt``),
                 or a hub id ``owner/name``.
-            variant: of the files in a folder, such as ``"fp16"``.
-            dtype: of the parameters; None for that of the files.
-            device: of the parameters.
+            variant: which files of a folder to read, such as ``"fp16"``.
+            dtype: dtype of the parameters; None for that of the files.
+            device: device of the parameters.
             scaling_factor: where the files don't tell it, which is so for one CompVis file with
                 nothing but an autoencoder; None for that of SD 1.x and 2.x, with a warning.
 

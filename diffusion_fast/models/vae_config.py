@@ -30,13 +30,13 @@ class VAEConfig:
     Fields have the names, meanings and defaults of diffusers' ``AutoencoderKL``.
 
     Args:
-        in_channels, out_channels: of the images read and drawn.
+        in_channels, out_channels: number of channels of the images read and drawn.
         down_block_types, up_block_types: one name per level, ``"DownEncoderBlock2D"`` and
             ``"UpDecoderBlock2D"``.
         block_out_channels: channels of each level, finest first, multiples of ``norm_num_groups``.
         layers_per_block: residual blocks of each level of the encoder; the decoder has one more.
-        latent_channels: of the latents.
-        norm_num_groups: of the group norms.
+        latent_channels: number of channels of the latents.
+        norm_num_groups: number of groups of each group norm.
         sample_size: height and width the model was trained at; for information only.
         scaling_factor, shift_factor: the U-Net's latents are ``(z - shift) * scaling``.
         force_upcast: float16 overflows in this model, so it computes in float32 whatever the dtype

@@ -140,7 +140,7 @@ def _tiles(length: int, grain: int) -> list[tuple[int, Tensor]]:
     """Where the tiles of a row begin, and how much each of their pixels counts.
 
     Args:
-        length: of the row, in latent pixels.
+        length: length of the row, in latent pixels.
         grain: pixels per latent pixel.
 
     Returns:

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from diffusion_fast import ops
-from diffusion_fast.engine.rewrites.cost import DEVICE, Bench, Cost, Counter
+from diffusion_fast.engine.rewrites.cost import DEVICE, Cost, Counter, DryRun
 from diffusion_fast.engine.rewrites.plan import REWRITES, RewritePlan
 from diffusion_fast.engine.rewrites.prepare import PreparedUNet
 from diffusion_fast.models import UNetConfig
@@ -70,15 +70,15 @@ def test_ops_are_whole_on_the_meta_device_only() -> None:
 def test_sd15_has_the_flops_that_are_known_of_it() -> None:
     """1.607 TFLOP for both halves of one 512 x 512 image, 126 MB of concatenations."""
     config, off = UNetConfig.preset("sd15"), dict.fromkeys(REWRITES, "")
-    bench = Bench(config, torch.bfloat16, 2, (64, 64), 77)
+    run = DryRun(config, torch.bfloat16, 2, (64, 64), 77)
 
     def plan(off: dict[str, str]) -> RewritePlan:
         return RewritePlan(1, 2, 1, torch.bfloat16, DEVICE, off)
 
-    none = bench.step(lambda model: PreparedUNet(model, plan(off)))
+    none = run.step(lambda model: PreparedUNet(model, plan(off)))
     assert round(none.total.flops / 1e12, 3) == 1.606
     assert none.by_op["attention"].launches == 32
     assert none.by_op["group_norm_silu"].launches == 61
     del off["split_skips"]
-    split = bench.step(lambda model: PreparedUNet(model, plan(off)))
+    split = run.step(lambda model: PreparedUNet(model, plan(off)))
     assert round((none.by_op["cat"] - split.by_op["cat"]).bytes / 1e6) == 126

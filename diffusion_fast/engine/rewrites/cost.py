@@ -28,7 +28,7 @@ class Cost:
     Attributes:
         launches: ops that compute or move data; views cost nothing.
         bytes: read and written by them, each tensor once per op.
-        flops: of products, convolutions and attention, a multiply-add as two.
+        flops: operations of products, convolutions and attention, a multiply-add as two.
     """
 
     launches: int = 0
@@ -104,8 +104,8 @@ def _tensors(value: Any) -> list[Tensor]:
     return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list)) else []
 
 
-class Bench:
-    """Counts steps of predictors for a model of the same config, without its weights.
+class DryRun:
+    """Counts steps of predictors of a model, on a twin of its config without weights.
 
     Args:
         config: the model's config.
@@ -162,15 +162,15 @@ def explain(
         size: height and width of the U-Net's input; None leaves the savings open.
         tokens: number of tokens of the context.
     """
-    steps = size and Bench(config, plan.dtype, plan.halves * plan.batch, size, max(tokens, 1))
+    run = size and DryRun(config, plan.dtype, plan.halves * plan.batch, size, max(tokens, 1))
 
     def cost_of(on: Collection[str]) -> Cost:
         off = {name: "" for name in REWRITES if name not in on}
         part = RewritePlan(plan.batch, plan.halves, 1, plan.dtype, DEVICE, off)
-        assert steps is not None
-        return steps.step(lambda twin: build(twin, part)).total
+        assert run is not None
+        return run.step(lambda twin: build(twin, part)).total
 
-    now, reports = cost_of(plan.on) if steps else None, []
+    now, reports = cost_of(plan.on) if run else None, []
     for name, rewrite in REWRITES.items():
         on, saved = name in plan.on, Cost() if now else None
         if on and now:

@@ -55,7 +55,6 @@ class Leaf(nn.Module):
         self.joins = self.packs = False
         self.weights: Weights = NO_WEIGHTS
         self._packed: Packed | None = None
-        self._packed_for: tuple[Any, ...] = ()
 
     @property
     def weight(self) -> Tensor:
@@ -67,15 +66,12 @@ class Leaf(nn.Module):
         kept = self.derived and self.weights is not NO_WEIGHTS
         self.weights = Weights(*_rewritten(self.weights, new)) if kept else new
         if self._packed is not None:
-            self._packed = _rewritten(self._packed, self.pack(*self._packed_for))
+            self._packed = _rewritten(self._packed, self._pack(self.weights[0]))
 
-    def pack(self, *call: Any) -> Any:
-        """The weight as calls like this one read it best; None where that is as it is."""
-        raise NotImplementedError
-
-    def _pack(self, *call: Any) -> None:
-        self.packs, self._packed_for = False, call
-        self._packed = self.pack(*call)
+    def pack(self, pack: Callable[[Tensor], Any]) -> None:
+        """Keep what ``pack`` makes of the weight; None where it is best as it is."""
+        self.packs, self._pack = False, pack
+        self._packed = pack(self.weights[0])
 
 
 def _rewritten(kept: Iterable[Any], new: Iterable[Any]) -> tuple[Any, ...]:
@@ -98,13 +94,11 @@ class Product(Leaf):
             x, mean, rstd = x
             norm = mean, rstd, cast("Tensor", sums)
         if self.packs:
-            self._pack(x.shape, geglu)
+            rows = math.prod(x.shape[:-1])
+            self.pack(partial(ops.pack_linear, rows=rows, geglu=geglu))
         return ops.linear(
             x, weight, bias, residual=residual, geglu=geglu, norm=norm, packed=self._packed
         )
-
-    def pack(self, shape: torch.Size, geglu: bool) -> Packed | None:
-        return ops.pack_linear(self.weight, math.prod(shape[:-1]), geglu=geglu)
 
     def fold(self, norm: plain.LayerNorm) -> None:
         """Apply a layer norm too, to what :class:`RowStatistics` hands over."""
@@ -125,7 +119,7 @@ class Convolution(Leaf):
         self, source: Source, derived: bool = False, *, stride: int = 1, padding: Padding = 0
     ) -> None:
         super().__init__(source, derived)
-        self.stride, self.padding = stride, padding
+        self.window: dict[str, Any] = {"stride": stride, "padding": padding}
 
     def forward(
         self,
@@ -135,23 +129,20 @@ class Convolution(Leaf):
         bias: Tensor | None = None,
         add: Tensor | None = None,
     ) -> Tensor:
-        if self.packs:
-            self._pack((x.shape[0], self.weight.shape[1], x.shape[2], x.shape[3]))
         weight, own, _ = self.weights
+        if self.packs:
+            size = (x.shape[0], weight.shape[1], *x.shape[2:])
+            self.pack(partial(ops.pack_conv2d, size=size, **self.window))
         return ops.conv2d(
             x,
             weight,
             own if bias is None else bias,
-            stride=self.stride,
-            padding=self.padding,
+            **self.window,
             x2=x2,
             add=add,
             residual=residual,
             packed=self._packed,
         )
-
-    def pack(self, size: tuple[int, int, int, int]) -> Packed | None:
-        return ops.pack_conv2d(self.weight, size, stride=self.stride, padding=self.padding)
 
 
 def modules(network: nn.Module, *kinds: type[Kind]) -> list[Kind]:
@@ -163,9 +154,11 @@ def plain_leaves(network: nn.Module) -> None:
     """A leaf for each layer of the blocks that is all in its weight and bias.
 
     They compute what the layers do, before any rewrite: nothing is joined, and uneven padding is a
-    pass of its own.
+    pass of its own. What does not depend on the image keeps its layers: it is computed elsewhere.
     """
     for block in modules(network, plain.Composite, nn.ModuleList):
+        if isinstance(block, plain.TimestepEmbedding):
+            continue
         for name, layer in list(block.named_children()):
             if type(layer) in LAYERS and name != "time_emb_proj" and not hooked(layer):
                 block._modules[name] = _leaf(layer, isinstance(block, plain.Transformer2D))
@@ -177,9 +170,10 @@ def _leaf(layer: Any, of_pixels: bool) -> nn.Module:
     weights = partial(folding.of, layer)
     if of_pixels or not isinstance(layer, plain.Conv2d):
         return Product(made_by(folding.as_linear, weights) if of_pixels else weights)
-    if isinstance(layer.pads, int):
-        return Convolution(weights, stride=layer.stride[0], padding=layer.pads)
-    return Padded(Convolution(weights, stride=layer.stride[0]), layer.pads)
+    stride, pads = layer.stride[0], layer.pads
+    if isinstance(pads, int):
+        return Convolution(weights, stride=stride, padding=pads)
+    return Padded(Convolution(weights, stride=stride), pads)
 
 
 class Padded(nn.Module):
@@ -200,7 +194,7 @@ def removed_no_ops(network: nn.Module) -> None:
             if isinstance(layer, nn.Dropout):
                 block._modules[name] = nn.Identity()
             elif isinstance(layer, Padded):
-                layer.conv.padding = layer.pads
+                layer.conv.window["padding"] = layer.pads
                 block._modules[name] = layer.conv
 
 
@@ -341,6 +335,8 @@ def fused_qkv(network: nn.Module) -> None:
         layers = attention.to_q, attention.to_k, attention.to_v
         if all(isinstance(layer, Product) for layer in layers):
             attention.to_qkv = FusedQKV(*cast("tuple[Product, ...]", layers))
+            for name in ("to_q", "to_k", "to_v"):
+                del attention._modules[name]
 
 
 class RowStatistics(nn.Module):

@@ -120,6 +120,20 @@ class RewritePlan:
             checks.fail("model", planned, f"{weight.dtype} on {weight.device}")
 
 
+class Bypassed(ValueError):
+    """A model's block has hooks, or a forward of its own, that a prepared network would not run.
+
+    Args:
+        place: the block's name.
+    """
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        super().__init__(
+            f"model: expected one without hooks on its blocks, got one with a hook on {place!r}"
+        )
+
+
 def make_plan(
     model: UNet2DCondition,
     *,
@@ -140,15 +154,15 @@ def make_plan(
             pay or not.
 
     Raises:
-        ValueError: an unknown name, a size below 1, or a model with forward hooks on anything but
-            its layers, which a prepared network would not run.
+        ValueError: an unknown name, or a size below 1.
+        Bypassed: a model with forward hooks on anything but its layers.
     """
     for argument, value in (("batch", batch), ("halves", halves), ("max_rows", max_rows)):
         checks.positive_int(argument, value)
     asked = asked_for(rewrites, REWRITES)
-    hook = bypassed(model)
-    if hook is not None:
-        checks.fail("model", "one without hooks on its blocks", f"one with a hook on {hook!r}")
+    place = bypassed(model)
+    if place is not None:
+        raise Bypassed(place)
     off = {name: "not asked for" for name in REWRITES if name not in asked}
     off |= _inapplicable(model, batch, halves, max_rows)
     weight = model.conv_in.weight

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from ... import ops
 
-Block = tuple[str, int]  # as ComfyUI names it: ("input", 4), ("middle", 0), ("output", 7)
+Place = tuple[
+    str, int
+]  # of a block, as ComfyUI names it: ("input", 4), ("middle", 0), ("output", 7)
 
 
 def patch_attention(patcher: Any, unet: nn.Module) -> list[str]:
@@ -34,7 +36,7 @@ def patch_attention(patcher: Any, unet: nn.Module) -> list[str]:
     return taken
 
 
-def transformer_blocks(unet: Any) -> Iterator[Block]:
+def transformer_blocks(unet: Any) -> Iterator[Place]:
     """Where a U-Net in ComfyUI's (that is CompVis's) layout has transformers."""
     for name, blocks in (("input", unet.input_blocks), ("output", unet.output_blocks)):
         for i, block in enumerate(blocks):

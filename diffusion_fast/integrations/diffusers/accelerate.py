@@ -52,7 +52,7 @@ _FREEU = ("s1", "s2", "b1", "b2")
 _MODES = {"processor", "_chunk_size", "gradient_checkpointing", *_FREEU}
 
 
-class Part:
+class Replacement:
     """A module of a pipeline, and what its ``forward`` is replaced by.
 
     Attributes:
@@ -113,7 +113,7 @@ class Part:
         return "\n".join(lines)
 
 
-class UNetPart(Part):
+class UNetReplacement(Replacement):
     def __init__(self, theirs: Any) -> None:
         with torch.device("meta"):
             ours = UNet2DCondition(UNetConfig.from_dict(theirs.config))
@@ -178,7 +178,7 @@ class UNetPart(Part):
         return None
 
 
-class DecoderPart(Part):
+class DecoderReplacement(Replacement):
     def __init__(self, vae: Any) -> None:
         with torch.device("meta"):
             ours = Decoder(VAEConfig.from_dict(vae.config))
@@ -234,13 +234,13 @@ def accelerate(pipe: DiffusionPipeline) -> DiffusionPipeline:
             message names it, and the pipeline is as before.
     """
     unet, vae = _models(pipe)
-    todo: list[Part] = []
-    kinds: tuple[tuple[str, Any, Callable[[], Part]], ...] = (
-        ("unet", unet, lambda: UNetPart(unet)),
-        ("vae", vae.decoder, lambda: DecoderPart(vae)),
+    todo: list[Replacement] = []
+    kinds: tuple[tuple[str, Any, Callable[[], Replacement]], ...] = (
+        ("unet", unet, lambda: UNetReplacement(unet)),
+        ("vae", vae.decoder, lambda: DecoderReplacement(vae)),
     )
     for name, module, make in kinds:
-        if part_of(module) is not None:
+        if replacement_of(module) is not None:
             continue
         forward = vars(module).get(_slot(module))
         if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
@@ -268,7 +268,7 @@ def restore(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """
     unet, vae = _models(pipe)
     for module in (unet, vae.decoder):
-        if part_of(module) is None:
+        if replacement_of(module) is None:
             continue
         slot = _slot(module)
         if slot == "forward":
@@ -288,8 +288,8 @@ class Explanation:
             the next one would be diffusers', or None.
     """
 
-    unet: Part | None
-    vae_decoder: Part | None
+    unet: Replacement | None
+    vae_decoder: Replacement | None
 
     def __str__(self) -> str:
         parts = {"U-Net": self.unet, "VAE decoder": self.vae_decoder}
@@ -303,13 +303,13 @@ def explain(pipe: DiffusionPipeline) -> Explanation:
         ValueError: not a pipeline that can be accelerated.
     """
     unet, vae = _models(pipe)
-    return Explanation(part_of(unet), part_of(vae.decoder))
+    return Explanation(replacement_of(unet), replacement_of(vae.decoder))
 
 
-def part_of(module: nn.Module) -> Part | None:
+def replacement_of(module: nn.Module) -> Replacement | None:
     """What :func:`accelerate` put into a module."""
     owner = getattr(vars(module).get(_slot(module)), "__self__", None)
-    return owner if isinstance(owner, Part) else None
+    return owner if isinstance(owner, Replacement) else None
 
 
 def _slot(module: Any) -> str:
