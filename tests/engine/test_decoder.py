@@ -14,7 +14,7 @@ from numerics import assert_close, error
 from prepared import LEVELS, randomize
 from torch import Tensor, nn
 
-from diffusion_fast.engine.rewrites.decoder import REWRITES, FreshDecoder, PreparedDecoder
+from diffusion_fast.engine.rewrites.decoder import DECODER_REWRITES, FreshDecoder, PreparedDecoder
 from diffusion_fast.engine.rewrites.leaves import Leaf
 from diffusion_fast.models.blocks import Conv2d
 from diffusion_fast.models.vae import AutoencoderKL
@@ -28,7 +28,7 @@ SMALL: dict[str, Any] = {
     "force_upcast": False,
 }
 CHOICES: dict[str, str | Iterable[str]] = {
-    **{name: [name] for name in REWRITES},
+    **{name: [name] for name in DECODER_REWRITES},
     "all": "all",
     "none": "none",
 }
@@ -140,7 +140,7 @@ def test_a_fresh_decoder_uses_its_rewrites_and_keeps_what_it_derived() -> None:
         assert decode._prepared is not None
         seen.append(decode._prepared)
     assert seen[0] is seen[1]
-    assert seen[0].on == set(REWRITES)
+    assert seen[0].on == set(DECODER_REWRITES)
     model.config = dataclasses.replace(model.config, force_upcast=not model.config.force_upcast)
     decode(latents)
     assert decode._prepared is not seen[0]  # the config decides on a float32 copy

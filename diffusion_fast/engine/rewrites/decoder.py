@@ -17,7 +17,7 @@ from ...turns import Turns
 from .plan import asked_for, bypassed
 from .prepare import rewritten
 
-REWRITES = ("folded_upsample", "fused_qkv", "epilogues", "packed_weights", "removed_no_ops")
+DECODER_REWRITES = ("folded_upsample", "fused_qkv", "epilogues", "packed_weights", "removed_no_ops")
 
 
 class PreparedDecoder:
@@ -28,7 +28,7 @@ class PreparedDecoder:
 
     Args:
         vae: the autoencoder.
-        rewrites: ``"all"``, ``"none"``, or names among this module's ``REWRITES``.
+        rewrites: ``"all"``, ``"none"``, or names among this module's ``DECODER_REWRITES``.
 
     Raises:
         ValueError: an unknown name.
@@ -36,7 +36,7 @@ class PreparedDecoder:
 
     def __init__(self, vae: AutoencoderKL, rewrites: str | Iterable[str] = "all") -> None:
         self.vae = vae
-        self.on = asked_for(rewrites, REWRITES)
+        self.on = asked_for(rewrites, DECODER_REWRITES)
         weight = vae.decoder.conv_in.weight
         self._placement = weight.dtype, weight.device
         upcast = weight.dtype == torch.float16 and vae.config.force_upcast
@@ -90,7 +90,9 @@ class FreshDecoder:
     def __init__(self, vae: AutoencoderKL, rewrites: str | Iterable[str] = "all") -> None:
         self.vae = vae
         names = [rewrites] if isinstance(rewrites, str) else list(rewrites)
-        self.rewrites = REWRITES if "all" in names else [n for n in names if n in REWRITES]
+        self.rewrites = (
+            DECODER_REWRITES if "all" in names else [n for n in names if n in DECODER_REWRITES]
+        )
         self._turns = Turns("FreshDecoder")
         self._prepared: PreparedDecoder | None = None
         self._watch = Watch()
