@@ -113,27 +113,24 @@ class Conv2d(nn.Conv2d):
         )
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether a call of the module does more, or something else, than its class says."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__
+def hooked(*modules: nn.Module) -> list[nn.Module]:
+    """Those of the modules whose call does more, or something else, than their class says."""
+    return [
+        module
+        for module in modules
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    ]
 
 
-def joins(layer: nn.Module) -> bool:
-    """Whether a layer takes what follows it, a residual or a gate, as an argument.
+def followed(layer: nn.Module, x: Tensor, **what: Any) -> Tensor:
+    """layer(x), gated with ``geglu=True``, plus ``residual``: in one op where the layer is ours.
 
-    Ours do. A replaced or hooked layer (a LoRA) is called with its input alone.
+    A replaced or hooked layer (a LoRA) is called with its input alone.
     """
-    return getattr(layer, "joins", False) and not hooked(layer)
-
-
-def with_residual(layer: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """layer(x) + residual, in one op where the layer :func:`joins` them."""
-    if residual is None:
-        return layer(x)
-    if joins(layer):
-        return layer(x, residual=residual)
-    return layer(x) + residual
+    if getattr(layer, "joins", False) and not hooked(layer):
+        return layer(x, **what)
+    y = ops.geglu(layer(x)) if what.get("geglu") else layer(x)
+    return y if what.get("residual") is None else y + what["residual"]
 
 
 def widened(x: Tensor, batch: int) -> Tensor:
@@ -254,7 +251,7 @@ class ResBlock(Composite):
         h = self._timed(h, time) if self.timed is None else self.timed(h, time)
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x) if skip is None else self.conv_shortcut(x, x2=skip)
-        return with_residual(self.conv2, self.dropout(h), x)
+        return followed(self.conv2, self.dropout(h), residual=x)
 
     def _timed(self, h: Tensor, time: Tensor | None) -> Tensor:
         h = self.conv1(h)  # [B, C, H, W]
@@ -322,7 +319,7 @@ class Attention(MultiHead):
         """
         h = self.attend(x, kv, key_lengths)
         residual = residual if residual is None else widened(residual, len(h))
-        return with_residual(self.to_out[0], h, residual)
+        return followed(self.to_out[0], h, residual=residual)
 
 
 class GEGLU(Composite):
@@ -333,9 +330,7 @@ class GEGLU(Composite):
         self.proj = Linear(channels, 2 * width)
 
     def forward(self, x: Tensor) -> Tensor:
-        if joins(self.proj):
-            return self.proj(x, geglu=True)
-        return ops.geglu(self.proj(x))
+        return followed(self.proj, x, geglu=True)
 
 
 class FeedForward(Composite):
@@ -348,7 +343,7 @@ class FeedForward(Composite):
         self.net = nn.ModuleList([GEGLU(channels, width), nn.Identity(), Linear(width, channels)])
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return with_residual(self.net[2], self.net[0](x), residual)
+        return followed(self.net[2], self.net[0](x), residual=residual)
 
 
 class TransformerBlock(Composite):
@@ -408,10 +403,9 @@ def _projection(channels: int, linear: bool) -> nn.Module:
 def project(layer: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """layer(x) + residual for [B, S, C] and a linear layer, or a 1x1 convolution as one."""
     if cast("Tensor", layer.weight).dim() == 2:
-        return with_residual(layer, x, residual)
-    if joins(layer):
-        weight, bias = cast("tuple[Tensor, Tensor | None]", (layer.weight, layer.bias))
-        return ops.linear(x, weight.flatten(1), bias, residual=residual)
+        return followed(layer, x, residual=residual)
+    if type(layer) is Conv2d and not hooked(layer):
+        return ops.linear(x, layer.weight.flatten(1), layer.bias, residual=residual)
     y = layer(x.mT[..., None])[..., 0].mT.contiguous()
     return y if residual is None else y + residual
 

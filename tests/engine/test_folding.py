@@ -75,7 +75,7 @@ def test_layer_norm(dtype: torch.dtype, offset: float, bias: bool, geglu: bool) 
     norm = layer(nn.LayerNorm(64), dtype)
     linear = layer(nn.Linear(64, 96, bias=bias), dtype)
     x = (torch.randn(3, 20, 64) + offset).to(dtype)
-    weights = folding.with_layer_norm(folding.of(linear), norm)
+    weights = folding.with_layer_norm(folding.Weights(linear.weight, linear.bias), norm)
     rows = ops.row_statistics(x, norm.eps)
     result = ops.linear(
         x, weights.weight, weights.bias, geglu=geglu, norm=(*rows, weights.column_sums)
@@ -93,7 +93,7 @@ def test_layer_norm(dtype: torch.dtype, offset: float, bias: bool, geglu: bool) 
 def test_column_sums_are_those_of_the_rounded_weight() -> None:
     """With those of the exact one, ten standard deviations would show."""
     norm, linear = layer(nn.LayerNorm(64), torch.bfloat16), layer(nn.Linear(64, 96), torch.bfloat16)
-    weights = folding.with_layer_norm(folding.of(linear), norm)
+    weights = folding.with_layer_norm(folding.Weights(linear.weight, linear.bias), norm)
     x = (torch.randn(60, 64) + 10).to(torch.bfloat16)
     rows = ops.row_statistics(x, norm.eps)
     exact = (linear.weight.double() * norm.weight.double()).sum(1).float()

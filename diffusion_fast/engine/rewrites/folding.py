@@ -20,11 +20,6 @@ class Weights(NamedTuple):
     column_sums: Tensor | None = None  # [N], where a layer norm is folded in
 
 
-def of(layer: nn.Linear | nn.Conv2d) -> Weights:
-    """A layer's own weights."""
-    return Weights(layer.weight, layer.bias)
-
-
 def as_linear(weights: Weights) -> Weights:
     """A 1x1 convolution [O, C, 1, 1] as a product over the channels [O, C]: a view.
 

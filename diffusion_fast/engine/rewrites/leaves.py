@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from operator import attrgetter
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,12 +21,11 @@ from ...models import blocks as plain
 from ...models.blocks import hooked, image, pixels
 from ...models.unet import UpBlock
 from ...models.vae import PixelAttention
-from ...ops.conv2d import Padding
 from ...ops.packing import Packed
 from . import folding
 from .folding import Weights
 
-Source = Callable[[], Weights]  # the weights as the model has them now
+Source = Callable[[], tuple[Any, ...]]  # Weights, or the first of them, as the model has them now
 Kind = TypeVar("Kind", bound=nn.Module)
 LAYERS = (nn.Linear, plain.Linear, plain.Conv2d)  # all in their weight and bias
 NO_WEIGHTS = Weights(torch.empty(0))
@@ -33,7 +33,7 @@ NO_WEIGHTS = Weights(torch.empty(0))
 
 def made_by(make: Callable[[Weights], Weights], source: Source) -> Source:
     """The source of what ``make`` makes of another source's weights."""
-    return lambda: make(source())
+    return lambda: make(Weights(*source()))
 
 
 class Leaf(nn.Module):
@@ -43,18 +43,20 @@ class Leaf(nn.Module):
         source: gives the weights.
         derived: whether ``source`` computes them. They keep their addresses then; else they are the
             model's own.
+        window: a convolution's stride and padding, as :func:`diffusion_fast.ops.conv2d` takes them.
 
     Attributes:
         joins: whether a residual or a gate is part of the op.
         packs: whether the next call lays the weight out anew, for inputs of its size.
     """
 
-    def __init__(self, source: Source, derived: bool = False) -> None:
+    def __init__(self, source: Source, derived: bool = False, **window: Any) -> None:
         super().__init__()
-        self.source, self.derived = source, derived
+        self.source, self.derived, self.window = source, derived, window
         self.joins = self.packs = False
         self.weights: Weights = NO_WEIGHTS
         self._packed: Packed | None = None
+        self._pack: Callable[[Tensor], Any] | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -62,16 +64,11 @@ class Leaf(nn.Module):
 
     def refresh(self) -> None:
         """Read the model's weights again; what is derived or packed keeps its address."""
-        new = self.source()
+        new = Weights(*self.source())
         kept = self.derived and self.weights is not NO_WEIGHTS
         self.weights = Weights(*_rewritten(self.weights, new)) if kept else new
-        if self._packed is not None:
+        if self._pack is not None and self._packed is not None:
             self._packed = _rewritten(self._packed, self._pack(self.weights[0]))
-
-    def pack(self, pack: Callable[[Tensor], Any]) -> None:
-        """Keep what ``pack`` makes of the weight; None where it is best as it is."""
-        self.packs, self._pack = False, pack
-        self._packed = pack(self.weights[0])
 
 
 def _rewritten(kept: Iterable[Any], new: Iterable[Any]) -> tuple[Any, ...]:
@@ -95,7 +92,8 @@ class Product(Leaf):
             norm = mean, rstd, cast("Tensor", sums)
         if self.packs:
             rows = math.prod(x.shape[:-1])
-            self.pack(partial(ops.pack_linear, rows=rows, geglu=geglu))
+            pack = partial(ops.pack_linear, rows=rows, geglu=geglu)
+            self.packs, self._pack, self._packed = False, pack, pack(weight)
         return ops.linear(
             x, weight, bias, residual=residual, geglu=geglu, norm=norm, packed=self._packed
         )
@@ -107,19 +105,7 @@ class Product(Leaf):
 
 
 class Convolution(Leaf):
-    """conv(x) + b, of one or two sources, with a number for each image and channel, and a residual.
-
-    Args:
-        source, derived: as for :class:`Leaf`.
-        stride: the step of the window, in both dimensions.
-        padding: zeros at the sides, as :func:`diffusion_fast.ops.conv2d` takes them.
-    """
-
-    def __init__(
-        self, source: Source, derived: bool = False, *, stride: int = 1, padding: Padding = 0
-    ) -> None:
-        super().__init__(source, derived)
-        self.window: dict[str, Any] = {"stride": stride, "padding": padding}
+    """conv(cat(x, x2)) + b, with a number for each image and channel and a residual added."""
 
     def forward(
         self,
@@ -132,7 +118,8 @@ class Convolution(Leaf):
         weight, own, _ = self.weights
         if self.packs:
             size = (x.shape[0], weight.shape[1], *x.shape[2:])
-            self.pack(partial(ops.pack_conv2d, size=size, **self.window))
+            pack: Any = partial(ops.pack_conv2d, size=size, **self.window)
+            self.packs, self._pack, self._packed = False, pack, pack(weight)
         return ops.conv2d(
             x,
             weight,
@@ -151,29 +138,34 @@ def modules(network: nn.Module, *kinds: type[Kind]) -> list[Kind]:
 
 
 def plain_leaves(network: nn.Module) -> None:
-    """A leaf for each layer of the blocks that is all in its weight and bias.
+    """A leaf for each layer that reads the image and is all in its weight and bias.
 
     They compute what the layers do, before any rewrite: nothing is joined, and uneven padding is a
-    pass of its own. What does not depend on the image keeps its layers: it is computed elsewhere.
+    pass of its own.
     """
+    as_they_are = set(hooked(*network.modules()))
+    for embedding in modules(network, plain.TimestepEmbedding):
+        as_they_are |= {embedding.linear_1, embedding.linear_2}
+    for transformer in modules(network, plain.TransformerBlock):
+        as_they_are |= {transformer.attn2.to_k, transformer.attn2.to_v}
+    timed = [block for block in modules(network, plain.ResBlock) if hasattr(block, "time_emb_proj")]
+    as_they_are |= {block.time_emb_proj for block in timed}
     for block in modules(network, plain.Composite, nn.ModuleList):
-        if isinstance(block, plain.TimestepEmbedding):
-            continue
         for name, layer in list(block.named_children()):
-            if type(layer) in LAYERS and name != "time_emb_proj" and not hooked(layer):
-                block._modules[name] = _leaf(layer, isinstance(block, plain.Transformer2D))
-        if isinstance(block, plain.ResBlock) and hasattr(block, "time_emb_proj"):
-            block.timed = TimeInNorm(block)
-
-
-def _leaf(layer: Any, of_pixels: bool) -> nn.Module:
-    weights = partial(folding.of, layer)
-    if of_pixels or not isinstance(layer, plain.Conv2d):
-        return Product(made_by(folding.as_linear, weights) if of_pixels else weights)
-    stride, pads = layer.stride[0], layer.pads
-    if isinstance(pads, int):
-        return Convolution(weights, stride=stride, padding=pads)
-    return Padded(Convolution(weights, stride=stride), pads)
+            if type(layer) not in LAYERS or layer in as_they_are:
+                continue
+            weights = partial(attrgetter("weight", "bias"), layer)
+            if isinstance(block, plain.Transformer2D):
+                leaf: nn.Module = Product(made_by(folding.as_linear, weights))
+            elif not isinstance(layer, plain.Conv2d):
+                leaf = Product(weights)
+            elif isinstance(pads := layer.pads, int):
+                leaf = Convolution(weights, stride=layer.stride[0], padding=pads)
+            else:
+                leaf = Padded(Convolution(weights, stride=layer.stride[0]), pads)
+            block._modules[name] = leaf
+    for resnet in timed:
+        resnet.timed = TimeInNorm(resnet)
 
 
 class Padded(nn.Module):
@@ -254,7 +246,7 @@ class WithBias(nn.Module):
         self.projection, self.conv = projection, conv
 
     def forward(self, emb: Tensor) -> Tensor:
-        time, bias = self.projection(emb), self.conv().bias
+        time, (_, bias, *_) = self.projection(emb), self.conv()
         return time if bias is None else time + bias
 
 
@@ -267,7 +259,7 @@ def epilogues(network: nn.Module) -> None:
         if block.timed is not None and isinstance(conv, Leaf) and not block.scale_shift:
             block._modules["time_emb_proj"] = WithBias(block.time_emb_proj, conv.source)
             conv.source = made_by(lambda weights: Weights(weights.weight), conv.source)
-            if not joins_norm(conv.source().weight.device):
+            if not joins_norm(conv.source()[0].device):
                 block.timed = TimeInBias(block)
 
 
@@ -322,7 +314,9 @@ class FusedQKV(Product):
     """[q, k, v] = x [A; B; C]^T, one product for three that read the same input."""
 
     def __init__(self, *layers: Product) -> None:
-        super().__init__(lambda: folding.fused(*(one.source() for one in layers)), derived=True)
+        super().__init__(
+            lambda: folding.fused(*(Weights(*one.source()) for one in layers)), derived=True
+        )
 
     def forward(self, x: Any, residual: Tensor | None = None, geglu: bool = False) -> Any:
         return super().forward(x).chunk(3, dim=-1)

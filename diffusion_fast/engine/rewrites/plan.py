@@ -221,7 +221,6 @@ def _unprofitable(device: torch.device) -> dict[str, str]:
 
 def bypassed(model: nn.Module) -> str | None:
     """The first module but a layer that has hooks or a forward of its own."""
-    for name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, nn.Conv2d)) and hooked(module):
-            return name or type(model).__name__
-    return None
+    touched = [m for m in hooked(*model.modules()) if not isinstance(m, (nn.Linear, nn.Conv2d))]
+    names = (name for name, module in model.named_modules() if module is touched[0])
+    return next(names) or type(model).__name__ if touched else None

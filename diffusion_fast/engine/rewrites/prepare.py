@@ -17,19 +17,24 @@ from ...models.unet import ContextProjections, TimeProjections
 from ...ops import checks
 from ..buffers import Clock
 from . import cost
-from .leaves import Leaf, plain_leaves
+from .leaves import Leaf, modules, plain_leaves
 from .plan import REWRITES, RewritePlan, RewriteReport, make_plan
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
 def rewritten(model: Network, on: Collection[str]) -> tuple[Network, list[Leaf]]:
-    """Blocks like the model's, which share its layers, with the leaves of the rewrites that are on.
+    """A copy of the model's blocks, which share its layers, with the leaves of the rewrites on.
 
     Returns:
         The network, and those of its leaves whose weights must be refreshed with the model's.
     """
-    network = _shadow(model)
+    blocks = modules(model, Composite, nn.ModuleList)
+    copies: dict[Any, Any] = {block: copy.copy(block) for block in blocks}
+    for block in copies.values():
+        children = block._modules.items()
+        vars(block)["_modules"] = {name: copies.get(child, child) for name, child in children}
+    network: Network = copies[model]
     plain_leaves(network)
     for name, rewrite in REWRITES.items():
         if name in on and rewrite.swap is not None:
@@ -39,16 +44,6 @@ def rewritten(model: Network, on: Collection[str]) -> tuple[Network, list[Leaf]]
         for leaf in leaves:
             leaf.refresh()
     return network, leaves
-
-
-def _shadow(block: Network) -> Network:
-    """A copy of a block and of the blocks in it; layers, parameters and all else are shared."""
-    shadow = copy.copy(block)
-    vars(shadow)["_modules"] = {
-        name: _shadow(child) if isinstance(child, (Composite, nn.ModuleList)) else child
-        for name, child in block._modules.items()
-    }
-    return shadow
 
 
 class Kept:
