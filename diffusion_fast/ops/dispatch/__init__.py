@@ -6,10 +6,10 @@ the schema of ``torch.ops.diffusion_fast.<name>`` off the reference's signature.
 arguments on, ``return _OP(x, weight, bias, ...)``; all else happens in ``Op.__call__``:
 
 1. under autocast the op's policy casts the arguments (:mod:`.autocast`);
-2. ``signature(args)`` holds what any choice can depend on: shapes, strides, dtypes, devices of all
-   tensors, all other values, gradients, torch.func, the backends asked for;
-3. ``op.resolve(args)`` looks the signature up. At its first call the arguments are checked and the
-   backends asked in turn: ``machine()`` and ``supports(*args)`` answer at once with reasons why not
+2. the call's signature is looked up. It holds what any choice can depend on: shapes, strides,
+   dtypes, devices of all tensors, all other values, gradients, torch.func, the backends asked for;
+3. at its first call ``op.resolve(signature, args)`` checks the arguments and asks the backends in
+   turn: ``machine()`` and ``supports(*args)`` answer at once with reasons why not
    (an empty list: it can), ``ready(*args)`` may compile or measure;
 4. what was found is called with the arguments, then and at every later call of that signature.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import numbers
 from collections.abc import Callable, Sequence
@@ -82,7 +83,8 @@ class Op:
         self.last_ran: str | None = None
         self.backends = [Backend("reference", lambda: reference, composite=True)]
         _LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=mutates))
-        _LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
+        registered = functools.partial(self, _registered=True)
+        _LIBRARY.impl(name, registered, "CompositeExplicitAutograd")
         torch.library.register_fake(f"diffusion_fast::{name}", fake, lib=_LIBRARY)
         self.torch_op = getattr(torch.ops.diffusion_fast, name).default
         _backend.known_ops[name] = self
@@ -98,46 +100,17 @@ class Op:
         self.backends.append(backend)
         self.backends.sort(key=lambda one: BACKENDS.index(one.name))
 
-    def __call__(self, *args: Any) -> Any:
-        """Check the arguments and compute, as PyTorch's own function would under autocast."""
-        if _any_autocast() and autocast.enabled(args[0]):
-            return self._under_autocast(args)
-        if _is_compiling():
-            return self._compiled(args)
-        call, _, self.last_ran = self.resolve(args)
-        if self._values is not None:
-            self._values(*args)
-        return call(*args)
+    def __call__(self, *args: Any, _registered: bool = False) -> Any:
+        """Check the arguments and compute, as PyTorch's own function would under autocast.
 
-    def _under_autocast(self, args: tuple[Any, ...]) -> Any:
-        args, dtype = self._policy(*args) if self._policy is not None else (args, None)
-        with torch.autocast(args[0].device.type, enabled=False):
-            result = self(*args)
-        return result if dtype is None else result.to(dtype)
-
-    def _compiled(self, args: tuple[Any, ...]) -> Any:
-        """A call in a trace, where everything is asked once."""
-        if self._check is not None:
-            self._check(*args)
-        return (self._recording if _backend.needs_gradient(*args) else self.torch_op)(*args)
-
-    def _run(self, *args: Any) -> Any:
-        """The registered operator, below autograd. PyTorch leaves out defaults at the end."""
-        args = (*args, *self._defaults[len(args) :])
-        found = self.resolve(args)
-        self.last_ran = found.backend
-        return found.run(*args)
-
-    def resolve(self, args: tuple[Any, ...]) -> Resolved:
-        """What computes calls with the signature of these arguments.
-
-        Of tensors their kind counts, not the numbers in them nor where they begin in memory; of
-        lists the elements; of other values all.
-
-        Raises:
-            BackendError: the backend asked for can't run them.
-            ValueError, TypeError: they don't fit, or each other.
+        The registered operator calls it too, below autocast and autograd.
         """
+        if _registered:  # PyTorch leaves out defaults at the end
+            args = (*args, *self._defaults[len(args) :])
+        elif _any_autocast() and autocast.enabled(args[0]):
+            return self._under_autocast(args)
+        elif _is_compiling():
+            return self._compiled(args)
         grad = _grad_enabled()
         key: Any = (  # all that a choice can depend on; written out, as it is made at every call
             _backend.overrides,
@@ -166,45 +139,62 @@ class Op:
             found = self._found.get(key)
         except TypeError:  # a value that no signature can hold: sizes of a trace, or none of ours
             key, found = None, None
-        if found is None:
-            found = self._first(args)
-            if key is not None:
-                if len(self._found) >= _MOST:
-                    self._found.clear()
-                self._found[key] = found
-        return found
+        call, run, self.last_ran = found or self.resolve(key, args)
+        if _registered:
+            return run(*args)
+        if self._values is not None:
+            self._values(*args)
+        return call(*args)
 
-    def forget(self) -> None:
-        """Ask again, as in a new process: for tests, which change what machines answer."""
-        self._found.clear()
+    def _under_autocast(self, args: tuple[Any, ...]) -> Any:
+        args, dtype = self._policy(*args) if self._policy is not None else (args, None)
+        with torch.autocast(args[0].device.type, enabled=False):
+            result = self(*args)
+        return result if dtype is None else result.to(dtype)
 
-    def _first(self, args: tuple[Any, ...]) -> Resolved:
-        """The first call of a signature."""
+    def _compiled(self, args: tuple[Any, ...]) -> Any:
+        """A call in a trace, where everything is asked once."""
+        if self._check is not None:
+            self._check(*args)
+        return (self._recording if _backend.needs_gradient(*args) else self.torch_op)(*args)
+
+    def resolve(self, key: tuple[Any, ...] | None, args: tuple[Any, ...]) -> Resolved:
+        """What computes all calls of a signature, asked at the first of them.
+
+        Args:
+            key: the signature, under which the answer is kept. Of tensors their kind counts in it,
+                not the numbers in them nor where they begin in memory; of lists the elements; of
+                other values all. None: nothing is kept.
+            args: the call's arguments.
+
+        Raises:
+            BackendError: the backend asked for can't run them.
+            ValueError, TypeError: they don't fit, or each other.
+        """
         if self._check is not None:
             self._check(*args)
         if isinstance(args[0], Question):
             raise Answer(self, tuple(map(_answered, args)))
         inner = [e for a in args if isinstance(a, (list, tuple)) for e in a]
         if any(isinstance(a, numbers.Number) and type(a) not in NUMBERS for a in (*args, *inner)):
-            return _of_plain_numbers(self._first(tuple(map(_plain, args))))
-        chosen = self._choose(args)
-        run = call = chosen.load()
-        tensors = [value for value in args if isinstance(value, Tensor)]
-        if tensors[0].is_meta:
-            call = self.torch_op
-        elif chosen.composite:
-            pass
-        elif _backend.needs_gradient(*tensors):
-            call = self._recording
-        elif any(type(tensor) not in PLAIN for tensor in tensors):
-            call = self.torch_op
-        return Resolved(call, run, chosen.name)
+            found = _of_plain_numbers(self.resolve(None, tuple(map(_plain, args))))
+        else:
+            found = self._asked(args)
+        if key is not None:
+            if len(self._found) >= _MOST:
+                self._found.clear()
+            self._found[key] = found
+        return found
+
+    def forget(self) -> None:
+        """Ask again, as in a new process: for tests, which change what machines answer."""
+        self._found.clear()
 
     def _recording(self, *args: Any) -> Any:
         """The registered operator, whose gradient is recorded."""
         return self.torch_op(*(args if self._recorded is None else self._recorded(*args)))
 
-    def _choose(self, args: tuple[Any, ...]) -> Backend:
+    def _asked(self, args: tuple[Any, ...]) -> Resolved:
         """The first backend, of those asked for, that can and will run the call."""
         asked = _backend.requested(self.name)
         why = ["not implemented for this op"]
@@ -214,9 +204,18 @@ class Op:
                 why = why or self.why_not(candidate, args)
                 why = why or (candidate.ready(*args) if candidate.ready is not None else [])
                 if not why:
-                    return candidate
-        reasons = "; ".join(why)
-        raise BackendError(f"{self.name}: backend {asked!r} was asked for and can't run: {reasons}")
+                    break
+        if why:
+            told = f"{self.name}: backend {asked!r} was asked for and can't run: "
+            raise BackendError(told + "; ".join(why))
+        run = candidate.load()
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        records = not candidate.composite and _backend.needs_gradient(*tensors)
+        foreign = not candidate.composite and any(type(one) not in PLAIN for one in tensors)
+        if records:
+            return Resolved(self._recording, run, candidate.name)
+        through = foreign or tensors[0].is_meta
+        return Resolved(self.torch_op if through else run, run, candidate.name)
 
     def why_not(self, candidate: Backend, args: tuple[Any, ...]) -> Reasons:
         """Why a backend can't run this call, on a machine that has it."""
