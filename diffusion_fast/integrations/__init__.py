@@ -15,6 +15,7 @@ TOP_LEVEL = (
     "DiffusionFastEuler",
     "DiffusionFastEulerAncestral",
     "DiffusionFastHeun",
+    "DiffusionFastLCM",
     "DiffusionFastUniPC",
     "SchedulerMixin",  # diffusers' own: how it recognizes the schedulers among them
 )

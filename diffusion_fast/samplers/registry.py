@@ -92,7 +92,9 @@ def table_of(options: SamplerOptions, schedule: DiffusionSchedule) -> StepTable:
     options = dataclasses.replace(sampler.resolved(options), steps=steps)
     grid = sampler.place(schedule, steps, options)
     if options.strength is not None:  # an image comes with its noise
-        grid = grid.part(len(grid) - options.steps_to_run(len(grid)))
+        skipped = len(grid) - options.steps_to_run(len(grid))
+        later = tuple(i - skipped for i in options.disable_corrector or () if i >= skipped)
+        grid, options = grid.part(skipped), options.replace(disable_corrector=later)
     # Solver grids put a small SNR in the place of zero, where epsilon says nothing all the same.
     if (
         options.prediction_type == "epsilon"

@@ -18,6 +18,7 @@ from .schedulers import (
     DiffusionFastEuler,
     DiffusionFastEulerAncestral,
     DiffusionFastHeun,
+    DiffusionFastLCM,
     DiffusionFastUniPC,
 )
 
@@ -29,6 +30,7 @@ __all__ = [
     "DiffusionFastEuler",
     "DiffusionFastEulerAncestral",
     "DiffusionFastHeun",
+    "DiffusionFastLCM",
     "DiffusionFastUniPC",
     "Explanation",
     "accelerate",

@@ -19,6 +19,8 @@ betas outside (0, 1)                            there is no such Gaussian
 ``shift_terminal``
 ``timestep_type="continuous"`` with v           for networks that are told log(sigma) / 4, as EDM's
 ``solver_p``, ``predict_x0=False`` (UniPC)      a scheduler within one; a history of epsilon
+``original_inference_steps`` not 50 (LCM),      the timesteps are those of the distillation; a run
+``strength``                                    from an image begins within them
 a timestep that is not the next one             steps that depend on those before them (DDIM takes
                                                 any, Euler and DDPM any of ``timesteps``)
 ==============================================  ==================================================
@@ -32,11 +34,13 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import SchedulerMixin as SchedulerMixin  # by it diffusers knows its schedulers
+from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ...ops import checks
 from ...samplers import SamplerOptions
+from ...samplers.consistency import TIMESTEP_SCALING, TRAINED_STEPS
 from ...samplers.grids import Grid, ddim_steps
 from ...samplers.table import INDEX
 from .table_scheduler import (
@@ -64,7 +68,7 @@ class DiffusionFastDDPM(TableScheduler, diffusers.DDPMScheduler):
         "variance_type": ("fixed_small", "fixed_large", "fixed_small_log")
     }
 
-    def row_options(self) -> dict[str, Any]:
+    def row_options(self, start: int) -> dict[str, Any]:
         return {"variance": self.config.variance_type.split("_")[1]}
 
     def set_timesteps(
@@ -173,7 +177,7 @@ class DiffusionFastDPMSolver(_Solver, diffusers.DPMSolverMultistepScheduler):
             options = options.replace(timestep_spacing="lu")
         return options.replace(lambda_min=None if lowest == -math.inf else lowest)
 
-    def row_options(self) -> dict[str, Any]:
+    def row_options(self, start: int) -> dict[str, Any]:
         config = self.config
         return {
             "lower_order_final": config.lower_order_final,
@@ -223,11 +227,13 @@ class DiffusionFastUniPC(_Solver, diffusers.UniPCMultistepScheduler):
         "shift_terminal": (None,),
     }
 
-    def row_options(self) -> dict[str, Any]:
+    def row_options(self, start: int) -> dict[str, Any]:
         config = self.config
         return {
             "lower_order_final": config.lower_order_final,
-            "disable_corrector": tuple(config.disable_corrector or ()),
+            "disable_corrector": tuple(
+                step - start for step in config.disable_corrector or () if step >= start
+            ),
         }
 
     def step(
@@ -427,3 +433,55 @@ class DiffusionFastHeun(_SigmaScheduler, diffusers.HeunDiscreteScheduler):
     ) -> Output:
         """The next state, with diffusers' arguments; no noise is drawn."""
         return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)
+
+
+class DiffusionFastLCM(TableScheduler, diffusers.LCMScheduler):
+    """``LCMScheduler``: latent consistency models, on some of the 50 timesteps of distillation."""
+
+    __module__ = "diffusion_fast"
+    supported: ClassVar[Supported] = {
+        "original_inference_steps": (TRAINED_STEPS,),
+        "timestep_scaling": (TIMESTEP_SCALING,),
+    }
+    each_alone = False
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Device = None,
+        original_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        strength: float = 1.0,
+    ) -> None:
+        """As the other schedulers', or ``timesteps`` themselves, decreasing.
+
+        ``original_inference_steps`` is 50 and ``strength`` 1: image-to-image begins within the
+        timesteps.
+        """
+        if original_inference_steps not in (None, TRAINED_STEPS):
+            checks.fail("original_inference_steps", f"{TRAINED_STEPS}", original_inference_steps)
+        if strength != 1:
+            checks.fail("strength", "1", strength)
+        self._choose(num_inference_steps, device, timesteps)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | float | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+        *,
+        variance_noise: Tensor | None = None,
+    ) -> LCMSchedulerOutput | tuple[Tensor, ...]:
+        """The next state, with diffusers' arguments, and the consistency function's value."""
+        prev, denoised = self._advance(
+            model_output, timestep, sample, generator, variance_noise, False
+        )
+        if return_dict:
+            return LCMSchedulerOutput(prev_sample=prev, denoised=denoised)
+        return prev, denoised
+
+    def predicted(self, x: Tensor, x0: Tensor, row: list[float], signal: float) -> Tensor:
+        """c_skip x + c_out x_0."""
+        return (row[INDEX["c_x"]] * x + row[INDEX["c_0"]] * x0) / signal

@@ -96,6 +96,7 @@ class TableScheduler:
     supported: ClassVar[Supported] = {}
     # Whether diffusers steps before set_timesteps, through all timesteps.
     ready_at_once: ClassVar[bool] = False
+    each_alone: ClassVar[bool] = True  # whether a step's row doesn't depend on those after it
     returns_x0: ClassVar[bool] = True  # beside the next state, with return_dict=False
 
     config: Any
@@ -133,8 +134,8 @@ class TableScheduler:
         assert entry is not None, "check_config"
         return entry
 
-    def row_options(self) -> dict[str, Any]:
-        """Options of the sampler that depend on the class's settings."""
+    def row_options(self, start: int) -> dict[str, Any]:
+        """Options of the sampler that depend on the class's settings, from step ``start`` on."""
         return {}
 
     def grid_options(self) -> SamplerOptions:
@@ -229,7 +230,7 @@ class TableScheduler:
             steps=steps,
             prediction_type=config.prediction_type,
             clip_sample=self._clip(),
-            **self.row_options(),
+            **self.row_options(start),
             **options,
         )
         return table, table.rows.tolist()
@@ -302,6 +303,9 @@ class TableScheduler:
             m = x0
         y, h1, h2 = (progress.state.get(name) for name in KEPT)
         sampler_step(x, m, [coefficients], 0, noise=noise, y=y, h1=h1, h2=h2)
+        x0 = self.predicted(
+            sample.to(dtype), x0, coefficients, float(table.next_levels[row - start, 0])
+        )
         progress.row = row + 1
         self._progress = progress
         prev = x.to(sample.dtype)
@@ -309,12 +313,16 @@ class TableScheduler:
             return StepOutput(prev, x0.to(sample.dtype))
         return (prev, x0.to(sample.dtype)) if self.returns_x0 else (prev,)
 
+    def predicted(self, x: Tensor, x0: Tensor, row: list[float], signal: float) -> Tensor:
+        """What a step returns beside the next state, of level A' = ``signal``: x_0."""
+        return x0
+
     def _rows(self, start: int, options: dict[str, Any]) -> Rows:
         """The table that begins with a step, and its rows as numbers for ``sampler_step``."""
         plan = self._ready()
         key = start, *options.items()
         if key not in plan.tables:
-            part = plan.grid.part(start, start + 1 if plan.alone else None)
+            part = plan.grid.part(start, start + 1 if plan.alone and self.each_alone else None)
             plan.tables[key] = self._made(part, len(plan.values), start, options)
         return plan.tables[key]
 

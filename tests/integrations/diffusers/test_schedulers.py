@@ -358,6 +358,40 @@ def test_arguments_of_ddim_by_position(prediction_type: str) -> None:
                 assert error(a, b) <= 5e-6
 
 
+@pytest.mark.parametrize("steps", [1, 4, 8])
+@pytest.mark.parametrize(
+    "settings", [{}, {"prediction_type": "v_prediction"}, {"clip_sample": True}]
+)
+def test_lcm(settings: dict[str, Any], steps: int) -> None:
+    mine, theirs = pair("LCM", "LCMScheduler", **settings)
+    traces = []
+    for scheduler in (mine, theirs):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, 3, 4, 4, generator=generator)
+        scheduler.set_timesteps(steps)
+        trace = []
+        for t in scheduler.timesteps:
+            output = scheduler.step(model(x, float(t)), t, x, generator)
+            x = output.prev_sample
+            trace += [x, output.denoised]
+        traces.append(trace)
+    assert mine.timesteps.tolist() == theirs.timesteps.tolist()
+    assert worst(*traces) <= 1e-5
+    for options, message in (
+        ({"original_inference_steps": 20}, "original"),
+        ({"strength": 0.5}, "s"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mine.set_timesteps(steps, **options)
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_correctors_are_counted_from_the_first_timestep(start: int) -> None:
+    mine, theirs = pair("UniPC", DEFAULTS[3][1], disable_corrector=[0, 5, 6])
+    trace = [x for i, x in enumerate(run(mine, 10, start)) if i % 3 < 2]
+    assert worst(trace, run(theirs, 10, start)) <= CLOSE
+
+
 @pytest.mark.parametrize("factor", [1.0, 0.9])
 def test_latents_that_a_callback_rewrites(factor: float) -> None:
     results = []
