@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import backend as _backend
+from . import checks
 from .backend import BACKENDS, known_ops
-from .op import Answer, Op, asked
+from .op import NO_TRANSFORM, Answer, Op, asked
 
 LATER = "decided at the first call"
 
@@ -63,10 +64,12 @@ def _choice(op: Op, args: tuple[Any, ...] | None) -> Choice:
     chosen, wanted = "", _backend.requested(op.name)
     for candidate in op.backends:
         why: list[str] | None = [] if candidate.machine is None else candidate.machine()
-        if not why and args is not None:
-            why = op.why_not(candidate, args)
-            if not why and candidate.foresee is not None:
-                why = candidate.foresee(*args)
+        if not why and args is not None and checks.transformed() and not candidate.composite:
+            why = [NO_TRANSFORM]
+        if not why and args is not None and candidate.supports is not None:
+            why = candidate.supports(*args)
+        if not why and args is not None and candidate.foresee is not None:
+            why = candidate.foresee(*args)
         if not why and wanted not in ("auto", candidate.name):
             why = [f"{wanted} was asked for"]
         if why is None and not chosen:

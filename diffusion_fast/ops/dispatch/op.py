@@ -13,12 +13,13 @@ from torch import Tensor
 
 from . import autocast
 from . import backend as _backend
-from .backend import BACKENDS, Backend, BackendError, Reasons
+from .backend import BACKENDS, Backend, BackendError
 
 _LIBRARY = torch.library.Library("diffusion_fast", "FRAGMENT")
 _MOST = 4096  # signatures that an op remembers
 _any_autocast, _is_compiling = torch._C._is_any_autocast_enabled, torch.compiler.is_compiling
 _grad_enabled, _functorch_level = torch.is_grad_enabled, torch._C._functorch.maybe_current_level
+NO_TRANSFORM = "torch.func transforms PyTorch's own functions only"
 PLAIN = (Tensor, torch.nn.Parameter)
 NUMBERS = (int, float, bool)
 
@@ -196,13 +197,18 @@ class Op:
 
     def _asked(self, args: tuple[Any, ...]) -> Resolved:
         """The first backend, of those asked for, that can and will run the call."""
-        asked = _backend.requested(self.name)
+        choices, transformed = _backend.overrides, _functorch_level() is not None
+        asked = dict(choices.per_op).get(self.name, choices.everywhere)
         why = ["not implemented for this op"]
         for candidate in self.backends:
             if asked in ("auto", candidate.name):
                 why = candidate.machine() if candidate.machine is not None else []
-                why = why or self.why_not(candidate, args)
-                why = why or (candidate.ready(*args) if candidate.ready is not None else [])
+                if not why and transformed and not candidate.composite:
+                    why = [NO_TRANSFORM]
+                if not why and candidate.supports is not None:
+                    why = candidate.supports(*args)
+                if not why and candidate.ready is not None:
+                    why = candidate.ready(*args)
                 if not why:
                     break
         if why:
@@ -216,12 +222,6 @@ class Op:
             return Resolved(self._recording, run, candidate.name)
         through = foreign or tensors[0].is_meta
         return Resolved(self.torch_op if through else run, run, candidate.name)
-
-    def why_not(self, candidate: Backend, args: tuple[Any, ...]) -> Reasons:
-        """Why a backend can't run this call, on a machine that has it."""
-        if not candidate.composite and _functorch_level() is not None:
-            return ["torch.func transforms PyTorch's own functions only"]
-        return [] if candidate.supports is None else candidate.supports(*args)
 
 
 class Question(Tensor):
