@@ -296,6 +296,14 @@ class DiffusionFastEuler(_SigmaScheduler, diffusers.EulerDiscreteScheduler):
         ):
             checks.fail("timestep_type", "'discrete' with v_prediction", "'continuous'")
 
+    def noise_levels(self, grid: Grid) -> Tensor:
+        """[n + 1]; log-linear ones have a last level of their own, before the final one."""
+        sigmas = super().noise_levels(grid)
+        if self.config.get("interpolation_type") != "log_linear":
+            return sigmas
+        final = sigmas[-1:] if self.config.final_sigmas_type == "sigma_min" else sigmas.new_zeros(1)
+        return torch.cat((sigmas, final))
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
