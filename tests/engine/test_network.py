@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import assert_close
+from numerics import assert_close, error
 from prepared import (
     GRID,
     LIKE_SDXL,
@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import diffusion_fast as df
 from diffusion_fast.engine.rewrites.leaves import Leaf
 from diffusion_fast.engine.rewrites.plan import REWRITES
 from diffusion_fast.engine.rewrites.prepare import PreparedUNet, prepare
-from diffusion_fast.models import UNetConfig
+from diffusion_fast.models import UNet2DCondition, UNetConfig
 
 CHOICES: dict[str, str | Iterable[str]] = {
     **{name: [name] for name in REWRITES},
@@ -348,3 +349,70 @@ def test_unknown_keywords_of_a_context() -> None:
     network = prepare(unet(), batch=1, halves=2, max_rows=5)
     with pytest.raises(TypeError, match="style"):
         network.prepare({"context": torch.randn(2, 5, 24), "style": torch.zeros(2)}, GRID)
+
+
+def spied(model: UNet2DCondition, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is computed of the context and of the time grid, from now on."""
+    made: list[str] = []
+    for name in ("embed_context", "embed_time"):
+        before = getattr(model, name)
+
+        def call(*args: Any, name: str = name, before: Any = before) -> Any:
+            made.append(name)
+            return before(*args)
+
+        monkeypatch.setattr(model, name, call)
+    return made
+
+
+@pytest.mark.parametrize("changes", [{}, TEXT_TIME], ids=["text", "pooled text"])
+def test_a_context_that_is_there_is_not_prepared_again(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """And whatever is another value of the inputs, of the weights or of the surroundings is."""
+    model = unet(torch.float64, **changes)
+    given, x = conditions(model, 4), images(model, 2, 2)
+    network, made = prepared(model, given), spied(model, monkeypatch)
+
+    def prepare_again(given: dict[str, Tensor], grid: Tensor = GRID) -> bool:
+        made.clear()
+        network.prepare(given, grid)
+        assert made in ([], ["embed_context", "embed_time"])
+        again = bool(made)
+        expected = model(x, grid[1], **given)
+        assert error(network(x, at(1)), expected) <= 1e-9
+        return again
+
+    with torch.no_grad():
+        same = {name: value.clone() for name, value in given.items()}
+        assert not prepare_again(same)
+        for name in given:
+            other = same | {name: same[name] * 1.5}
+            assert prepare_again(other)
+            assert not prepare_again(other)
+        assert prepare_again(same)
+        same["context"].mul_(2)  # in place, the caller's own
+        assert prepare_again(same)
+        assert prepare_again(same, GRID - 1)
+        shorter = same | {"context": same["context"][:, :-1]}
+        assert prepare_again(shorter)
+        assert prepare_again(same, GRID - 1)
+        with df.use_backend("reference"):
+            assert prepare_again(same, GRID - 1)
+        randomize(model)
+        network.refresh()
+        assert prepare_again(same, GRID - 1)
+
+
+def test_a_layer_that_is_more_than_its_weights_sees_every_run() -> None:
+    model = unet(torch.float64)
+    factor = [1.0]
+    layer = next(m for n, m in model.named_modules() if n.endswith("attn2.to_k"))
+    layer.register_forward_hook(lambda module, args, out: factor[0] * out)
+    given, x = conditions(model, 4), images(model, 2, 2)
+    network = prepared(model, given)
+    before = network(x, at(1))
+    factor[0] = 3.0
+    network.prepare(given, GRID)
+    assert error(network(x, at(1)), plain(model, x, 1, given)) <= 1e-9
+    assert error(network(x, at(1)), before) > 1e-6

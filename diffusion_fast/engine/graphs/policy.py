@@ -167,7 +167,7 @@ class Graphs:
         why = self._unavailable(loop.device)
         if why is None:
             noise, by_step = noise_place(self.mode, loop, philox, by_step)
-            key = (loop.owner, loop.baked, noise, _surroundings(loop.device))
+            key = (loop.owner, loop.baked, noise, surroundings(loop.device))
             way = self._captured(key, loop, noise, by_step)
         else:
             way = Way("off", why)
@@ -262,8 +262,8 @@ def _uncached_autocast() -> Iterator[None]:
         torch.set_autocast_cache_enabled(before)
 
 
-def _surroundings(device: torch.device) -> Hashable:
-    """What else decides which kernels run."""
+def surroundings(device: torch.device) -> Hashable:
+    """What decides which kernels run, beside the model and its inputs."""
     autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
     return (
         autocast,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -16,6 +16,7 @@ from ...models.blocks import Composite, ResBlock
 from ...models.unet import ContextProjections, TimeProjections
 from ...ops import checks
 from ..buffers import Clock
+from ..graphs.policy import surroundings
 from . import cost
 from .leaves import Leaf, modules, plain_leaves
 from .plan import REWRITES, RewritePlan, RewriteReport, make_plan
@@ -126,13 +127,23 @@ class PreparedUNet:
         weight = model.conv_in.weight
         self._grid = torch.zeros(plan.max_rows, 1, dtype=torch.float32, device=weight.device)
         self._kept = Kept()
+        self.given: Any = None  # what is kept of the last context
+        # The same inputs leave the same behind, unless a layer is more than its weights.
+        self._repeats = plan.device.type != "meta" and all(
+            type(module).__module__.startswith(_KNOWN)
+            and not (
+                module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+            )
+            for module in model.modules()
+        )
+        self._last: tuple[Hashable, list[Tensor | None]] | None = None  # what was prepared for
         self._size: tuple[int, int] | None = None  # of the last call
         self._tokens = 0
         self._explained: dict[tuple[object, int], list[RewriteReport]] = {}
 
     @torch.no_grad()
     def prepare(self, context: Context, timesteps: Tensor) -> None:
-        """Take a run's context and time grid.
+        """Take a run's context and time grid; those of the last run are there already.
 
         Args:
             context: as the model takes it, for all halves: text states [halves * B or 1, L, C] or
@@ -159,6 +170,11 @@ class PreparedUNet:
             image, timesteps[0], context, text_embeds, time_ids, context_lengths
         )
         assert context is not None  # checked
+        inputs = [timesteps, context, text_embeds, time_ids, context_lengths]
+        around = surroundings(timesteps.device) if self._repeats else None
+        if self._last is not None and around == self._last[0] and _equal(inputs, self._last[1]):
+            return
+        self._last = None  # until all is done
         context = context.expand(self.batch, *context.shape[1:])
         self._tokens = 1 if context.dim() == 1 else context.shape[1]
         kv = self._project(context) if "cached_context" in self.plan.on else None
@@ -173,6 +189,8 @@ class PreparedUNet:
         self.given = self._kept.write(
             (context if kv is None else None, kv, context_lengths, additions)
         )
+        if self._repeats:
+            self._last = around, [None if value is None else value.clone() for value in inputs]
 
     def _project(self, context: Tensor) -> ContextProjections:
         return self.model.project_context(self.model.embed_context(context))
@@ -212,6 +230,7 @@ class PreparedUNet:
             ValueError: the model was moved or cast: that takes a new plan.
         """
         self.plan.check_placement(self.model)
+        self._last = None
         for leaf in self._leaves:
             leaf.refresh()
 
@@ -224,6 +243,16 @@ class PreparedUNet:
         if key not in self._explained:
             self._explained[key] = cost.explain(self.plan, self.model.config, PreparedUNet, *key)
         return self._explained[key]
+
+
+def _equal(these: list[Tensor | None], those: list[Tensor | None]) -> bool:
+    return all(
+        a is b if a is None or b is None else a.dtype == b.dtype and torch.equal(a, b)
+        for a, b in zip(these, those, strict=True)
+    )
+
+
+_KNOWN = ("torch.nn.", __name__.partition(".")[0] + ".")
 
 
 def prepare(
