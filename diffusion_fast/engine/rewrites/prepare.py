@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ...conditioning import Context
 from ...models import UNet2DCondition
-from ...models.blocks import Composite, ResBlock
+from ...models.blocks import Composite, ResBlock, hooked
 from ...models.unet import ContextProjections, TimeProjections
 from ...ops import checks
 from ..buffers import Clock
@@ -129,12 +129,9 @@ class PreparedUNet:
         self._kept = Kept()
         self.given: Any = None  # what is kept of the last context
         # The same inputs leave the same behind, unless a layer is more than its weights.
-        self._repeats = plan.device.type != "meta" and all(
-            type(module).__module__.startswith(_KNOWN)
-            and not (
-                module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-            )
-            for module in model.modules()
+        parts = list(model.modules())
+        self._repeats = not (plan.device.type == "meta" or hooked(*parts)) and all(
+            type(module).__module__.startswith(_KNOWN) for module in parts
         )
         self._last: tuple[Hashable, list[Tensor | None]] | None = None  # what was prepared for
         self._size: tuple[int, int] | None = None  # of the last call
