@@ -2,13 +2,12 @@
 
 from .add_noise import add_noise
 from .attention import attention
-from .conv2d import conv2d
+from .conv2d import conv2d, pack_conv2d
 from .dispatch import BackendError, Choice, checks, explain, use_backend
 from .geglu import geglu
 from .group_norm_silu import group_norm_silu
 from .layer_norm import layer_norm
-from .linear import linear
-from .packing import pack_conv2d, pack_linear
+from .linear import linear, pack_linear
 from .philox import Philox
 from .residual import residual
 from .row_statistics import row_statistics

@@ -114,6 +114,31 @@ def _check(
             checks.fail(name, f"dtype {compute}", value.dtype)
 
 
+def pack_linear(weight: Tensor, rows: int, *, geglu: bool = False) -> onednn.Packed | None:
+    """What :func:`linear` takes as ``packed``, in a layout of its own: a copy of the weight.
+
+    Args:
+        weight: [N, K].
+        rows: how many rows ``x`` will have, all its dimensions but the last; others work as well,
+            perhaps slower.
+        geglu: whether the packed weight is for calls with ``geglu=True``, and for those only.
+
+    Returns:
+        None where packing does nothing: off the CPU, without oneDNN, or for the weight's dtype.
+
+    Raises:
+        ValueError: not a floating [N, K], an odd N with ``geglu``, or rows below 1.
+    """
+    checks.floating("weight", weight)
+    checks.positive_int("rows", rows)
+    if weight.dim() != 2 or (geglu and weight.shape[0] % 2):
+        checks.fail("weight", "shape [N, K], N even with geglu", list(weight.shape))
+    if not onednn.supports(weight):
+        return None
+    parts = weight.chunk(2) if geglu else (weight,)
+    return tuple(onednn.pack_linear(part, rows) for part in parts)
+
+
 def reference(
     x: Tensor,
     weight: Tensor,

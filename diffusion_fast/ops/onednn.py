@@ -19,6 +19,7 @@ from .dispatch import needs_gradient
 SMALL = 2**21
 TOO_SMALL = f"fewer than {SMALL:,} multiply-adds"
 
+Packed = tuple[Tensor, ...]  # weights laid out as products read them best, once for many calls
 _ONE = (1, 1)
 
 

@@ -21,7 +21,7 @@ from ...models import blocks as plain
 from ...models.blocks import hooked, image, pixels
 from ...models.unet import UpBlock
 from ...models.vae import PixelAttention
-from ...ops.packing import Packed
+from ...ops.onednn import Packed
 from . import folding
 from .folding import Weights
 

@@ -20,7 +20,8 @@ arguments of the public function, stops at step 3 and neither compiles nor measu
 """
 
 from . import autocast, checks, triton
-from .backend import BACKENDS, Backend, BackendError, known_ops, needs_gradient, use_backend
+from .backend import BACKENDS, Backend, BackendError, known_ops, use_backend
+from .checks import needs_gradient
 from .explain import Choice, explain
 from .op import Op
 

@@ -15,9 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 # Fastest first: the order in which "auto" tries them.
 BACKENDS = ("cuda", "triton", "onednn", "sdpa", "reference")
 
@@ -123,10 +120,3 @@ def use_backend(backend: str | None = None, **per_op: str) -> Iterator[None]:
 def requested(op: str) -> str:
     """The backend asked for by ``use_backend`` or DIFFUSION_FAST_BACKEND; usually ``"auto"``."""
     return dict(overrides.per_op).get(op, overrides.everywhere)
-
-
-def needs_gradient(*values: Any) -> bool:
-    """Whether autograd would record a function of these; values that are no tensors don't count."""
-    return torch.is_grad_enabled() and any(
-        isinstance(value, Tensor) and value.requires_grad for value in values
-    )

@@ -142,3 +142,10 @@ def values_between(argument: str, value: Tensor, low: int, high: int, meaning: s
 def transformed() -> bool:
     """Whether torch.func (vmap, grad, ...) is at work, whose tensors have no numbers to look at."""
     return torch._C._functorch.maybe_current_level() is not None
+
+
+def needs_gradient(*values: Any) -> bool:
+    """Whether autograd would record a function of these; values that are no tensors don't count."""
+    return torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in values
+    )

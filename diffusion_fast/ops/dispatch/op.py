@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autocast
+from . import autocast, checks
 from . import backend as _backend
 from .backend import BACKENDS, Backend, BackendError
 
@@ -157,7 +157,7 @@ class Op:
         """A call in a trace, where everything is asked once."""
         if self._check is not None:
             self._check(*args)
-        return (self._recording if _backend.needs_gradient(*args) else self.torch_op)(*args)
+        return (self._recording if checks.needs_gradient(*args) else self.torch_op)(*args)
 
     def resolve(self, key: tuple[Any, ...] | None, args: tuple[Any, ...]) -> Resolved:
         """What computes all calls of a signature, asked at the first of them.
@@ -216,7 +216,7 @@ class Op:
             raise BackendError(told + "; ".join(why))
         run = candidate.load()
         tensors = [value for value in args if isinstance(value, Tensor)]
-        records = not candidate.composite and _backend.needs_gradient(*tensors)
+        records = not candidate.composite and checks.needs_gradient(*tensors)
         foreign = not candidate.composite and any(type(one) not in PLAIN for one in tensors)
         if records:
             return Resolved(self._recording, run, candidate.name)

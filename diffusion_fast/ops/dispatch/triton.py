@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from . import measured as _measured
-from .backend import Backend, Reasons, needs_gradient, requested
+from .backend import Backend, Reasons, requested
+from .checks import needs_gradient
 from .op import Op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
