@@ -23,7 +23,7 @@ import diffusion_fast as df
 from diffusion_fast.training import Batches, SampleGrids, Trainer
 from diffusion_fast.training.distributed import is_sharded, local, whole
 
-FOLDER = Path(sys.argv[1])
+FOLDER = Path(sys.argv[-1])  # the tests import this file as well, and don't use it
 ALONE = {"dropout": 0.0}  # masks of dropout are drawn by each process, not for the joint batch
 
 
