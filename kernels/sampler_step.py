@@ -4,7 +4,8 @@
     x0  = clamp(a x + b m, -clip, clip)
     x'  = c_x x + c_0 x0 + c_1 h1 + c_2 h2 + c_y y + c_m m + s z
     y'  = d_x x + d_0 x0 + d_1 h1 + d_2 h2 + d_y y
-    h2, h1 <- h1, x0;   model input <- x' (both halves);   peak[step] <- max |m|
+    h2, h1 <- h1, e_x x + e_0 x0 + e_m m   (they stay where all three are 0)
+    model input <- x' (both halves);   peak[step] <- max |m|
 
 The row comes by a counter on the device, or as launch arguments for a step known on the host; z
 from memory, from row ``step`` of a table of noise, or from Philox, ``step`` added to its offset.
@@ -22,7 +23,8 @@ from . import launch, philox, statistics
 from .columns import COLUMNS as NAMES
 
 (
-    A, B, CLIP, C_X, C_0, C_1, C_2, C_Y, C_M, S_Z, D_X, D_0, D_1, D_2, D_Y, GUIDANCE, RESCALE
+    A, B, CLIP, C_X, C_0, C_1, C_2, C_Y, C_M, S_Z, D_X, D_0, D_1, D_2, D_Y, E_X, E_0, E_M,
+    GUIDANCE, RESCALE
 ) = (tl.constexpr(i) for i in range(len(NAMES)))  # fmt: skip
 BLOCK = 1024
 PARTS = 16  # of an image, whose statistics are made apart
@@ -165,6 +167,9 @@ def _sampler_step(
     d_1: tl.float64,
     d_2: tl.float64,
     d_y: tl.float64,
+    e_x: tl.float64,
+    e_0: tl.float64,
+    e_m: tl.float64,
     guidance: tl.float64,
     rescale: tl.float64,
     batch,
@@ -231,10 +236,16 @@ def _sampler_step(
     if h2_ptr is not None:
         x_next += _term(_row(table_ptr, step_ptr, c_2, COLUMNS, C_2, DTYPE), h2)
         y_next += _term(_row(table_ptr, step_ptr, d_2, COLUMNS, D_2, DTYPE), h2)
-        if h1_ptr is not None:
-            tl.store(h2_ptr + here, h1, mask=valid)
     if h1_ptr is not None:
-        tl.store(h1_ptr + here, x0, mask=valid)
+        of_x = _row(table_ptr, step_ptr, e_x, COLUMNS, E_X, DTYPE)
+        of_x0 = _row(table_ptr, step_ptr, e_0, COLUMNS, E_0, DTYPE)
+        of_m = _row(table_ptr, step_ptr, e_m, COLUMNS, E_M, DTYPE)
+        stays = (of_x == 0.0) & (of_x0 == 0.0) & (of_m == 0.0)
+        moves = valid & (stays == 0)
+        newest = _term(of_x, x) + _term(of_x0, x0) + _term(of_m, m)
+        if h2_ptr is not None:
+            tl.store(h2_ptr + here, h1, mask=moves)
+        tl.store(h1_ptr + here, newest, mask=moves)
     if y_ptr is not None:
         x_next += _term(_row(table_ptr, step_ptr, c_y, COLUMNS, C_Y, DTYPE), y)
         y_next += _term(_row(table_ptr, step_ptr, d_y, COLUMNS, D_Y, DTYPE), y)

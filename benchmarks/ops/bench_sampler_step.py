@@ -16,7 +16,7 @@ from .harness import VARIANTS, Case, Problem, run
 from .shapes import LATENTS
 
 ROW = {"a": 1.2, "b": -0.6, "clip": float("inf"), "c_x": 0.8, "c_0": 0.3, "c_1": -0.1}
-ROW |= {"guidance": 7.5}
+ROW |= {"e_0": 1.0, "guidance": 7.5}
 
 
 def eager(

@@ -96,7 +96,7 @@ class Buffers:
     """The state of a sampler (see :mod:`diffusion_fast.ops.sampler_step`) and the model's input.
 
     Attributes:
-        x, y, h1, h2, noise: the state, [B, ...]; ``scratch`` three tensors more of that shape.
+        x, y, h1, h2, noise: the state, [B, ...]; ``scratch`` four tensors more of that shape.
         model_input: [halves * B, C + extra, ...] in the model's dtype. It is ``x`` itself where
             the model takes one half of guidance in the state's dtype.
         next_input: where a step writes x for the model; None if ``model_input`` is ``x``.
@@ -113,7 +113,7 @@ class Buffers:
         shape = layout.shape
         self.layout = layout
         self.x, self.y, self.h1, self.h2, self.noise = (empty(*shape) for _ in range(5))
-        self.scratch = empty(*shape), empty(*shape), empty(*shape)
+        self.scratch = tuple(empty(*shape) for _ in range(4))
         self.model_input, self.next_input = self.x, None
         if layout.halves > 1 or layout.extra or layout.dtype != layout.model_dtype:
             self.model_input = empty(*layout.input_shape, dtype=layout.model_dtype)
@@ -155,7 +155,7 @@ class Buffers:
         """x <- mask x + (1 - mask) (A x_0 + S z) at the clock's row, if that ends a step."""
         known = self.known
         signal, noise, ends = clock.pick(known.levels).unbind()
-        image, weight, _ = self.scratch
+        image, weight, *_ = self.scratch
         torch.mul(known.image, signal, out=image)
         image.addcmul_(known.start, noise)
         torch.mul(known.weight, ends, out=weight)

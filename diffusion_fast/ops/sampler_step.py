@@ -6,7 +6,7 @@ With a fixed time grid every sampler is linear in what it keeps, so a step is on
     x0  = clamp(a * x + b * m, -clip, clip)
     x'  = c_x * x + c_0 * x0 + c_1 * h1 + c_2 * h2 + c_y * y + c_m * m + s * z
     y'  = d_x * x + d_0 * x0 + d_1 * h1 + d_2 * h2 + d_y * y
-    (h2, h1) <- (h1, x0)
+    (h2, h1) <- (h1, e_x * x + e_0 * x0 + e_m * m)    # they stay if e_x = e_0 = e_m = 0
 
 A term whose coefficient is 0 is not read: 0 * NaN would be NaN. ``samplers/`` computes the rows.
 """
@@ -61,12 +61,12 @@ def sampler_step(
             row ``step`` is read; or a :class:`~diffusion_fast.ops.Philox`, whose offset ``step`` is
             added to.
         y: the kept sample, like ``x``; becomes y'. None if no row uses it.
-        h1, h2: the last two x0, like ``x``; shifted. None if no row uses them.
+        h1, h2: the history, like ``x``: mostly the last two x0; shifted. None if no row uses them.
         model_input: [B, ...] or [2B, ...], any floating dtype and memory format; x' is written to
             it (to both halves).
         peak: [N], of the dtype of ``x``, zero before the step; peak[step] becomes max |m|, or NaN
             if m holds one: the first row that is not finite is the step where a model went wrong.
-        scratch: three tensors like ``x``, so that the reference allocates nothing.
+        scratch: four tensors like ``x``, so that the reference allocates nothing.
         rescale: False promises that no row of a table on the device rescales guidance, which saves
             a kernel the statistics.
 
@@ -252,12 +252,13 @@ def _step(
     peak: Tensor | None,
     scratch: Sequence[Tensor],
 ) -> None:
-    a, b, clip, c_x, c_0, c_1, c_2, c_y, c_m, s, d_x, d_0, d_1, d_2, d_y, g, rescale = row
+    a, b, clip, c_x, c_0, c_1, c_2, c_y, c_m, s, d_x, d_0, d_1, d_2, d_y = row[:15]
+    e_x, e_0, e_m, g, rescale = row[15:]
     on_host = isinstance(step, int)
     accumulate: Callable[..., None] = _accumulate if on_host else _accumulate_on_device
     if not scratch:
-        scratch = x.new_empty((3, *x.shape)).unbind()
-    m_buffer, x0, y_next = scratch
+        scratch = x.new_empty((4, *x.shape)).unbind()
+    m_buffer, x0, y_next, newest = scratch
 
     m = model_output
     if m.shape != x.shape:
@@ -278,15 +279,23 @@ def _step(
 
     if y is not None:
         accumulate(y_next, (d_x, x), (d_0, x0), (d_1, h1), (d_2, h2), (d_y, y))
+    stays = on_host and not (e_x or e_0 or e_m)
+    if h1 is not None and not stays:
+        accumulate(newest, (e_x, x), (e_0, x0), (e_m, m))
     # x' takes the place of x, so the term that reads x comes first.
     accumulate(x, (c_x, x), (c_0, x0), (c_1, h1), (c_2, h2), (c_y, y), (c_m, m), (s, noise))
 
     if y is not None:
         y.copy_(y_next)
-    if h1 is not None:
+    if h1 is not None and not stays:
+        older = h1
+        if not on_host:
+            kept = torch.stack([torch.as_tensor(e) for e in (e_x, e_0, e_m)]).eq(0).all()
+            newest = torch.where(kept, h1, newest)
+            older = older if h2 is None else torch.where(kept, h2, h1)
         if h2 is not None:
-            h2.copy_(h1)
-        h1.copy_(x0)
+            h2.copy_(older)
+        h1.copy_(newest)
     if model_input is not None:
         for half in model_input.split(len(x)):
             half.copy_(x)

@@ -20,6 +20,7 @@ from . import (
     ddim,
     ddpm,
     dpm_solver,
+    dpm_solver_noise,
     euler,
     extrapolation,
     heun,
@@ -35,7 +36,7 @@ from .table import INDEX, StepTable
 
 FAMILIES = (
     *(ddpm, ddim, dpm_solver, euler, heun, unipc, midpoint, singlestep, extrapolation, restart),
-    consistency,
+    *(consistency, dpm_solver_noise),
 )
 SAMPLERS = MappingProxyType({one.name: one for family in FAMILIES for one in family.SAMPLERS})
 

@@ -21,9 +21,10 @@ INDEX = {name: i for i, name in enumerate(COLUMNS)}
 
 
 def coefficients(count: int, **columns: float | FloatArray) -> FloatArray:
-    """[count, len(COLUMNS)] with the named columns set; no clipping, guidance 1 and 0 elsewhere."""
+    """[count, len(COLUMNS)] with the named columns set; else no clipping, guidance 1, x_0 as
+    history, and 0."""
     rows = np.zeros((count, len(COLUMNS)))
-    for name, value in {"clip": math.inf, "guidance": 1.0, **columns}.items():
+    for name, value in {"clip": math.inf, "guidance": 1.0, "e_0": 1.0, **columns}.items():
         rows[:, INDEX[name]] = value
     return rows
 

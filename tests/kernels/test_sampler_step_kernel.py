@@ -25,7 +25,7 @@ DTYPES = [
 
 def table(rows: int = 3, at: int = 1, **row: float) -> Tensor:
     """NaN but for row ``at``, which has 0 where nothing is given."""
-    values = dict.fromkeys(COLUMNS, 0.0) | {"clip": float("inf"), "guidance": 1.0} | row
+    values = dict.fromkeys(COLUMNS, 0.0) | {"clip": float("inf"), "guidance": 1.0, "e_0": 1.0} | row
     whole = torch.full((rows, len(COLUMNS)), NAN, dtype=torch.float64)
     whole[at] = torch.tensor(list(values.values()), dtype=torch.float64)
     return whole
@@ -113,10 +113,15 @@ def test_a_term_with_coefficient_zero_is_not_read(on_device: bool, name: str) ->
         values[read].fill_(2.0)
     result = step("triton", table(**{name: 3.0}), on_device, values)
     expected = 0.0 if read is None else 6.0  # x0 is computed: 0 here
-    kept = {"c": "x", "s": "x", "d": "y", "a": "h1", "b": "h1"}[name[0]]
+    kept = {"c": "x", "s": "x", "d": "y", "a": "h1", "b": "h1", "e": "h1"}[name[0]]
     assert (result[kept] == expected).all()
     if name[0] != "c" and name != "s":
         assert (result["x"] == 0).all()
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_the_history_stays_where_nothing_enters_it(on_device: bool) -> None:
+    check(table(c_1=2.0, b=1.0, e_0=0.0), on_device, tensors(torch.float32, torch.float32))
 
 
 @pytest.mark.parametrize("on_device", [False, True])

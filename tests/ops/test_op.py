@@ -116,7 +116,7 @@ def test_explain_without_arguments_covers_every_op() -> None:
 # op -> the arguments of a call of its public function
 X, W, IMAGE = torch.randn(4, 8), torch.randn(6, 8), torch.randn(2, 4, 6, 6)
 T, TABLES = torch.tensor([0, 2]), torch.rand(2, 3)
-ROW = [[0.5] * 17]
+ROW = [[0.5] * 20]
 CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "add_noise": ((IMAGE, IMAGE, T, *TABLES), {"target": "sample"}),
     "attention": (tuple(torch.randn(3, 2, 5, 2, 8)), {"key_lengths": torch.tensor([5, 1])}),

@@ -19,7 +19,7 @@ STATE = ("noise", "y", "h1", "h2")
 
 
 def table(**row: float) -> Tensor:
-    values = dict.fromkeys(COLUMNS, 0.0) | {"clip": float("inf"), "guidance": 1.0} | row
+    values = dict.fromkeys(COLUMNS, 0.0) | {"clip": float("inf"), "guidance": 1.0, "e_0": 1.0} | row
     filler = torch.full((1, len(COLUMNS)), float("nan"), dtype=torch.float64)
     return torch.cat((filler, torch.tensor([list(values.values())], dtype=torch.float64)))
 
@@ -50,7 +50,8 @@ def expected(row: dict[str, float], now: dict[str, Tensor], output: Tensor) -> d
     x = r["c_x"] * s["x"] + r["c_0"] * x0 + r["c_1"] * s["h1"] + r["c_2"] * s["h2"]
     x = x + r["c_y"] * s["y"] + r["c_m"] * m + r["s"] * s["noise"]
     y = r["d_x"] * s["x"] + r["d_0"] * x0 + r["d_1"] * s["h1"] + r["d_2"] * s["h2"]
-    return {"x": x, "y": y + r["d_y"] * s["y"], "h1": x0, "h2": s["h1"], "peak": m.abs().max()}
+    h1 = r["e_x"] * s["x"] + r["e_0"] * x0 + r["e_m"] * m
+    return {"x": x, "y": y + r["d_y"] * s["y"], "h1": h1, "h2": s["h1"], "peak": m.abs().max()}
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -109,6 +110,17 @@ def test_a_term_with_coefficient_zero_is_not_read(on_device: bool, name: str) ->
         assert (x == 0).all()
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+def test_the_history_stays_where_nothing_enters_it(on_device: bool) -> None:
+    now = state(torch.float64)
+    before = {name: value.clone() for name, value in now.items()}
+    step = torch.tensor([1]) if on_device else 1
+    rows = table(c_x=0.5, c_1=2.0, c_2=-1.0, b=1.0, e_0=0.0)
+    ops.sampler_step(now.pop("x"), torch.randn(SHAPE).double(), rows, step, **now)
+    assert torch.equal(now["h1"], before["h1"])
+    assert torch.equal(now["h2"], before["h2"])
+
+
 def test_a_constant_image_survives_rescaling() -> None:
     output = torch.ones(2 * SHAPE[0], *SHAPE[1:])
     for rescale, step in itertools.product((0.0, 0.6), (1, torch.tensor([1]))):
@@ -156,7 +168,7 @@ def test_a_host_row_allocates_nothing() -> None:
     row, now = full_row() | {"rescale": 0.0}, state(torch.float32)
     output, x = torch.randn(2 * SHAPE[0], *SHAPE[1:]), now.pop("x")
     buffers = {"model_input": torch.empty_like(output), "peak": torch.zeros(2)}
-    scratch, rows = torch.empty(3, *SHAPE).unbind(), table(**row).tolist()
+    scratch, rows = torch.empty(4, *SHAPE).unbind(), table(**row).tolist()
     with Allocations() as seen:
         ops.sampler_step(x, output, rows, 1, **now, **buffers, scratch=scratch)
     assert seen.new == 0
@@ -199,7 +211,7 @@ def test_operator() -> None:
         ({"h2": torch.ones(SHAPE, device="meta")}, "h2: expected the device of x"),
         ({"model_input": torch.ones(3, 1, 5, 4)}, r"model_input: expected shape \[3, 2, 5, 4\]"),
         ({"peak": torch.ones(1)}, r"peak: expected torch.float32 \[N\] = \[2\]"),
-        ({"table": torch.ones(2, 3).double()}, r"table: expected float64 \[N, 17\]"),
+        ({"table": torch.ones(2, 3).double()}, r"table: expected float64 \[N, 20\]"),
         ({"table": table().float()}, r"table: expected float64"),
         ({"table": table().to("meta")}, "table: expected a table on the host for an int step"),
         ({"step": 2}, r"step: expected an index in \[0, 2\), got 2"),

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SD = {**BETAS, "timestep_spacing": "leading", "steps_offset": 1}
 
+NOISE = {**SD, "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
 SINGLE = {**BETAS, "lower_order_final": True, "final_sigmas_type": "sigma_min"}
 BH1 = {**SD, "solver_type": "bh1", "final_sigmas_type": "sigma_min"}  # NaN in diffusers without
 
@@ -91,6 +92,15 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("DPMSolverMultistepScheduler", {**SD, "use_karras_sigmas": True, "euler_at_final": True}),
     ("DPMSolverMultistepScheduler", {**SD, "final_sigmas_type": "sigma_min"}),
     ("DPMSolverMultistepScheduler", {"solver_type": "heun"}),
+    ("DPMSolverMultistepScheduler", {**NOISE, "solver_order": 1}),
+    ("DPMSolverMultistepScheduler", {**NOISE, "prediction_type": "v_prediction"}),
+    ("DPMSolverMultistepScheduler", {**NOISE, "solver_type": "heun"}),
+    ("DPMSolverMultistepScheduler", {**NOISE, "solver_order": 3, "prediction_type": "sample"}),
+    ("DPMSolverMultistepScheduler", {**NOISE, "algorithm_type": "sde-dpmsolver"}),
+    (
+        "DPMSolverMultistepScheduler",
+        {**NOISE, "algorithm_type": "sde-dpmsolver", "solver_type": "heun"},
+    ),
     ("DPMSolverMultistepScheduler", {"solver_type": "bh2", "lower_order_final": False}),
     ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}),
     ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}),
@@ -232,7 +242,6 @@ def test_the_file_of_sd15() -> None:
     ("name", "options", "message"),
     [
         ("DDIMScheduler", {"thresholding": True}, "thresholding=True is not available here"),
-        ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, "dpmsolver of order 2 is"),
         (
             "DPMSolverMultistepScheduler",
             {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},

@@ -32,7 +32,8 @@ COUNTERPARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", {"solver_order": 2}),
     "unipc_3": ("UniPCMultistepScheduler", {"solver_order": 3}),
 }
-# The samplers on diffusers' grids of every spacing, with one call a step (but Heun's two).
+# The samplers on diffusers' grids of every spacing, with one call a step (but Heun's two) and a
+# history of x_0: that of epsilon loses digits where sigma is large.
 CORE = tuple(
     name
     for name, sampler in SAMPLERS.items()
@@ -40,6 +41,7 @@ CORE = tuple(
     and (sampler.calls_per_step == 1 or name == "heun")
     and name not in ("lcm", "tcd")
     and "Singlestep" not in sampler.diffusers[0].scheduler
+    and sampler.diffusers[0].settings.get("algorithm_type", "++").endswith("++")
 )
 BETAS = {
     "linear": ("linear", 1e-4, 0.02),

@@ -13,8 +13,8 @@ and these refusals, each by name:
 an unknown ``variance_type``,                   diffusers takes a misspelt name for a default
 ``timestep_spacing``, ``final_sigmas_type``
 betas outside (0, 1)                            there is no such Gaussian
-``algorithm_type`` dpmsolver, sde-dpmsolver     their history holds epsilon, not x_0
-``solver_order=3`` with sde-dpmsolver++         diffusers' formula has a wrong sign
+``solver_order=3`` with sde-dpmsolver++         diffusers' formula has a wrong sign (and no formula
+or sde-dpmsolver; thresholding with dpmsolver   for sde-dpmsolver); its history holds epsilon
 ``use_flow_sigmas``, ``use_dynamic_shifting``,  for flow matching, another kind of model
 ``shift_terminal``
 ``timestep_type="continuous"`` with v           for networks that are told log(sigma) / 4, as EDM's
@@ -157,7 +157,10 @@ class DiffusionFastDPMSolver(_Solver, diffusers.DPMSolverMultistepScheduler):
     __module__ = "diffusion_fast"
     noise_dtype = torch.float32
     supported: ClassVar[Supported] = {
-        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
+        "algorithm_type": (
+            *("dpmsolver++", "sde-dpmsolver++", "deis"),
+            *("dpmsolver", "sde-dpmsolver"),
+        ),
         "solver_order": (2, 1, 3),
         "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
         **_NO_FLOW,
@@ -166,10 +169,11 @@ class DiffusionFastDPMSolver(_Solver, diffusers.DPMSolverMultistepScheduler):
 
     def check_config(self) -> None:
         super().check_config()
-        if self.config.get("algorithm_type") == "sde-dpmsolver++":
-            order = self.config.solver_order
-            if order == 3:
-                checks.fail("solver_order", "1 or 2 for sde-dpmsolver++", order)
+        algorithm, order = self.config.get("algorithm_type"), self.config.solver_order
+        if str(algorithm).startswith("sde") and order == 3:
+            checks.fail("solver_order", f"1 or 2 for {algorithm}", order)
+        if self.config.get("thresholding") and not str(algorithm).endswith("++"):
+            checks.fail("thresholding", f"False for {algorithm}", True)
 
     def grid_options(self) -> SamplerOptions:
         options, lowest = super().grid_options(), self.config.get("lambda_min_clipped", -math.inf)

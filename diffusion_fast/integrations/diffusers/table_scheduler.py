@@ -389,7 +389,7 @@ def in_sigma_form(table: StepTable) -> StepTable:
     """The same sampler with x_0 + sigma epsilon as its state: x / A before a row, x' / A' after."""
     rows = table.rows.clone()
     before, after = table.levels[:, 0], table.next_levels[:, 0]
-    for name in ("a", "c_x", "d_x"):
+    for name in ("a", "c_x", "d_x", "e_x"):
         rows[:, INDEX[name]] *= before
     for name in ("c_x", "c_0", "c_1", "c_2", "c_y", "c_m", "s"):
         rows[:, INDEX[name]] /= after

@@ -43,6 +43,16 @@ SCHEDULERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("DPMSolver", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     ("DPMSolver", "DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}),
     ("DPMSolver", "DPMSolverMultistepScheduler", {"lower_order_final": False}),
+    (
+        "DPMSolver",
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver", "solver_order": 3, "final_sigmas_type": "sigma_min"},
+    ),
+    (
+        "DPMSolver",
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min"},
+    ),
     ("UniPC", "UniPCMultistepScheduler", {}),
     ("UniPC", "UniPCMultistepScheduler", {"solver_order": 3}),
     ("UniPC", "UniPCMultistepScheduler", {"use_karras_sigmas": True}),
@@ -474,7 +484,6 @@ def test_all_names_are_at_the_top() -> None:
     [
         ("DDPM", "DDPMScheduler", {"variance_type": "learned"}, "variance_type: expected 'fixed"),
         ("DDPM", "DDPMScheduler", {"variance_type": "small"}, "variance_type: expected 'fixed"),
-        ("DPMSolver", DEFAULTS[2][1], {"algorithm_type": "dpmsolver"}, "algorithm_type"),
         ("DPMSolver", DEFAULTS[2][1], {"use_flow_sigmas": True}, "use_flow_sigmas"),
         (
             "DPMSolver",
