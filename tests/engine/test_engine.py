@@ -252,7 +252,9 @@ def test_a_run_inside_its_own_is_refused(call: str, by: str) -> None:
     assert torch.equal(engine.sample(SHAPE, generator=seeded()), expected)
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled], ids=["copy", "deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, pickled], ids=["copy", "deepcopy", "pickle"]
+)
 def test_a_copy_is_an_engine_of_its_own(copied: Callable[[df.Engine], df.Engine]) -> None:
     engine = df.Engine(Linear(), SCHEDULE, "off", sampler="ddim", steps=4, max_steps=50)
     expected = engine.sample(SHAPE, generator=seeded())
