@@ -50,10 +50,22 @@ class Composite(nn.Module):
     """A block: a module of ours that only calls others."""
 
 
+def hooked(*modules: nn.Module) -> list[nn.Module]:
+    """Those of the modules whose call does more, or something else, than their class says."""
+    return [
+        module
+        for module in modules
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    ]
+
+
 class Linear(nn.Linear):
     """A linear layer with its neighbours in one op, see :func:`diffusion_fast.ops.linear`."""
 
-    joins = True
+    @property
+    def joins(self) -> bool:
+        """Whether the op may be one with what follows: hooks must see the layer alone."""
+        return not hooked(self)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, geglu: bool = False) -> Tensor:
         return ops.linear(x, self.weight, self.bias, residual=residual, geglu=geglu)
@@ -70,7 +82,10 @@ class Conv2d(nn.Conv2d):
         ValueError: those with other values, or strides that differ.
     """
 
-    joins = True
+    @property
+    def joins(self) -> bool:
+        """Whether the op may be one with what follows: hooks must see the layer alone."""
+        return not hooked(self)
 
     def __init__(
         self,
@@ -113,21 +128,12 @@ class Conv2d(nn.Conv2d):
         )
 
 
-def hooked(*modules: nn.Module) -> list[nn.Module]:
-    """Those of the modules whose call does more, or something else, than their class says."""
-    return [
-        module
-        for module in modules
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    ]
-
-
 def followed(layer: nn.Module, x: Tensor, **what: Any) -> Tensor:
     """layer(x), gated with ``geglu=True``, plus ``residual``: in one op where the layer is ours.
 
     A replaced or hooked layer (a LoRA) is called with its input alone.
     """
-    if getattr(layer, "joins", False) and not hooked(layer):
+    if getattr(layer, "joins", False):
         return layer(x, **what)
     y = ops.geglu(layer(x)) if what.get("geglu") else layer(x)
     return y if what.get("residual") is None else y + what["residual"]
@@ -138,7 +144,8 @@ def widened(x: Tensor, batch: int) -> Tensor:
 
     A tensor of that batch, or of a larger one, stays as it is.
     """
-    return x if len(x) >= batch else torch.cat([x] * (batch // len(x)))
+    # Not len(), which would make an exported batch a constant.
+    return x if x.shape[0] >= batch else torch.cat([x] * (batch // x.shape[0]))
 
 
 def pixels(x: Tensor) -> Tensor:
@@ -290,7 +297,7 @@ class MultiHead(Composite):
     ) -> Tensor:
         """What ``to_out`` projects, [B, S, C], of x [B, S, C]; for the arguments see Attention."""
         if kv is not None:
-            q = widened(self.split_heads(self.to_q(x)), len(kv[0]))  # [B, S, H, D]
+            q = widened(self.split_heads(self.to_q(x)), kv[0].shape[0])  # [B, S, H, D]
             k, v = kv
         elif self.to_qkv is not None:
             q, k, v = map(self.split_heads, self.to_qkv(x))
@@ -318,7 +325,7 @@ class Attention(MultiHead):
             residual: [B, S, C], or None.
         """
         h = self.attend(x, kv, key_lengths)
-        residual = residual if residual is None else widened(residual, len(h))
+        residual = residual if residual is None else widened(residual, h.shape[0])
         return followed(self.to_out[0], h, residual=residual)
 
 
@@ -393,7 +400,7 @@ class Transformer2D(Composite):
         h = project(self.proj_in, pixels(self.norm(x, silu=False)))  # [B, HW, C]
         for block, block_kv in zip(self.transformer_blocks, kv, strict=True):
             h = block(h, block_kv, key_lengths)
-        return project_onto(widened(x, len(h)), self.proj_out, h)
+        return project_onto(widened(x, h.shape[0]), self.proj_out, h)
 
 
 def _projection(channels: int, linear: bool) -> nn.Module:
@@ -404,7 +411,7 @@ def project(layer: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tens
     """layer(x) + residual for [B, S, C] and a linear layer, or a 1x1 convolution as one."""
     if cast("Tensor", layer.weight).dim() == 2:
         return followed(layer, x, residual=residual)
-    if type(layer) is Conv2d and not hooked(layer):
+    if type(layer) is Conv2d and layer.joins:
         return ops.linear(x, layer.weight.flatten(1), layer.bias, residual=residual)
     y = layer(x.mT[..., None])[..., 0].mT.contiguous()
     return y if residual is None else y + residual

@@ -155,7 +155,7 @@ class UpBlock(Block):
         key_lengths: Tensor | None,
     ) -> Tensor:
         for i in range(len(time)):
-            x = self.layer(i, x, widened(skips.pop(), len(x)), time, kv, key_lengths)
+            x = self.layer(i, x, widened(skips.pop(), x.shape[0]), time, kv, key_lengths)
         for upsample in self.upsamplers:
             x = upsample(x, skips[-1].shape[2:])  # odd sizes don't just double
         return x

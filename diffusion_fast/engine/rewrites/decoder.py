@@ -12,9 +12,8 @@ from torch import Tensor
 from ...edits import Edit, Watch
 from ...models.vae import AutoencoderKL
 from ...models.vae_config import VAEConfig
-from ...ops import checks
 from ...turns import Turns
-from .plan import asked_for, bypassed
+from .plan import asked_for, bypassed, check_placement
 from .prepare import rewritten
 
 DECODER_REWRITES = ("folded_upsample", "fused_qkv", "epilogues", "packed_weights", "removed_no_ops")
@@ -66,10 +65,7 @@ class PreparedDecoder:
         Raises:
             ValueError: the model was moved or cast: that takes a new decoder.
         """
-        weight = self.vae.decoder.conv_in.weight
-        if (weight.dtype, weight.device) != self._placement:
-            made = "a model of {} on {}, as this was made for".format(*self._placement)
-            checks.fail("vae", made, f"{weight.dtype} on {weight.device}")
+        check_placement("vae", self.vae.decoder.conv_in.weight, *self._placement)
         if self._decoder is not self.vae.decoder:
             self._decoder.load_state_dict(self.vae.decoder.state_dict())
         for leaf in self._leaves:

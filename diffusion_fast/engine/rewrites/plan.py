@@ -112,12 +112,12 @@ class RewritePlan:
         if timesteps.dim() != 1 or not 1 <= len(timesteps) <= self.max_rows:
             checks.fail("timesteps", f"[N] with N in [1, {self.max_rows}]", list(timesteps.shape))
 
-    def check_placement(self, model: UNet2DCondition) -> None:
-        """Raises ValueError for a model that was moved or cast since."""
-        weight = model.conv_in.weight
-        if (weight.dtype, weight.device) != (self.dtype, self.device):
-            planned = f"a model of {self.dtype} on {self.device}, as planned"
-            checks.fail("model", planned, f"{weight.dtype} on {weight.device}")
+
+def check_placement(name: str, weight: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ValueError for the weight of a model that was moved or cast since it was prepared."""
+    if (weight.dtype, weight.device) != (dtype, device):
+        planned = f"a model of {dtype} on {device}, as planned"
+        checks.fail(name, planned, f"{weight.dtype} on {weight.device}")
 
 
 class Bypassed(ValueError):

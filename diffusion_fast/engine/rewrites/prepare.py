@@ -19,7 +19,7 @@ from ..buffers import Clock
 from ..graphs.policy import surroundings
 from . import cost
 from .leaves import Leaf, modules, plain_leaves
-from .plan import REWRITES, RewritePlan, RewriteReport, make_plan
+from .plan import REWRITES, RewritePlan, RewriteReport, check_placement, make_plan
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -127,7 +127,7 @@ class PreparedUNet:
         weight = model.conv_in.weight
         self._grid = torch.zeros(plan.max_rows, 1, dtype=torch.float32, device=weight.device)
         self._kept = Kept()
-        self.given: Any = None  # what is kept of the last context
+        self.given: Any = None  # of this run: context, its keys and values, lengths, additions
         # The same inputs leave the same behind, unless a layer is more than its weights.
         parts = list(model.modules())
         self._repeats = not (plan.device.type == "meta" or hooked(*parts)) and all(
@@ -226,7 +226,7 @@ class PreparedUNet:
         Raises:
             ValueError: the model was moved or cast: that takes a new plan.
         """
-        self.plan.check_placement(self.model)
+        check_placement("model", self.model.conv_in.weight, self.plan.dtype, self.plan.device)
         self._last = None
         for leaf in self._leaves:
             leaf.refresh()
