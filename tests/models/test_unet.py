@@ -206,7 +206,7 @@ class _Copies(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         copies = any(word in str(func) for word in ("clone", "copy", "contiguous"))
-        statistics = 2 * max(THREE_LEVELS["block_out_channels"])
+        statistics = 2 * 2 * max(THREE_LEVELS["block_out_channels"])  # of two sources
         if "_local_scalar" in str(func) or (copies and args[0].numel() > statistics):
             self.seen.append(f"{func} {list(args[0].shape)}")
         return func(*args, **(kwargs or {}))
