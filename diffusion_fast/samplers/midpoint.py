@@ -57,17 +57,16 @@ def dpmpp_sde(grid: Grid, options: SamplerOptions) -> Calls:
         middle = math.sqrt(sigma * after)
         down, up = ancestral_step(sigma, middle, eta)
         quiet = toward(X, X0, sigma, down)
-        program.call(i, sigma, middle, quiet + s_noise * up * Z, y=quiet)
-        # The step's start, from the kept state and the first x_0.
-        start = sigma / down * (Y - (1 - down / sigma) * H1)
+        program.call(i, sigma, middle, quiet + s_noise * up * Z, y=X)
+        quiet = toward(Y, H1, sigma, down)  # the state without its noise
         last, up_2 = ancestral_step(sigma, after, eta)
         first, second = (
             math.sqrt(part / (sigma - after)) for part in (sigma - middle, middle - after)
         )
         noise = s_noise * up_2 * second * Z
         if s_noise * up:
-            noise = noise + up_2 * first / up * (X - Y)
-        program.call(i, middle, after, toward(start, X0, sigma, last) + noise)
+            noise = noise + up_2 * first / up * (X - quiet)
+        program.call(i, middle, after, toward(Y, X0, sigma, last) + noise)
     return program.calls()
 
 
@@ -89,16 +88,16 @@ def seeds_2(grid: Grid, options: SamplerOptions, *, r: float, exact: bool) -> Ca
         pace = h * (1 + eta)
         quiet = math.exp(-r * pace) * X - math.expm1(-r * pace) * X0
         up = middle * math.sqrt(-math.expm1(-2 * r * h * eta))
-        program.call(i, sigma, middle, quiet + s_noise * up * Z, y=quiet)
-        start = math.exp(r * pace) * (Y + math.expm1(-r * pace) * H1)
+        program.call(i, sigma, middle, quiet + s_noise * up * Z, y=X)
+        quiet = math.exp(-r * pace) * Y - math.expm1(-r * pace) * H1
         weight = 1 / (2 * r)
         if exact:
             weight = _phi_2(-pace) / r / math.expm1(-pace)
         mean = (1 - weight) * H1 + weight * X0
-        state = math.exp(-pace) * start - math.expm1(-pace) * mean
+        state = math.exp(-pace) * Y - math.expm1(-pace) * mean
         if s_noise and eta:
             rest = (r - 1) * h * eta
-            state = state + after / middle * math.exp(rest) * (X - Y)
+            state = state + after / middle * math.exp(rest) * (X - quiet)
             state = state + s_noise * after * math.sqrt(-math.expm1(2 * rest)) * Z
         program.call(i, middle, after, state)
     return program.calls()
@@ -124,21 +123,25 @@ def seeds_3(grid: Grid, options: SamplerOptions) -> Calls:
         decay = math.exp(-between)
 
         quiet = math.exp(-r_1 * pace) * X - math.expm1(-r_1 * pace) * X0
-        program.call(i, sigma, first, quiet + first * spread * Z, y=quiet)
+        program.call(i, sigma, first, quiet + first * spread * Z, y=X)
 
-        # y: what the kept state becomes without noise; the noise so far is x - y.
+        # The noise so far is what the state holds beside its quiet value.
+        so_far = X - (math.exp(-r_1 * pace) * Y - math.expm1(-r_1 * pace) * H1)
         a_2 = r_2 / r_1 * _phi_2(-r_2 * pace)
         a_1 = math.expm1(-r_2 * pace) - a_2
-        start = math.exp(r_1 * pace) * (Y + math.expm1(-r_1 * pace) * H1)
-        quiet = math.exp(-r_2 * pace) * start - a_1 * H1 - a_2 * X0
-        noise = second / first * decay * (X - Y) + second * spread * Z
-        program.call(i, first, second, quiet + noise, y=quiet)
+        quiet = math.exp(-r_2 * pace) * Y - a_1 * H1 - a_2 * X0
+        noise = second * spread * Z
+        if program.eta:
+            noise = noise + second / first * decay * so_far
+        program.call(i, first, second, quiet + noise, y=Y)
 
         b_3 = _phi_2(-pace) / r_2
         b_1 = math.expm1(-pace) - b_3
-        start = math.exp(r_2 * pace) * (Y + a_1 * H2 + a_2 * H1)
-        quiet = math.exp(-pace) * start - b_1 * H2 - b_3 * X0
-        noise = after / second * decay * (X - Y) + after * spread * Z
+        so_far = X - (math.exp(-r_2 * pace) * Y - a_1 * H2 - a_2 * H1)
+        quiet = math.exp(-pace) * Y - b_1 * H2 - b_3 * X0
+        noise = after * spread * Z
+        if program.eta:
+            noise = noise + after / second * decay * so_far
         program.call(i, second, after, quiet + noise)
     return program.calls()
 
