@@ -14,6 +14,9 @@ from .tensors import Stored
 HEAD_DIM = 64  # of every CLIP text encoder that Stable Diffusion uses
 SD2_LAYERS = 23  # SD 2.x conditions on what the last but one of 24 gives
 OPEN_CLIP_WIDTH = 1024  # of the narrowest OpenCLIP encoder in use; OpenAI's has 768
+CLIP_LAYERS = 12  # of OpenAI's; SDXL conditions on what the last but one gives
+# Of the published encoders, by width and whether they are projected: CLIP-L, OpenCLIP H and bigG.
+_LAYERS = {(768, False): CLIP_LAYERS, (OPEN_CLIP_WIDTH, False): SD2_LAYERS, (1280, True): 32}
 
 _CONFIG: dict[str, Any] = {
     "model_type": "clip_text_model",
@@ -41,19 +44,30 @@ _OPEN_CLIP_LAYER = {
 _RESBLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
 
 
-def clip_tensors(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+def clip_tensors(tensors: Mapping[str, Stored], penultimate: bool) -> dict[str, Stored]:
     """OpenAI's CLIP (SD 1.x, SDXL's first), which CompVis kept in transformers' names.
 
     Args:
         tensors: names without prefix; ``text_model.`` may be missing, as in newer versions of
             transformers, and ``position_ids`` be there, as in older ones. What else a whole CLIP
             has, Stable Diffusion doesn't read.
+        penultimate: only the states before the last layer are read (SDXL). A file may lack that
+            layer; one of zeros, which adds nothing to them, then takes its place, so that states
+            are counted from the end of the same model, here and in what is saved.
     """
-    return {
+    found = {
         "text_model." + name.removeprefix("text_model."): tensor
         for name, tensor in tensors.items()
         if name.rpartition(".")[2] not in _IGNORED and not name.startswith(_BESIDE)
     }
+    before, last = (f"text_model.encoder.layers.{i}." for i in (CLIP_LAYERS - 2, CLIP_LAYERS - 1))
+    if penultimate and not any(name.startswith(last) for name in found):
+        found |= {
+            name.replace(before, last): tensor.through(torch.zeros_like)
+            for name, tensor in found.items()
+            if name.startswith(before)
+        }
+    return found
 
 
 def open_clip_tensors(tensors: Mapping[str, Stored], projected: bool) -> dict[str, Stored]:
@@ -97,12 +111,16 @@ def _third(i: int, tensor: torch.Tensor) -> torch.Tensor:
 def text_config(tensors: Mapping[str, Stored], open_clip: bool) -> dict[str, Any]:
     """The ``config.json`` of a text encoder, from its tensors in transformers' names.
 
+    One of a published width has as many layers as are read of it, whether the file holds more
+    (they are left out) or fewer (the missing ones are named when it is built).
+
     Raises:
         KeyError: a tensor that every encoder has is missing.
     """
     tokens = tensors["text_model.embeddings.token_embedding.weight"].shape
     positions = tensors["text_model.embeddings.position_embedding.weight"].shape
-    layers = [re.match(r"text_model\.encoder\.layers\.(\d+)\.", name) for name in tensors]
+    matches = [re.match(r"text_model\.encoder\.layers\.(\d+)\.", name) for name in tensors]
+    there = 1 + max((int(match[1]) for match in matches if match), default=0)
     projection = tensors.get("text_projection.weight")
     return {
         **_CONFIG,
@@ -113,6 +131,6 @@ def text_config(tensors: Mapping[str, Stored], open_clip: bool) -> dict[str, Any
         "max_position_embeddings": positions[0],
         "intermediate_size": tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
         "num_attention_heads": max(tokens[1] // HEAD_DIM, 1),
-        "num_hidden_layers": 1 + max(int(match[1]) for match in layers if match),
+        "num_hidden_layers": _LAYERS.get((tokens[1], bool(projection)), there),
         "projection_dim": projection.shape[0] if projection else tokens[1],
     }

@@ -233,8 +233,8 @@ def _vae_source(
 
 def _text_states(tensors: Mapping[str, Stored]) -> dict[str, TextState]:
     found = {}
-    for prefix in _CLIPS:
-        if clip := clip_tensors(_under(tensors, prefix)):
+    for prefix, penultimate in zip(_CLIPS, (False, True), strict=True):
+        if clip := clip_tensors(_under(tensors, prefix), penultimate):
             found["text_encoder"] = TextState(text_config(clip, False), partial(read, clip))
     for prefix, encoder in zip(_OPEN_CLIPS, ("text_encoder", "text_encoder_2"), strict=True):
         projected = encoder == "text_encoder_2"

@@ -38,10 +38,13 @@ from diffusion_fast.models import (
     UNetConfig,
     single_file,
 )
+from diffusion_fast.models.clip_weights import assemble
 from diffusion_fast.models.compvis_unet import unet_config, unet_name
 from diffusion_fast.models.compvis_vae import vae_config, vae_name
 from diffusion_fast.models.tensors import read
+from diffusion_fast.models.text import TextEncoders
 from diffusion_fast.models.vae_config import VAEConfig
+from diffusion_fast.pipelines import make_tiny
 
 # Names in published files that diffusers' converter doesn't insist on.
 PUBLISHED = {
@@ -220,6 +223,62 @@ def test_sd2_reads_the_first_23_layers_whatever_the_file_has(layers: int, tmp_pa
     config, load = single_file.identify(tmp_path / "model.safetensors").text["text_encoder"]
     assert config["num_hidden_layers"] == 23
     assert "text_model.encoder.layers.22.mlp.fc1.weight" in load()
+
+
+def without_layer(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {n: value for n, value in state.items() if name not in n}
+
+
+def test_sdxl_reads_the_first_11_layers_of_its_first_encoder(tmp_path: Path) -> None:
+    """Whether the file has the 12th or not; states are counted from the end of all 12."""
+    state = unet_states(UNETS["sdxl"]) | clip_states(CLIP["sdxl"], layers=12)
+    ids, states = torch.arange(50)[None], []
+    for layers in (12, 11):
+        file = tmp_path / f"{layers}.safetensors"
+        save_file(state if layers == 12 else without_layer(state, ".layers.11."), file)
+        config, load = single_file.identify(file).text["text_encoder"]
+        shape = transformers.CLIPTextConfig.from_dict(config)
+        model = assemble(lambda shape=shape: transformers.CLIPTextModel(shape), load(), file)
+        with torch.no_grad():
+            states.append(model(ids, output_hidden_states=True).hidden_states)
+    whole, short = states
+    assert len(whole) == len(short) == 13
+    assert all(torch.equal(*pair) for pair in zip(whole[:-1], short[:-1], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "missing"),
+    [
+        ("sd1", {"text_encoder": 11}),
+        ("sd2", {"text_encoder": 22}),
+        ("sdxl", {"text_encoder": 10, "text_encoder_2": 31}),
+    ],
+)
+def test_layers_that_an_encoder_of_published_width_lacks_are_named(
+    kind: str, missing: dict[str, int], tmp_path: Path
+) -> None:
+    state = unet_states(UNETS[kind])
+    if kind in CLIP:
+        state |= clip_states(CLIP[kind], width=768, layers=1)
+    if kind in OPEN_CLIP:
+        width = 1280 if kind == "sdxl" else 1024
+        state |= open_clip_states(OPEN_CLIP[kind], width=width, layers=1)
+    save_file(state, tmp_path / "model.safetensors")
+    tokenizer = make_tiny(tmp_path / "tiny", "sd15")
+    found = single_file.identify(tmp_path / "model.safetensors").text
+    assert found.keys() == missing.keys()
+    for name, layer in missing.items():
+        with pytest.raises(CheckpointError, match=rf"missing: \S*layers\.{layer}\."):
+            TextEncoders.from_single_file("model.safetensors", {name: found[name]}, tokenizer)
+
+
+def test_sd2_reads_23_layers_of_an_encoder_in_transformers_names(tmp_path: Path) -> None:
+    state = clip_states(CLIP["sd1"], width=1024, layers=1) | unet_states(UNETS["sd2"])
+    one = CLIP["sd1"] + "text_model.encoder.layers.0.mlp.fc1.bias"
+    state[one.replace(".0.", ".23.")] = state[one].clone()
+    save_file(state, tmp_path / "model.safetensors")
+    config, _ = single_file.identify(tmp_path / "model.safetensors").text["text_encoder"]
+    assert config["num_hidden_layers"] == 23
 
 
 @pytest.mark.parametrize(("width", "activation"), [(64, "quick_gelu"), (1024, "gelu")])
