@@ -198,6 +198,33 @@ class Known:
     levels: Tensor
 
 
+class Noise:
+    """The noise that rows read, drawn by the host into the buffers.
+
+    Args:
+        buffers: the loop's.
+        draws: whether a row reads any.
+        generator: where it comes from; a Philox stream is read in the steps themselves.
+    """
+
+    def __init__(self, buffers: Buffers, draws: list[bool], generator: Generators) -> None:
+        self._buffers = buffers
+        self._draws = [] if isinstance(generator, Philox) else draws
+        self._source = noise_source(buffers.noise, generator) if any(self._draws) else None
+
+    def draw(self, row: int) -> None:
+        """The noise of a row, if it reads any."""
+        if self._source is not None and self._draws[row]:
+            self._source()
+
+    def draw_all(self) -> None:
+        """The noise of all rows, before a loop that the host doesn't see."""
+        for row, reads in enumerate(self._draws):
+            if reads:
+                self.draw(row)
+                self._buffers.noise_table[row] = self._buffers.noise
+
+
 def noise_source(out: Tensor, generator: Generators) -> Callable[[], object]:
     """A function that fills ``out`` with standard normal noise, in the order of torch.randn.
 

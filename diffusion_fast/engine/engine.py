@@ -20,8 +20,7 @@ from ..schedule import DiffusionSchedule
 from ..turns import Turns
 from .buffers import Generators, Layout
 from .graphs.policy import Graphs
-from .inputs import check_extra, check_starts, checked_shape
-from .loop import Loop, Run, Start, denoise
+from .loop import Loop, Run, Start, check_extra, checked_shape, denoise
 from .predictor import PlainPredictor, Predictor, predictor_for
 
 Callback = Callable[[int, float, Tensor], None]
@@ -166,8 +165,8 @@ class Engine:
             if table is not None:
                 self._configure(table)
             from_image = self._options.strength is not None
-            check_starts(shape, x_T, x_0, mask, has_strength=from_image)
             start = Start(x_T, x_0, mask, generator, from_image)
+            start.check(shape)
             self._notice_edits()
             joined = join_halves(context, null_context, self.table.halves, shape[0])
             loop = self._loop_for(shape, 0 if extra_channels is None else extra_channels.shape[1])

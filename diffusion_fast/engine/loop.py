@@ -6,7 +6,8 @@ a table and a context, which gives a :class:`Run` from a starting noise, which i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from .. import ops
 from ..conditioning import Context
 from ..ops import Philox, checks
 from ..samplers.table import StepTable
-from .buffers import Buffers, Clock, Generators, Layout, noise_source
+from .buffers import Buffers, Clock, Generators, Layout, Noise, noise_source
 from .graphs.policy import Capturable, Way
 from .predictor import PlainPredictor, Predictor, signature
 
@@ -134,33 +135,6 @@ class Rows:
             )
 
 
-class Noise:
-    """The noise that rows read, drawn by the host into the buffers.
-
-    Args:
-        buffers: the loop's.
-        draws: whether a row reads any.
-        generator: where it comes from; a Philox stream is read in the steps themselves.
-    """
-
-    def __init__(self, buffers: Buffers, draws: list[bool], generator: Generators) -> None:
-        self._buffers = buffers
-        self._draws = [] if isinstance(generator, Philox) else draws
-        self._source = noise_source(buffers.noise, generator) if any(self._draws) else None
-
-    def draw(self, row: int) -> None:
-        """The noise of a row, if it reads any."""
-        if self._source is not None and self._draws[row]:
-            self._source()
-
-    def draw_all(self) -> None:
-        """The noise of all rows, before a loop that the host doesn't see."""
-        for row, reads in enumerate(self._draws):
-            if reads:
-                self.draw(row)
-                self._buffers.noise_table[row] = self._buffers.noise
-
-
 @dataclass(frozen=True)
 class Start:
     """What a run starts from, see :meth:`Engine.sample <diffusion_fast.Engine.sample>`.
@@ -175,6 +149,30 @@ class Start:
     mask: Tensor | None
     generator: Generators
     from_image: bool
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError for what doesn't fit samples [B, ...].
+
+        x_0 is for image-to-image and inpainting, which both need it.
+        """
+        if self.x_0 is None and self.from_image:
+            checks.fail("x_0", "an image to start from, because strength is given", None)
+        if self.x_0 is None and self.mask is not None:
+            checks.fail("x_0", "an image to keep, because mask is given", None)
+        if self.x_0 is not None and self.mask is None and not self.from_image:
+            checks.fail("strength", "how far to noise x_0, in (0, 1], or a mask", None)
+        for name, given in (("x_T", self.x_T), ("x_0", self.x_0)):
+            if given is not None:
+                checks.floating(name, given)
+                checks.shape(name, given, shape, "of the samples")
+        if self.mask is not None:
+            _check_beside("mask", self.mask, shape, (1, *shape[1:2]))
+            if self.mask.is_floating_point():
+                low, high = (value.item() for value in torch.aminmax(self.mask))
+                if not (low >= 0 and high <= 1):
+                    checks.fail("mask", "values in [0, 1]", f"values in [{low:g}, {high:g}]")
+            elif self.mask.dtype != torch.bool:
+                checks.fail("mask", "a floating point dtype or torch.bool", self.mask.dtype)
 
 
 class Loop:
@@ -339,3 +337,37 @@ def _known_levels(table: StepTable) -> Tensor:
     levels = table.next_levels.clone()
     levels[table.step_of_row == table.step_of_row[-1]] = torch.tensor([1.0, 0.0]).to(levels)
     return torch.cat((levels, table.ends_step[:, None].to(levels)), dim=1)
+
+
+def checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    try:
+        sizes = tuple(operator.index(n) for n in shape)
+    except TypeError:
+        checks.fail("shape", "positive sizes [B, ...]", repr(shape))
+    if not sizes or min(sizes) < 1:
+        checks.fail("shape", "positive sizes [B, ...]", list(sizes))
+    return sizes
+
+
+def check_extra(shape: tuple[int, ...], extra_channels: Tensor | None) -> None:
+    if extra_channels is not None:
+        _check_beside("extra_channels", extra_channels, shape, None)
+        checks.floating("extra_channels", extra_channels)
+
+
+def _check_beside(
+    name: str, value: Tensor, shape: tuple[int, ...], channels: tuple[int, ...] | None
+) -> None:
+    """[1 or B, C', ...] with the sizes of the samples [B, C, ...]; C' any for ``channels`` None."""
+    checks.tensor(name, value)
+    fits = (
+        len(shape) > 1
+        and value.dim() == len(shape)
+        and len(value) in (1, shape[0])
+        and (channels is None or value.shape[1] in channels)
+        and value.shape[2:] == shape[2:]
+    )
+    if not fits:
+        kinds = "any" if channels is None else " or ".join(str(n) for n in sorted({*channels}))
+        expected = f"shape [1 or {shape[0]}, {kinds}, ...] beside samples {list(shape)}"
+        checks.fail(name, expected, list(value.shape))

@@ -12,7 +12,7 @@ from tape import Loop, TapeCapturer, TapeGraph, tape
 
 import diffusion_fast as df
 from diffusion_fast.engine.graphs import policy
-from diffusion_fast.engine.graphs.cache import GraphCache
+from diffusion_fast.engine.graphs.policy import GraphCache
 
 __all__ = ["tape"]  # a fixture
 

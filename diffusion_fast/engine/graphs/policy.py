@@ -1,9 +1,13 @@
-"""Which graph a run uses: looked up, captured when it isn't there, or none, and why."""
+"""Which graph a run uses: looked up, captured when it isn't there, or none, and why.
+
+The least recently used graphs go when memory runs out.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -13,13 +17,15 @@ from torch import Tensor, nn
 from ... import ops
 from ...conditioning import Model
 from ...ops import checks
-from .cache import GraphCache
 from .capture import Capturer, CudaCapturer, Graph
 
 MODES = ("auto", "loop", "step", "off")
 NOISE_BYTES = 2**28  # largest table with the noise of every row
 UNROLLED_ROWS = 100  # longest loop that "auto" unrolls
 GRAPH_BYTES = 2**33  # memory that graphs may add to their pool
+
+
+_Key = tuple[Hashable, ...]  # everything that graphs baked in
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,97 @@ def noise_place(
     return "row", by_step
 
 
+class GraphCache:
+    """Graphs by everything that they baked in.
+
+    The graphs of a key have a name each, such as a step and the loop that repeats it. They are
+    used and go together.
+
+    Args:
+        limit: how many bytes the captures of the graphs that are kept may have added to their
+            pools. What a graph leaves behind in its pool is there for the next capture. The key
+            that is asked for always stays.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._graphs: OrderedDict[_Key, dict[str, tuple[Hashable, Graph]]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._graphs.values()))
+
+    @property
+    def bytes(self) -> int:
+        return sum(graph.bytes for key in self._graphs for graph in self._of(key))
+
+    def get(
+        self, key: _Key, name: str, make: Callable[[], Graph], version: Hashable = None
+    ) -> Graph:
+        """The graph of this key and name, made if need be; another version makes way for it.
+
+        Out of memory in ``make`` frees the oldest graphs of other keys and makes it once more.
+
+        Raises:
+            Exception: what ``make`` raises; the cache then has nothing under this key and name.
+        """
+        graphs = self._graphs.get(key, {})
+        if name not in graphs or graphs[name][0] != version:
+            graphs.pop(name, None)
+            graphs[name] = version, self._made(make, key)
+            self._graphs[key] = graphs
+            self._shrink(key)
+        self._graphs.move_to_end(key)
+        return graphs[name][1]
+
+    def _made(self, make: Callable[[], Graph], key: _Key) -> Graph:
+        if self._oldest_but(key) is None:
+            return make()
+        graph = self._or_out_of_memory(make)
+        if graph is None:  # and the failed attempt's own tensors are gone by now
+            self._free_oldest_but(key)
+            graph = make()
+        return graph
+
+    @staticmethod
+    def _or_out_of_memory(make: Callable[[], Graph]) -> Graph | None:
+        try:
+            return make()
+        except torch.OutOfMemoryError:
+            return None
+
+    def _free_oldest_but(self, key: _Key) -> None:
+        """Free the least recently used graphs and those that share their pool, but for ``key``'s.
+
+        Fewer would free nothing: PyTorch gives the memory of a pool back when the last graph of
+        the pool is gone, because it can't know which of them uses what.
+        """
+        oldest = self._oldest_but(key)
+        assert oldest is not None
+        pools = {graph.pool for graph in self._of(oldest)}
+        for other in list(self._graphs):
+            if other != key and any(graph.pool in pools for graph in self._of(other)):
+                del self._graphs[other]
+
+    def _shrink(self, key: _Key) -> None:
+        """Down to the limit, but for the key that was just asked for."""
+        while self.bytes > self.limit and (oldest := self._oldest_but(key)) is not None:
+            del self._graphs[oldest]
+
+    def _oldest_but(self, key: _Key) -> _Key | None:
+        return next((other for other in self._graphs if other != key), None)
+
+    def _of(self, key: _Key) -> list[Graph]:
+        return [graph for _, graph in self._graphs[key].values()]
+
+    def drop(self, owner: Hashable) -> None:
+        """Forget the graphs whose key begins with ``owner``."""
+        for key in [key for key in self._graphs if key[0] is owner]:
+            del self._graphs[key]
+
+    def clear(self) -> None:
+        self._graphs.clear()
+
+
 class Graphs:
     """The graphs of one engine.
 
@@ -140,7 +237,7 @@ class Graphs:
         self.mode, self.cache = mode, GraphCache(GRAPH_BYTES)
         self.capturer: Capturer = CudaCapturer()
         self._is_module = isinstance(model, nn.Module)
-        self._refused: dict[tuple[Hashable, ...], dict[str, str]] = {}  # why, of each attempt
+        self._refused: dict[_Key, dict[str, str]] = {}  # why, of each attempt
         self.last = Way("off", self._unavailable(device) or "no run yet")
 
     def clear(self) -> None:
@@ -185,9 +282,7 @@ class Graphs:
             why = "the model is no nn.Module, so nobody sees its weights change"
         return why
 
-    def _captured(
-        self, key: tuple[Hashable, ...], loop: Capturable, noise: str, by_step: str | None
-    ) -> Way:
+    def _captured(self, key: _Key, loop: Capturable, noise: str, by_step: str | None) -> Way:
         """The first way that works."""
         refused = self._refused.setdefault(key, {})
         if "off" in refused:
@@ -210,7 +305,7 @@ class Graphs:
 
     def _first_that_works(
         self,
-        key: tuple[Hashable, ...],
+        key: _Key,
         loop: Capturable,
         noise: str,
         step: Graph,
