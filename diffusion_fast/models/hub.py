@@ -32,7 +32,7 @@ def resolve(
     """A local path as it is; a hub id as the folder that its files were fetched to.
 
     Of each model one form of its weights is fetched, the first that the repository has: the
-    variant, else the plain ones; as safetensors, else as pickles.
+    variant, else the plain ones if another model has the variant; as safetensors, else as pickles.
 
     ``HF_HUB_OFFLINE``, ``HF_HOME`` and the other settings of ``huggingface_hub`` hold.
 
@@ -46,7 +46,8 @@ def resolve(
 
     Raises:
         CheckpointError: neither a path that exists nor an id; an id that isn't in the cache and
-            can't be fetched; ``huggingface_hub`` isn't installed.
+            can't be fetched; no model there has the variant (before other weights are fetched);
+            ``huggingface_hub`` isn't installed.
     """
     path = Path(path_or_id)
     if path.exists():
@@ -64,27 +65,31 @@ def resolve(
             " pip install huggingface_hub"
         ) from error
     forms = [(v, kind) for v in dict.fromkeys((variant, None)) for kind in ("safetensors", "bin")]
-    patterns, found = list(others), Path()
-    try:
-        for form in forms:
-            patterns += [name for model in models.items() for name in model_files(*model, *form)]
-            found = Path(snapshot_download(path_or_id, revision=revision, allow_patterns=patterns))
-            models = {
-                name: stem for name, stem in models.items() if _lacks(found / name, form[0], stem)
-            }
-            patterns = []
-            if not models:
-                break
-    except (OSError, ValueError) as error:
-        if isinstance(error, (HfHubHTTPError, HFValidationError)):
-            reason = f"as a hub id it is refused: {_first_line(error)}"
-        else:
-            reason = (
-                "as a hub id it isn't in the local cache and can't be fetched"
-                f" ({_first_line(error)}). Without a network, fetch it elsewhere with"
-                f" `hf download {path_or_id}` and copy the folder here or into the cache"
+    patterns, found, lacking = list(others), Path(), models
+    for form in forms:
+        if form[0] != variant and not any(
+            has_weights(found / name, variant, stem) for name, stem in models.items()
+        ):
+            raise CheckpointError(
+                f"{path_or_id}: variant: no model in it has weights of {variant!r}"
             )
-        raise CheckpointError(f"{path_or_id}: no such file or folder, and {reason}") from error
+        patterns += [name for model in lacking.items() for name in model_files(*model, *form)]
+        try:
+            found = Path(snapshot_download(path_or_id, revision=revision, allow_patterns=patterns))
+        except (OSError, ValueError) as error:
+            if isinstance(error, (HfHubHTTPError, HFValidationError)):
+                reason = f"as a hub id it is refused: {_first_line(error)}"
+            else:
+                reason = (
+                    "as a hub id it isn't in the local cache and can't be fetched"
+                    f" ({_first_line(error)}). Without a network, fetch it elsewhere with"
+                    f" `hf download {path_or_id}` and copy the folder here or into the cache"
+                )
+            raise CheckpointError(f"{path_or_id}: no such file or folder, and {reason}") from error
+        lacking = {n: stem for n, stem in lacking.items() if _lacks(found / n, form[0], stem)}
+        patterns = []
+        if not lacking:
+            break
     return found
 
 

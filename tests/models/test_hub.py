@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import fnmatch
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from small_unets import small_config
 from unet_parity import twins
 
-from diffusion_fast.models import CheckpointError, UNet2DCondition, hub
+from diffusion_fast.models import AutoencoderKL, CheckpointError, UNet2DCondition, hub
 from diffusion_fast.models.checkpoints import STEM
+from diffusion_fast.pipelines import StableDiffusion
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NOT_FETCHED = (
@@ -183,7 +185,12 @@ def test_only_what_is_read_is_fetched(snapshots: list[dict[str, Any]]) -> None:
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """Fetches from a repository that has these files, and tells what came."""
 
-    def fetched(files: Sequence[str], variant: str | None = None) -> list[str]:
+    def fetched(
+        files: Sequence[str],
+        variant: str | None = None,
+        use: Callable[..., object] = hub.resolve,
+        message: str | None = None,
+    ) -> list[str]:
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
 
         def snapshot_download(_: str, allow_patterns: list[str], **__: Any) -> str:
@@ -193,7 +200,9 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
             return str(folder)
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-        hub.resolve("owner/name", variant=variant)
+        refused = pytest.raises(CheckpointError, match=message) if message else nullcontext()
+        with refused:
+            use("owner/name", variant=variant)
         return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
     return fetched
@@ -218,6 +227,31 @@ def test_a_variant_of_some_parts_only(repository: Callable[..., list[str]]) -> N
     wanted = sorted({*files} - {f"{UNET}.safetensors"})
     assert repository(files, variant="fp16") == wanted
     assert repository(files) == sorted({*files} - {f"{UNET}.fp16.safetensors"})
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("use", "folders"),
+    [
+        (UNet2DCondition.from_pretrained, [""]),
+        (UNet2DCondition.from_pretrained, ["unet/", "vae/"]),
+        (AutoencoderKL.from_pretrained, [""]),
+        (AutoencoderKL.from_pretrained, ["vae/", "unet/"]),
+        (StableDiffusion.from_pretrained, ["unet/", "vae/"]),
+    ],
+)
+def test_a_variant_that_is_not_there_is_refused_before_other_weights_come(
+    use: Callable[..., object],
+    folders: list[str],
+    variant: str,
+    kind: str,
+    repository: Callable[..., list[str]],
+) -> None:
+    files = [f"{folder}{name}" for folder in folders for name in ("config.json", f"{STEM}.{kind}")]
+    message = f"^owner/name: variant: no model in it has weights of '{variant}'"
+    came = repository([*files, "other.fp16.safetensors"], variant, use, message)
+    assert set(came) <= {f"{folder}config.json" for folder in folders}
 
 
 def test_one_models_files() -> None:
