@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,14 @@ def write_json(value: Mapping[str, Any], path: AnyPath) -> None:
     """
     with whole(path) as (temporary,):
         temporary.write_text(json_text(value), encoding="utf-8")
+
+
+def checksum(parts: Iterable[Any]) -> str:
+    """CRC-32 of bytes, or buffers of them, as if in a row; 8 hexadecimal digits."""
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return f"{crc:08x}"
 
 
 def read_tensors(path: AnyPath) -> dict[str, Tensor]:

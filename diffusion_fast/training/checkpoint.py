@@ -12,9 +12,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from ..files import (
     AnyPath,
     CheckpointError,
+    checksum,
     flush,
     json_text,
     read_json,
@@ -248,15 +249,11 @@ def _write(folder: Path, groups: Groups, state: Mapping[str, Any]) -> dict[str, 
 
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
-        crc = 0
-        while chunk := file.read(_CHUNK):
-            crc = zlib.crc32(chunk, crc)
-    return f"{crc:08x}"
+        return checksum(iter(partial(file.read, _CHUNK), b""))
 
 
 def _write_mark(folder: Path, mark: Mapping[str, Any]) -> None:
-    own = f"{zlib.crc32(json_text(mark).encode()):08x}"
-    write_json({**mark, "checksum": own}, folder / MARK)
+    write_json({**mark, "checksum": checksum([json_text(mark).encode()])}, folder / MARK)
 
 
 def _read_mark(folder: Path) -> dict[str, Any]:
@@ -264,7 +261,7 @@ def _read_mark(folder: Path) -> dict[str, Any]:
     mark = read_json(folder / MARK)
     own = mark.pop("checksum", None)
     new = own is not None or "checksums" in mark  # older ones have neither
-    if new and own != f"{zlib.crc32(json_text(mark).encode()):08x}":
+    if new and own != checksum([json_text(mark).encode()]):
         raise CheckpointError(f"{folder / MARK}: damaged, its checksum is not {own}")
     if not isinstance(mark.get("files"), dict):
         raise CheckpointError(f"{folder / MARK}: damaged, it lists no files")

@@ -4,14 +4,15 @@ Each image and each caption has a file of its own, named by a hash of all that m
 encoder's weights and configuration, the image's size, the file (its path, its length and when it
 was changed) or the text. So what is there is right, a restart or another process makes what is
 missing, and a new image recomputes nothing else. Files made of what has changed since are never
-read again; remove the folder to be rid of them.
+read again; remove the folder to be rid of them. Beside its tensors each file has their checksum
+(CRC-32; files of older versions have none), so that a damaged one is named when it is read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..conditioning import Context
-from ..files import AnyPath, CheckpointError, read_tensors, save_tensors, whole
+from ..files import AnyPath, CheckpointError, checksum, read_tensors, save_tensors, whole
 from ..ops import checks
 from .distributed import Processes
 from .image_folder import ImageFolder
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from ..models.vae import AutoencoderKL
 
 _PIXELS = "upright, cover, Lanczos, middle, [-1, 1]"  # what ImageFolder does to a file
+_CHECKSUM = "crc32"  # beside the tensors in a file
+_AGAIN = "remove it and cache the latents again"
 
 Tensors = dict[str, Tensor]
 
@@ -235,10 +238,16 @@ def _fingerprint(modules: dict[str, nn.Module], more: object = None) -> str:
         values = config.to_dict() if config is not None else {}
         named = {k: v for k, v in values.items() if k != "transformers_version"}
         digest.update(json.dumps([part, named], sort_keys=True, default=str).encode())
-        for name, value in sorted(module.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        for piece in _contents(module.state_dict()):
+            digest.update(piece)
     return digest.hexdigest()
+
+
+def _contents(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
+    """All that makes tensors what they are, as bytes: names, dtypes, shapes and numbers."""
+    for name, value in sorted(tensors.items()):
+        yield f"{name} {value.dtype} {list(value.shape)}".encode()
+        yield value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def _place(folder: Path, made_of: Sequence[object]) -> Path:
@@ -247,15 +256,19 @@ def _place(folder: Path, made_of: Sequence[object]) -> Path:
 
 
 def _write(path: Path, tensors: Tensors) -> None:
+    own = torch.tensor(int(checksum(_contents(tensors)), 16))
     with whole(path) as (temporary,):
-        save_tensors(tensors, temporary)
+        save_tensors(tensors | {_CHECKSUM: own}, temporary)
 
 
 def _read(path: Path, wanted: str) -> Tensors:
     try:
         tensors = read_tensors(path)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; cache the latents again") from error
-    if wanted not in tensors:
-        raise CheckpointError(f"{path}: expected {wanted}, got {sorted(tensors)}; cache again")
+        raise CheckpointError(f"{error}; {_AGAIN}") from error
+    own = tensors.pop(_CHECKSUM, None)
+    if tensors.keys() - {"text_embeds"} != {wanted}:
+        raise CheckpointError(f"{path}: expected {wanted}, got {sorted(tensors)}; {_AGAIN}")
+    if own is not None and own.tolist() != int(checksum(_contents(tensors)), 16):
+        raise CheckpointError(f"{path}: damaged, its checksum is another; {_AGAIN}")
     return tensors

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from mutations import survives
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import diffusion_fast as df
@@ -230,6 +233,32 @@ def test_a_damaged_file_is_named(root: Path, tmp_path: Path) -> None:
     victim.write_bytes(victim.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match=rf"{victim.name}: can't be read"):
         data[2]
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_no_flipped_bit_is_read(root: Path, tmp_path: Path, pooled: bool) -> None:
+    """Of any byte of a file, header included: the numbers that were written, or its name."""
+    data = cache_latents(captioned(root), tmp_path / "cache", Vae(), Texts(pooled))
+    for victim in (data._latents[0], data._conditions[0]):
+        written, whole, read = deepcopy(data[0]), victim.read_bytes(), []  # data[0] is mapped
+        for i in range(len(whole)):
+            victim.write_bytes(whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :])
+            if (found := survives(lambda: data[0], (CheckpointError,), [victim], i)) is not None:
+                torch.testing.assert_close(found, written, rtol=0, atol=0)
+                read.append(i)
+        assert max(read, default=0) < 8 + int.from_bytes(whole[:8], "little")  # in the header
+        with pytest.raises(CheckpointError, match="remove it and cache the latents again"):
+            data[0]
+        victim.unlink()
+        cache_latents(captioned(root), tmp_path / "cache", Vae(), Texts(pooled))
+        torch.testing.assert_close(data[0], written, rtol=0, atol=1e-6)
+
+
+def test_a_file_of_an_older_version_has_no_checksum(root: Path, tmp_path: Path) -> None:
+    data = cache_latents(plain(root), tmp_path / "cache", Vae())
+    latents = data[0]
+    save_file({"latents": latents}, data._latents[0])
+    assert torch.equal(data[0], latents)
 
 
 def test_broken_images_are_refused_or_left_out(root: Path, tmp_path: Path) -> None:
