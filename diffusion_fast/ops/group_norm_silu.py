@@ -172,8 +172,8 @@ def reference(
 def _normalized(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """The norm alone of an image whose channels are innermost, on a CPU.
 
-    There PyTorch makes the variance from sums of squares, which cancel beside a large mean. Here the
-    mean is taken off before, in a pass of its own; a norm does not depend on it.
+    There PyTorch makes the variance from sums of squares, which cancel beside a large mean. Here
+    the mean is taken off before, in a pass of its own; a norm does not depend on it.
     """
     space, batch, channels = tuple(range(2, x.dim())), len(x), x.shape[1]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -380,7 +380,8 @@ def beta_quantile(u: FloatArray) -> FloatArray:
     try:
         from scipy.special import betaincinv
     except ImportError as error:
-        raise ImportError("a beta schedule needs the package scipy: pip install scipy") from error
+        message = "a beta schedule needs SciPy: pip install diffusion-fast[schedules], or scipy"
+        raise ImportError(message) from error
     return np.asarray(betaincinv(0.6, 0.6, u), np.float64)
 
 
