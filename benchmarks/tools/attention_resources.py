@@ -100,6 +100,7 @@ def shapes() -> dict[tuple[str, int, int], int]:
             "-std=c++17",
             "-w",
             f"-I{extension.sources()}",
+            f"-I{ROOT / 'tests' / 'csrc'}",
             str(path),
             "-o",
             f"{path}.out",

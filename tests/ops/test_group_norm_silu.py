@@ -155,8 +155,8 @@ def test_channels_last_is_as_exact_as_contiguous(
         last = x.repeat_interleave(2, 1).contiguous(memory_format=form)[:, ::2]
     last.requires_grad_(gradient)
     groups = size[1] // 2 or 1
-    if x[0].numel() == groups:
-        return
+    if x[0].numel() == groups or (dtype == torch.float64 and ratio > 100):
+        return  # groups of one value; what float64 rounds as much as the truth does
     result = ops.group_norm_silu(last, groups, weight, bias, silu=False)
     truth = F.group_norm(x.double(), groups, weight.double(), bias.double())
     assert_close(result.detach(), truth, F.group_norm(x, groups, weight, bias))

@@ -101,7 +101,8 @@ def test_images_without_classes(tmp_path: Path) -> None:
 
 def test_a_sharded_model_by_two_processes(tmp_path: Path) -> None:
     """Written whole, and the same as by one process but for the order of additions."""
-    common = ("--checkpoint-every", 5, "--samples-every", 6, *SHORT)
+    # Adam takes rounding for a direction where a gradient is about 0: a step's length, then.
+    common = ("--checkpoint-every", 5, "--samples-every", 6, "--learning-rate", 5e-4, *SHORT)
     assert run("train", "--out", tmp_path / "one", *common).returncode == 0
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [sys.executable, *torchrun, "-m", "diffusion_fast", "train", "--sharding", "fsdp"]
