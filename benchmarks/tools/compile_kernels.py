@@ -41,6 +41,7 @@ from diffusion_fast.kernels import (
     sampler_step,
     weighted_mse,
 )
+from diffusion_fast.kernels.columns import COLUMNS
 
 from ..ops import shapes
 
@@ -130,7 +131,7 @@ def _row_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
 def _latent_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
     t, table = torch.empty(256, dtype=torch.int64, device="meta"), meta(1000, dtype=F32)
     state = torch.empty(2, dtype=torch.int64, device="meta")
-    rows, step = meta(50, 17, dtype=F64), torch.empty(1, dtype=torch.int64, device="meta")
+    rows, step = meta(50, len(COLUMNS), dtype=F64), torch.empty(1, dtype=torch.int64, device="meta")
     for model, batch, side in shapes.LATENTS[:1] if quick else shapes.LATENTS:
         name = f"{model} {batch}x4x{side}x{side}"
         for dtype in (F32,) if quick else (F32, BF16):
@@ -163,7 +164,7 @@ def _latent_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]
                     x, m, rows, step, z, x, x, x, m, p, s
                 ),
             )
-        row = (0.5,) * 17
+        row = (0.5,) * len(COLUMNS)
         yield (
             "sampler_step",
             f"{model} 1x4x{side}x{side} host row",
