@@ -60,13 +60,16 @@ def sample(
         str | None, typer.Option(help="ddim, dpmpp_2m, euler, heun, unipc ...; the model's own.")
     ] = None,
     steps: Annotated[
-        str | None, typer.Option(help="Default 20. A list (5,10,20) makes a column of each.")
+        str | None,
+        typer.Option(
+            help="Default the model's own, or 20. A list (5,10,20) makes a column of each."
+        ),
     ] = None,
     guidance: Annotated[
         str | None,
         typer.Option(
-            help="How closely to follow prompt or class, 1 and less: as trained; default 7.5 for"
-            " prompts, 1.5 for classes. A list makes a column of each."
+            help="How closely to follow prompt or class, 1 and less: as trained; default the"
+            " model's own, or 7.5 for prompts, 1.5 for classes. A list makes a column of each."
         ),
     ] = None,
     guidance_interval: Annotated[

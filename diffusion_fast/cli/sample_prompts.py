@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,8 +28,9 @@ from .sample_many import many_prompts
 class PromptDrawing:
     """Settings of a picture: everything that decides its pixels.
 
-    ``steps`` and ``guidance`` are texts, of one number or of a list; ``digests`` are those of the
-    files ``image``, ``mask``, ``lora`` and ``embedding`` when the picture was first made.
+    ``steps`` and ``guidance`` are texts, of one number or of a list, or None for the model's own
+    (a picture's settings hold the numbers); ``digests`` are those of the files ``image``, ``mask``,
+    ``lora`` and ``embedding`` when the picture was first made.
     """
 
     KIND: ClassVar[str] = "prompts"
@@ -40,8 +42,8 @@ class PromptDrawing:
     batch: int = 1
     size: str | None = None
     sampler: str | None = None
-    steps: str = "20"
-    guidance: str = "7.5"
+    steps: str | None = None
+    guidance: str | None = None
     eta: float | None = None
     spacing: str | None = None
     steps_offset: int | None = None
@@ -83,6 +85,8 @@ class PromptDrawing:
         picture = to_pil(flat)[0] if len(flat) == 1 else grid(flat, columns, headings=headings)
         picture.info[PARAMETERS] = self._text(results[0])
         settings = dataclasses.asdict(self) | {
+            "steps": self.steps or str(results[0].settings["steps"]),
+            "guidance": self.guidance or str(results[0].settings["guidance_scale"]),
             "digests": digests,
             "seeds": results[0].seeds,
             "resolved": results[0].settings,
@@ -114,15 +118,21 @@ class PromptDrawing:
             typer.echo(f"{self.model}: random weights, so the images show nothing", err=True)
         many_prompts(one, prompts, folder, seed=self.seed, settings=settings)
 
-    def _checked(self) -> tuple[list[int], list[float], Any, dict[str, Any]]:
-        """What can be refused before the model is loaded."""
+    def _checked(
+        self,
+    ) -> tuple[Sequence[int | None], Sequence[float | None], Any, dict[str, Any]]:
+        """What can be refused before the model is loaded; None is the model's own."""
         check_device(self.device)
         if not (self.model in TINY or "/" in self.model or Path(self.model).exists()):
             raise ValueError(f"{self.model}: no such file or folder")
         if not self.prompt:
             checks.fail("PROMPT", 'what to draw, such as "a cat"', "none")
-        steps = [int(n) for n in _numbers("--steps", self.steps, whole=True)]
-        guidance = _numbers("--guidance", self.guidance)
+        steps: Sequence[int | None] = [None]
+        if self.steps is not None:
+            steps = [int(n) for n in _numbers("--steps", self.steps, whole=True)]
+        guidance: Sequence[float | None] = [None]
+        if self.guidance is not None:
+            guidance = _numbers("--guidance", self.guidance)
         if len(steps) > 1 and len(guidance) > 1:
             checks.fail("--steps, --guidance", "a list for one of them", "two lists")
         pictures: dict[str, Any] = {
@@ -180,8 +190,8 @@ class PromptDrawing:
     def _run(
         self,
         pipe: StableDiffusion,
-        steps: int,
-        guidance: float,
+        steps: int | None,
+        guidance: float | None,
         size: Any,
         pictures: dict[str, Any],
         output: str = "tensor",
@@ -224,7 +234,7 @@ class PromptDrawing:
         )
 
 
-def _headings(steps: list[int], guidance: list[float]) -> list[str]:
+def _headings(steps: Sequence[int | None], guidance: Sequence[float | None]) -> list[str]:
     """Over the columns of a sweep."""
     if len(steps) > 1:
         return [f"{n} steps" for n in steps]

@@ -18,6 +18,7 @@ from ..models.single_file import SUPPORTED, Kind, identify, scaling_factor
 from ..models.text import TextEncoders
 from ..models.vae import AutoencoderKL
 from ..ops import checks
+from .card import read_defaults
 from .model_index import RANDOM, read_index
 from .parts import Parts
 from .scheduler_config import SchedulerSettings, read_scheduler
@@ -96,6 +97,7 @@ def _from_folder(
         _safety_checker(folder, index, variant, placing) if safety_checker else None,
         zero_empty=two and bool(index.get("force_zeros_for_empty_prompt", True)),
         random_weights=bool(index.get(RANDOM, False)),
+        defaults=read_defaults(folder),
     )
 
 

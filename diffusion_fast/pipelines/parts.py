@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..models import UNet2DCondition
 from ..models.text import TextEncoders
 from ..models.vae import AutoencoderKL
 from ..ops import checks
+from .card import Defaults
 from .scheduler_config import SchedulerSettings
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Parts:
         safety_checker: None for none.
         zero_empty: an absent negative prompt means states of zero, not those of "" (SDXL).
         random_weights: they were never trained.
+        defaults: steps and guidance of a call that is not told, as the model's card has them.
     """
 
     unet: UNet2DCondition
@@ -34,6 +36,7 @@ class Parts:
     safety_checker: SafetyChecker | None = None
     zero_empty: bool = False
     random_weights: bool = False
+    defaults: Defaults = field(default_factory=Defaults)
 
     @property
     def inpainting(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..files import AnyPath, staged, write_json
+from .card import write_defaults
 from .model_index import INDEX, model_index
 from .parts import Parts
 from .scheduler_config import write_scheduler
@@ -31,3 +32,4 @@ def save(parts: Parts, folder: AnyPath) -> None:
             parts.safety_checker.save_pretrained(place)
         write_json(scheduler, place / "scheduler" / "scheduler_config.json")
         write_json(index, place / INDEX)
+        write_defaults(parts.defaults, place)

@@ -37,7 +37,8 @@ class StableDiffusion:
 
     Make one with :meth:`from_pretrained` and call it. ``unet``, ``vae`` and ``text`` are the
     networks (``text.modules()`` the text encoders under their names), ``loras`` switches LoRAs on
-    them (:class:`~diffusion_fast.models.lora.LoRAs`), ``embeddings`` gives prompts new words
+    them (:class:`~diffusion_fast.models.lora.LoRAs`), ``defaults`` are its card's steps and
+    guidance, ``embeddings`` gives prompts new words
     (:class:`~diffusion_fast.models.embeddings.Embeddings`). One engine is kept between calls, so
     that prompts, seeds, samplers and guidance change without new buffers or graphs.
 
@@ -52,6 +53,7 @@ class StableDiffusion:
         self.loras = LoRAs({"unet": self.unet, **self.text.modules()})
         self.safety_checker = parts.safety_checker
         self.zero_empty, self.random_weights = parts.zero_empty, parts.random_weights
+        self.defaults = parts.defaults
         self.scheduler = parts.scheduler
         self._graph, self._rewrites = graph, rewrites
         self._engine: Engine | None = None
@@ -149,8 +151,8 @@ class StableDiffusion:
         prompt: str | Sequence[str],
         negative_prompt: str | Sequence[str] | None = None,
         *,
-        steps: int = 20,
-        guidance_scale: float | Sequence[float] = 7.5,
+        steps: int | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
         sampler: str | None = None,
         seed: int | Sequence[int] = 0,
         size: int | tuple[int, int] | None = None,
@@ -174,9 +176,10 @@ class StableDiffusion:
                 ``BREAK`` begins a new chunk (see :func:`diffusion_fast.models.prompt.parse`); any
                 length.
             negative_prompt: what to guide away from, one for all or one for each prompt.
-            steps: number of the sampler's steps.
+            steps: number of the sampler's steps; None for what the model's card says, else 20.
             guidance_scale: how closely to follow the prompt. 1 and less (SDXL Turbo's 0) is the
                 plain conditional model, at about half the cost; the negative prompt is not used.
+                None for what the model's card says, else 7.5.
             sampler: see :func:`diffusion_fast.sample`; None for the model's own scheduler.
             seed: random seed of the first image, the next ones have ``seed + 1`` and so on; or one
                 for each.
@@ -199,6 +202,9 @@ class StableDiffusion:
             ValueError: an argument that can't be; the message names it.
             FloatingPointError: the U-Net's output was not finite.
         """
+        steps = self.defaults.steps if steps is None else steps
+        if guidance_scale is None:
+            guidance_scale = self.defaults.guidance_scale
         batch, steps, seed, size = inputs.plain((batch, steps, seed, size))
         guidance_scale, strength, clip_skip = inputs.plain((guidance_scale, strength, clip_skip))
         prompts = inputs.prompt_list("prompt", prompt, self.embeddings.names)
@@ -256,8 +262,8 @@ class StableDiffusion:
 
     def _parts(self) -> Parts:
         """The networks and the schedule as they are now."""
-        made = self.unet, self.vae, self.text, self.scheduler
-        return Parts(*made, self.safety_checker, self.zero_empty, self.random_weights)
+        made = self.unet, self.vae, self.text, self.scheduler, self.safety_checker
+        return Parts(*made, self.zero_empty, self.random_weights, self.defaults)
 
     def _pictures(
         self, image: Any, mask: Any, size: Any, count: int
