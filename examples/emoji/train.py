@@ -1,4 +1,4 @@
-"""Trains the autoencoder, then the text encoder and the U-Net, and writes a diffusers folder.
+"""Trains autoencoder, text encoder and U-Net, and writes a diffusers folder.
 
     python examples/emoji/train.py [--out build/emoji] [--steps 9000]
 
@@ -31,6 +31,17 @@ def autoencoder(out: Path, steps: int, device: str) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(out / "vae", device=device)
 
 
+def sharper(out: Path, vae: AutoencoderKL, steps: int, device: str) -> AutoencoderKL:
+    """The same with its decoder trained on alone, so that latents stay what they are."""
+    if not (out / "vae-sharper").is_dir():
+        data, start = load(out), vae.state_dict()
+        again = train_vae.train(
+            *data, steps, out / "decoder.pt", device=device, seed=1, start=start
+        )
+        again.save_pretrained(out / "vae-sharper")
+    return AutoencoderKL.from_pretrained(out / "vae-sharper", device=device)
+
+
 def diffusion(out: Path, vae: AutoencoderKL, steps: int, device: str) -> None:
     """Train on its latents, then write the model to ``out/model``."""
     data = train_diffusion.make_dataset(*load(out), vae, out)
@@ -55,9 +66,11 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("build/emoji"), help="folder to work in")
     parser.add_argument("--steps", type=int, default=9000, help="of the U-Net, 64 latents each")
     parser.add_argument("--vae-steps", type=int, default=12000, help="of the autoencoder, 8 each")
+    parser.add_argument("--decoder-steps", type=int, default=8000, help="of its decoder alone")
     parser.add_argument("--threads", type=int, default=1, help="for PyTorch on a CPU")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     trained = autoencoder(options.out, options.vae_steps, options.device)
+    trained = sharper(options.out, trained, options.decoder_steps, options.device)
     diffusion(options.out, trained, options.steps, options.device)

@@ -30,6 +30,7 @@ CONFIG = VAEConfig(
     mid_block_add_attention=False,
     force_upcast=False,
 )
+EDGE_WEIGHT = 0.5  # of the difference of neighbors, for the decoder alone
 KL_WEIGHT = 3e-4  # per number of the latents, beside the mean error of the pixels
 BATCH, RATE, WARMUP, DECAY = 8, 1.2e-3, 50, 0.998
 
@@ -45,14 +46,24 @@ class Run:
     Args:
         file: of the state; read if it is there, so that a run goes on where it was.
         device: where to compute.
+        start: weights to begin with; then the decoder alone is trained, and latents stay.
     """
 
-    def __init__(self, file: Path, device: str = "cpu") -> None:
+    def __init__(
+        self, file: Path, device: str = "cpu", start: dict[str, Tensor] | None = None
+    ) -> None:
         torch.manual_seed(0)
         self.file, self.device, self.step = file, torch.device(device), 0
         self.vae = AutoencoderKL(CONFIG).to(self.device, memory_format=torch.channels_last)
+        self.edge_weight = 0.0
+        if start is not None:
+            self.vae.load_state_dict(start)
+            self.vae.requires_grad_(False)
+            self.vae.decoder.requires_grad_(True)
+            self.edge_weight = EDGE_WEIGHT
         self.average = EMA(self.vae, DECAY)
-        self.optimizer = torch.optim.AdamW(self.vae.parameters(), weight_decay=0.01, fused=True)
+        trained = [one for one in self.vae.parameters() if one.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, weight_decay=0.01, fused=True)
         if file.is_file():
             saved: dict[str, Any] = torch.load(file, map_location=self.device)
             self.vae.load_state_dict(saved["vae"])
@@ -85,7 +96,9 @@ class Run:
         coarse = F.avg_pool2d(error, 8).square().mean()  # colors come sooner with it
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         self.optimizer.zero_grad()
-        (error.abs().mean() + 2 * square + 8 * coarse + KL_WEIGHT * kl).backward()
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        loss = error.abs().mean() + 2 * square + 8 * coarse + self.edge_weight * edges
+        (loss + KL_WEIGHT * kl).backward()
         torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
         self.optimizer.step()
         self.average.update()
@@ -101,6 +114,7 @@ def train(
     *,
     device: str = "cpu",
     seed: int = 0,
+    start: dict[str, Tensor] | None = None,
 ) -> AutoencoderKL:
     """An autoencoder trained on pictures, half of them recolored, half mirrored.
 
@@ -111,8 +125,9 @@ def train(
             that finds it goes on from there.
         device: where to compute.
         seed: random seed of the batches.
+        start: weights of an autoencoder whose decoder alone is trained on; None for all, from new.
     """
-    run = Run(file, device)
+    run = Run(file, device, start)
     saved, started, first, squares = time.monotonic(), time.monotonic(), run.step, []
     try:
         while run.step < steps:
@@ -123,7 +138,7 @@ def train(
                 decibel = -10 * math.log10(torch.stack(squares).mean().item() / 4)
                 left = (time.monotonic() - started) / (run.step - first) * (steps - run.step) / 60
                 print(
-                    f"autoencoder: step {run.step} of {steps}, {decibel:.1f} dB,"
+                    f"{file.stem}: step {run.step} of {steps}, {decibel:.1f} dB,"
                     f" KL {kl.item():.2f}, {left:.0f} minutes left",
                     flush=True,
                 )

@@ -151,6 +151,17 @@ def test_the_autoencoder_goes_on_where_it_was(
     assert all(torch.equal(whole[name], value) for name, value in parts.items())
 
 
+def test_the_decoder_alone_leaves_latents_as_they_are(tmp_path: Path) -> None:
+    import train_vae
+
+    pictures, pixels = data_set()
+    before = train_vae.AutoencoderKL(train_vae.CONFIG).state_dict()
+    file = tmp_path / "decoder.pt"
+    after = train_vae.train(pictures, pixels, 2, file, start=before).state_dict()
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder"}
+
+
 def test_a_missed_aim_is_said() -> None:
     from report import page
 
@@ -198,6 +209,7 @@ def test_a_run_ends_with_a_model_that_diffusers_loads_and_with_its_figures(
     assert [one.name for one in make_data.load(tmp_path)[0]] == [one.name for one in pictures]
 
     vae = train.autoencoder(tmp_path, 1, "cpu")
+    vae = train.sharper(tmp_path, vae, 1, "cpu")
     train.diffusion(tmp_path, vae, 2, "cpu")
     pipe = df.StableDiffusion.from_pretrained(tmp_path / "model", dtype=torch.float32)
     ours = pipe("a blue thing7", steps=4, guidance_scale=3.0, output="tensor").images
