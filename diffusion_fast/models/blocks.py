@@ -13,6 +13,7 @@ half of guidance is :func:`widened` to both where the first full batch meets it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,9 @@ from .. import ops
 from ..ops import checks
 
 KeyValue = tuple[Tensor, Tensor]  # [B, L, H, D] each
+# What another network adds to a result [B, C, H, W]: a tensor that broadcasts to it, and a factor
+# of each image, [B or 1, 1, 1, 1], or None for 1.
+Residual = tuple[Tensor, Tensor | None]
 
 
 def timestep_embedding(t: Tensor, dim: int, cosine_first: bool, freq_shift: int) -> Tensor:
@@ -146,6 +150,19 @@ def widened(x: Tensor, batch: int) -> Tensor:
     """
     # Not len(), which would make an exported batch a constant.
     return x if x.shape[0] >= batch else torch.cat([x] * (batch // x.shape[0]))
+
+
+def added(x: Tensor, residuals: Sequence[Residual]) -> Tensor:
+    """x + sum_i s_i r_i, a pass for each term; of the largest batch, see :func:`widened`."""
+    for residual, scale in residuals:
+        batch = max(len(x), len(residual), 1 if scale is None else len(scale))
+        x, residual = widened(x, batch), widened(residual, batch)
+        if scale is None:
+            x = x + residual
+        else:
+            scale = scale if len(scale) == 1 else widened(scale, batch)
+            x = torch.addcmul(x, residual, scale)
+    return x
 
 
 def pixels(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -17,9 +18,12 @@ from .blocks import (
     GroupNorm,
     KeyValue,
     ResBlock,
+    Residual,
     TimestepEmbedding,
     Transformer2D,
     Upsample,
+    added,
+    followed,
     timestep_embedding,
     widened,
 )
@@ -29,6 +33,7 @@ from .pretrained import find_pretrained
 
 TimeProjections = list[list[Any]]  # per block, per residual block: [B, C] or [B, 2C]
 ContextProjections = list[list[list[KeyValue]]]  # per block, per transformer, per layer
+Residuals = Sequence[Sequence[Residual]]  # per place, of each network that adds something there
 
 
 class Block(Composite):
@@ -105,22 +110,27 @@ class DownBlock(Block):
         time: list[Any],
         kv: list[list[KeyValue]],
         key_lengths: Tensor | None,
+        features: Sequence[Residual] = (),
     ) -> Tensor:
         for i in range(len(time)):
             x = self.layer(i, x, None, time, kv, key_lengths)
             skips.append(x)
+        if len(self.attentions):  # a T2I-Adapter knows this place
+            x = skips[-1] = added(x, features)
         for downsample in self.downsamplers:
             x = downsample(x)
             skips.append(x)
+        if not len(self.attentions):
+            x = skips[-1] = added(x, features)
         return x
 
 
 class MidBlock(Block):
-    """The bottom of the U: residual block, transformer, residual block."""
+    """The bottom of the U: residual block, transformer, residual block; or the first of them."""
 
-    def __init__(self, config: UNetConfig) -> None:
-        channels = config.block_out_channels[-1]
-        super().__init__(config, config.num_levels - 1, [(channels, channels)] * 2, 1)
+    def __init__(self, config: UNetConfig, attends: bool = True) -> None:
+        channels, level = config.block_out_channels[-1], config.num_levels - 1
+        super().__init__(config, level, [(channels, channels)] * (1 + attends), int(attends))
 
     def forward(
         self, x: Tensor, time: list[Any], kv: list[list[KeyValue]], key_lengths: Tensor | None
@@ -153,29 +163,30 @@ class UpBlock(Block):
         time: list[Any],
         kv: list[list[KeyValue]],
         key_lengths: Tensor | None,
+        residuals: Residuals = (),
     ) -> Tensor:
         for i in range(len(time)):
-            x = self.layer(i, x, widened(skips.pop(), x.shape[0]), time, kv, key_lengths)
+            skip = skips.pop()
+            if residuals:
+                skip = added(skip, residuals[len(skips)])
+            x = self.layer(i, x, widened(skip, x.shape[0]), time, kv, key_lengths)
         for upsample in self.upsamplers:
             x = upsample(x, skips[-1].shape[2:])  # odd sizes don't just double
         return x
 
 
-class UNet2DCondition(Composite):
-    """Predicts the noise (or v, or x_0) in an image, given the timestep and a context.
-
-    Parameters have the names and shapes of diffusers' ``UNet2DConditionModel`` of the same config.
-    The context is text states, or with ``config.num_classes`` a class label for each image.
+class UNetEncoder(Composite):
+    """The first half of a U-Net: the way down and the bottom, with what they are conditioned on.
 
     Args:
-        config: the shape, see :class:`UNetConfig`.
+        config: the shape of the whole.
+        mid_attends: whether there is a transformer at the bottom.
     """
 
-    def __init__(self, config: UNetConfig) -> None:
+    def __init__(self, config: UNetConfig, mid_attends: bool = True) -> None:
         super().__init__()
         self.config = config
         channels = config.block_out_channels
-        levels = range(config.num_levels)
 
         self.conv_in = _conv(config.in_channels, channels[0], config.conv_in_kernel)
         self.time_embedding = TimestepEmbedding(channels[0], config.time_dim)
@@ -186,8 +197,167 @@ class UNet2DCondition(Composite):
             )
         if config.num_classes is not None:
             self.class_token = nn.Embedding(config.num_classes + 1, config.cross_attention_dim)
+        levels = range(config.num_levels)
         self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in levels)
-        self.mid_block = MidBlock(config)
+        self.mid_block = MidBlock(config, mid_attends)
+
+    def embed_time(
+        self, t: Tensor, text_embeds: Tensor | None = None, time_ids: Tensor | None = None
+    ) -> Tensor:
+        """The activated time embedding [B, T] of timesteps [B], with SDXL's additions."""
+        config, dtype = self.config, self.conv_in.weight.dtype
+        order = config.flip_sin_to_cos, config.freq_shift
+        sinusoids = timestep_embedding(t, config.block_out_channels[0], *order)
+        emb = self.time_embedding(sinusoids.to(dtype))
+        if text_embeds is not None and time_ids is not None:
+            assert config.addition_time_embed_dim is not None
+            sizes = timestep_embedding(time_ids.flatten(), config.addition_time_embed_dim, *order)
+            sizes = sizes.view(time_ids.shape[0], -1).to(dtype)  # [B, N * D]
+            emb = emb + self.add_embedding(torch.cat((text_embeds, sizes), dim=1))
+        return F.silu(emb)  # every residual block begins with it
+
+    def embed_context(self, context: Tensor | None) -> Tensor:
+        """The tokens to attend to, [B, L, C]: text states as they are, one token of a label."""
+        assert context is not None
+        return context if self.config.num_classes is None else self.class_token(context)[:, None]
+
+    def blocks(self) -> list[Block]:
+        """All blocks in the order of the computation."""
+        return [*self.down_blocks, self.mid_block]
+
+    def project_time(self, emb: Tensor) -> TimeProjections:
+        """What each residual block takes from :meth:`embed_time`'s result."""
+        return [block.project_time(emb) for block in self.blocks()]
+
+    def project_context(self, context: Tensor) -> ContextProjections:
+        """Keys and values of each cross-attention for tokens [B, L, C]."""
+        return [block.project_context(context) for block in self.blocks()]
+
+    def down(
+        self,
+        x: Tensor,
+        time: TimeProjections,
+        kv: ContextProjections,
+        context_lengths: Tensor | None = None,
+        features: Residuals = (),
+        hint: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The way down; also what each of its layers leaves for the way up, the last one last.
+
+        Args:
+            x, time, kv, context_lengths: as :meth:`UNet2DCondition.denoise` takes them.
+            features: what joins each level's result, see there.
+            hint: what joins the first convolution's result, [B, C, H, W].
+        """
+        x = followed(self.conv_in, x, residual=hint)  # [B, C, H, W]
+        skips = [x]
+        for i, block in enumerate(self.down_blocks):
+            here = features[i] if i < len(features) else ()
+            x = block(x, skips, time[i], kv[i], context_lengths, here)
+        return x, skips
+
+    def mid(
+        self,
+        x: Tensor,
+        time: TimeProjections,
+        kv: ContextProjections,
+        context_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """The bottom of the U."""
+        bottom = len(self.down_blocks)
+        return self.mid_block(x, time[bottom], kv[bottom], context_lengths)
+
+    def check_image(self, x: Any) -> None:
+        """Raises ValueError unless x can be the first argument of a call."""
+        checks.floating("x", x)
+        if x.dim() != 4 or x.shape[1] != self.config.in_channels:
+            checks.fail("x", f"shape [B, {self.config.in_channels}, H, W]", list(x.shape))
+        weight = self.conv_in.weight
+        if x.dtype != weight.dtype:
+            checks.fail("x", f"the dtype of the model ({weight.dtype})", x.dtype)
+        checks.same_device("x", x, "the model", weight)
+
+    def check_inputs(
+        self,
+        x: Any,
+        t: Any,
+        context: Any,
+        text_embeds: Any,
+        time_ids: Any,
+        context_lengths: Any,
+    ) -> None:
+        """Raises ValueError unless these can be the arguments of a call."""
+        config = self.config
+        self.check_image(x)
+        batch = x.shape[0]
+
+        checks.tensor("t", t)
+        if t.dim() != 0 and t.shape != (batch,):
+            checks.fail("t", f"shape [B] = [{batch}], or a 0-dim tensor", list(t.shape))
+        checks.same_device("t", t, "x", x)
+
+        if context is None:
+            checks.fail("context", "class labels" if config.num_classes else "text states", None)
+        checks.tensor("context", context)
+        checks.same_device("context", context, "x", x)
+        if config.num_classes is not None:
+            checks.timesteps("context", context, batch, config.num_classes + 1)
+            if context_lengths is not None:
+                checks.fail("context_lengths", "None for a model with classes", "a tensor")
+        else:
+            width = config.cross_attention_dim
+            if (
+                context.dim() != 3
+                or context.shape[0] not in (1, batch)
+                or context.shape[2] != width
+            ):
+                checks.fail(
+                    "context",
+                    f"shape [B or 1, L, cross_attention_dim] = [{batch} or 1, L, {width}]",
+                    list(context.shape),
+                )
+            if context.shape[1] == 0:
+                checks.fail("context", "at least one token", list(context.shape))
+            checks.same_dtype("context", context, "x", x)
+            if context_lengths is not None:
+                checks.tensor("context_lengths", context_lengths)
+                checks.shape("context_lengths", context_lengths, (batch,), "[B]")
+
+        additions = (("text_embeds", text_embeds), ("time_ids", time_ids))
+        if config.addition_embed_type is None:
+            for name, value in additions:
+                if value is not None:
+                    checks.fail(name, "None: the model has no addition_embed_type", "a tensor")
+            return
+        for name, value in additions:
+            checks.tensor(name, value)
+            if value.dim() != 2 or value.shape[0] != batch:
+                checks.fail(name, f"shape [B, ...] with B = {batch}", list(value.shape))
+            checks.same_device(name, value, "x", x)
+        checks.same_dtype("text_embeds", text_embeds, "x", x)
+        features = text_embeds.shape[1] + time_ids.shape[1] * config.addition_time_embed_dim
+        if features != config.projection_class_embeddings_input_dim:
+            checks.fail(
+                "text_embeds, time_ids",
+                f"{config.projection_class_embeddings_input_dim} features, pooled text and"
+                f" {config.addition_time_embed_dim} for each of time_ids",
+                f"{list(text_embeds.shape)} and {list(time_ids.shape)}",
+            )
+
+
+class UNet2DCondition(UNetEncoder):
+    """Predicts the noise (or v, or x_0) in an image, given the timestep and a context.
+
+    Parameters have the names and shapes of diffusers' ``UNet2DConditionModel`` of the same config.
+    The context is text states, or with ``config.num_classes`` a class label for each image.
+
+    Args:
+        config: the shape, see :class:`UNetConfig`.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        channels, levels = config.block_out_channels, range(config.num_levels)
         self.up_blocks = nn.ModuleList(UpBlock(config, level) for level in reversed(levels))
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
         self.conv_out = _conv(channels[0], config.out_channels, config.conv_out_kernel)
@@ -272,37 +442,8 @@ class UNet2DCondition(Composite):
             context_lengths,
         )
 
-    def embed_time(
-        self, t: Tensor, text_embeds: Tensor | None = None, time_ids: Tensor | None = None
-    ) -> Tensor:
-        """The activated time embedding [B, T] of timesteps [B], with SDXL's additions."""
-        config, dtype = self.config, self.conv_in.weight.dtype
-        order = config.flip_sin_to_cos, config.freq_shift
-        sinusoids = timestep_embedding(t, config.block_out_channels[0], *order)
-        emb = self.time_embedding(sinusoids.to(dtype))
-        if text_embeds is not None and time_ids is not None:
-            assert config.addition_time_embed_dim is not None
-            sizes = timestep_embedding(time_ids.flatten(), config.addition_time_embed_dim, *order)
-            sizes = sizes.view(time_ids.shape[0], -1).to(dtype)  # [B, N * D]
-            emb = emb + self.add_embedding(torch.cat((text_embeds, sizes), dim=1))
-        return F.silu(emb)  # every residual block begins with it
-
-    def embed_context(self, context: Tensor | None) -> Tensor:
-        """The tokens to attend to, [B, L, C]: text states as they are, one token of a label."""
-        assert context is not None
-        return context if self.config.num_classes is None else self.class_token(context)[:, None]
-
     def blocks(self) -> list[Block]:
-        """All blocks in the order of the computation."""
-        return [*self.down_blocks, self.mid_block, *self.up_blocks]
-
-    def project_time(self, emb: Tensor) -> TimeProjections:
-        """What each residual block takes from :meth:`embed_time`'s result."""
-        return [block.project_time(emb) for block in self.blocks()]
-
-    def project_context(self, context: Tensor) -> ContextProjections:
-        """Keys and values of each cross-attention for tokens [B, L, C]."""
-        return [block.project_context(context) for block in self.blocks()]
+        return [*super().blocks(), *self.up_blocks]
 
     def denoise(
         self,
@@ -310,6 +451,8 @@ class UNet2DCondition(Composite):
         time: TimeProjections,
         kv: ContextProjections,
         context_lengths: Tensor | None = None,
+        residuals: Residuals = (),
+        features: Residuals = (),
     ) -> Tensor:
         """The U itself, top to bottom and up again: the part that depends on the image.
 
@@ -318,35 +461,17 @@ class UNet2DCondition(Composite):
             time: the result of :meth:`project_time`.
             kv: the result of :meth:`project_context`.
             context_lengths: as :meth:`forward` takes it.
+            residuals: what a ControlNet adds to each skip where it is read, and last of all to the
+                result of the bottom; none at all, or something for each.
+            features: what a T2I-Adapter adds to the first levels' results on the way down, and
+                behind those of all levels to that of the bottom.
         """
-        x, skips = self.down(x, time, kv, context_lengths)
+        x, skips = self.down(x, time, kv, context_lengths, features)
         x = self.mid(x, time, kv, context_lengths)
-        return self.up(x, skips, time, kv, context_lengths)
-
-    def down(
-        self,
-        x: Tensor,
-        time: TimeProjections,
-        kv: ContextProjections,
-        context_lengths: Tensor | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The way down; also what each of its layers leaves for the way up, the last one last."""
-        x = self.conv_in(x)  # [B, C, H, W]
-        skips = [x]
-        for i, block in enumerate(self.down_blocks):
-            x = block(x, skips, time[i], kv[i], context_lengths)
-        return x, skips
-
-    def mid(
-        self,
-        x: Tensor,
-        time: TimeProjections,
-        kv: ContextProjections,
-        context_lengths: Tensor | None = None,
-    ) -> Tensor:
-        """The bottom of the U."""
-        bottom = len(self.down_blocks)
-        return self.mid_block(x, time[bottom], kv[bottom], context_lengths)
+        for joining in (features[len(self.down_blocks) :], residuals[len(skips) :]):
+            for terms in joining:
+                x = added(x, terms)
+        return self.up(x, skips, time, kv, context_lengths, residuals)
 
     def up(
         self,
@@ -355,88 +480,12 @@ class UNet2DCondition(Composite):
         time: TimeProjections,
         kv: ContextProjections,
         context_lengths: Tensor | None = None,
+        residuals: Residuals = (),
     ) -> Tensor:
         """The way up; takes all that the way down left out of ``skips``."""
         for i, block in enumerate(self.up_blocks, len(self.down_blocks) + 1):
-            x = block(x, skips, time[i], kv[i], context_lengths)
+            x = block(x, skips, time[i], kv[i], context_lengths, residuals)
         return self.conv_out(self.conv_norm_out(x))
-
-    def check_image(self, x: Any) -> None:
-        """Raises ValueError unless x can be the first argument of a call."""
-        checks.floating("x", x)
-        if x.dim() != 4 or x.shape[1] != self.config.in_channels:
-            checks.fail("x", f"shape [B, {self.config.in_channels}, H, W]", list(x.shape))
-        weight = self.conv_in.weight
-        if x.dtype != weight.dtype:
-            checks.fail("x", f"the dtype of the model ({weight.dtype})", x.dtype)
-        checks.same_device("x", x, "the model", weight)
-
-    def check_inputs(
-        self,
-        x: Any,
-        t: Any,
-        context: Any,
-        text_embeds: Any,
-        time_ids: Any,
-        context_lengths: Any,
-    ) -> None:
-        """Raises ValueError unless these can be the arguments of a call."""
-        config = self.config
-        self.check_image(x)
-        batch = x.shape[0]
-
-        checks.tensor("t", t)
-        if t.dim() != 0 and t.shape != (batch,):
-            checks.fail("t", f"shape [B] = [{batch}], or a 0-dim tensor", list(t.shape))
-        checks.same_device("t", t, "x", x)
-
-        if context is None:
-            checks.fail("context", "class labels" if config.num_classes else "text states", None)
-        checks.tensor("context", context)
-        checks.same_device("context", context, "x", x)
-        if config.num_classes is not None:
-            checks.timesteps("context", context, batch, config.num_classes + 1)
-            if context_lengths is not None:
-                checks.fail("context_lengths", "None for a model with classes", "a tensor")
-        else:
-            width = config.cross_attention_dim
-            if (
-                context.dim() != 3
-                or context.shape[0] not in (1, batch)
-                or context.shape[2] != width
-            ):
-                checks.fail(
-                    "context",
-                    f"shape [B or 1, L, cross_attention_dim] = [{batch} or 1, L, {width}]",
-                    list(context.shape),
-                )
-            if context.shape[1] == 0:
-                checks.fail("context", "at least one token", list(context.shape))
-            checks.same_dtype("context", context, "x", x)
-            if context_lengths is not None:
-                checks.tensor("context_lengths", context_lengths)
-                checks.shape("context_lengths", context_lengths, (batch,), "[B]")
-
-        additions = (("text_embeds", text_embeds), ("time_ids", time_ids))
-        if config.addition_embed_type is None:
-            for name, value in additions:
-                if value is not None:
-                    checks.fail(name, "None: the model has no addition_embed_type", "a tensor")
-            return
-        for name, value in additions:
-            checks.tensor(name, value)
-            if value.dim() != 2 or value.shape[0] != batch:
-                checks.fail(name, f"shape [B, ...] with B = {batch}", list(value.shape))
-            checks.same_device(name, value, "x", x)
-        checks.same_dtype("text_embeds", text_embeds, "x", x)
-        features = text_embeds.shape[1] + time_ids.shape[1] * config.addition_time_embed_dim
-        if features != config.projection_class_embeddings_input_dim:
-            checks.fail(
-                "text_embeds, time_ids",
-                f"{config.projection_class_embeddings_input_dim} features, pooled text and"
-                f" {config.addition_time_embed_dim} for each of time_ids",
-                f"{list(text_embeds.shape)} and {list(time_ids.shape)}",
-            )
 
 
 def _conv(in_channels: int, channels: int, kernel: int) -> Conv2d:
