@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from . import integrations, ops
+from . import _checkout, integrations, ops  # in this order
 from ._version import __version__
 from .engine import Engine, sample
 from .models import AutoencoderKL, UNet2DCondition, UNetConfig, VAEConfig
@@ -27,6 +27,9 @@ __all__ = [
     "train_diffusion",
     "use_backend",
 ]
+
+
+del _checkout
 
 
 def __getattr__(name: str) -> Any:

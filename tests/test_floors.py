@@ -13,6 +13,7 @@ from benchmarks.tools.count_calls import circle
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
+    "_checkout": 0,
     "_version": 0,
     "files": 0,
     "kernels": 0,

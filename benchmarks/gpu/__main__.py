@@ -11,9 +11,15 @@ import torch
 from diffusion_fast.benchmarks.lib.environment import environment, folder_name
 
 from .identity import ROOT, identity
-from .parts import all_parts
+from .parts import MINUTES, all_parts
 from .runner import BAD, INTERRUPTED, run, table
 
+# Everything that is compiled, so that it can be carried to another machine as one folder.
+CACHES = {
+    "DIFFUSION_FAST_CACHE": "",
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+}
 NO_GPU = "error: expected a CUDA device, and PyTorch {} finds none (nvidia-smi shows the driver's)"
 
 
@@ -28,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     folder = (options.out or ROOT / "benchmarks" / "results" / folder_name()).absolute()
     os.chdir(ROOT)
+    cache = (options.cache or ROOT / "build" / "gpu-cache").absolute()
+    for name, inside in CACHES.items():
+        os.environ.setdefault(name, str(cache / inside))
     parts = all_parts(folder)
     unknown = sorted(set(options.only) - {part.name for part in parts})
     if unknown:
@@ -57,7 +66,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         description="Tests and benchmarks on this machine's GPU; started again, it goes on.",
     )
     parser.add_argument("--out", type=Path, help="benchmarks/results/ and the GPU's name")
-    parser.add_argument("--minutes", type=float, default=9.5, help="for all parts together (9.5)")
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help=f"for all parts together ({MINUTES:g})"
+    )
+    parser.add_argument("--cache", type=Path, help="of what is compiled; build/gpu-cache")
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="these parts")
     parser.add_argument("--redo", action="store_true", help="also what passed before")
     parser.add_argument("--list", action="store_true", help="show the names of the parts")

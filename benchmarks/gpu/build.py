@@ -12,7 +12,10 @@ from diffusion_fast.ops.cuda import build as extension
 def main() -> int:
     start = time.perf_counter()
     names = [extension.architecture(capability) for capability in extension.local_capabilities()]
-    print(f"for {', '.join(f'sm_{name}' for name in names) or 'no GPU'}", flush=True)
+    if not names:
+        print("error: expected a GPU of compute capability 8.0 or later, found none")
+        return 2
+    print(f"for {', '.join(f'sm_{name}' for name in names)}", flush=True)
 
     def build(head_dim: int) -> str:
         begin = time.perf_counter()

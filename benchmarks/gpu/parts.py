@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 
 from .identity import ROOT
-from .runner import Part
+from .runner import GRACE, Part
 
 PYTEST = ("pytest", "pytest_benchmark", "pytest_timeout")
 TESTS = (*PYTEST, "hypothesis")
-MODELS = ("diffusers", "transformers")
 # The kernels that take most of a step's time come first.
 OPS = (
     *("attention", "conv2d", "linear", "group_norm_silu", "layer_norm", "row_statistics", "geglu"),
@@ -25,14 +24,19 @@ OPS = (
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
+# One start of the run. A part that takes longer could never pass, so none may.
+MINUTES = 5.0
+MOST = 60 * MINUTES - 2 * GRACE
+
+
 def all_parts(folder: Path) -> list[Part]:
     """In the order in which they run; what they write goes to ``folder``."""
     return [
-        Part("doctor", _module("diffusion_fast", "doctor"), limit=60, always=True),
-        Part("build", _module("benchmarks.gpu.build"), limit=300),
-        *_tests(folder),
+        Part("doctor", _module("diffusion_fast", "doctor"), limit=20, always=True),
+        Part("build", _module("benchmarks.gpu.build"), limit=90, least=30),
         *_models(folder),
         *_ops(folder),
+        *_tests(folder),
         *_sanitizers(),
         *_more_models(folder),
         Part("rows", _module("benchmarks.gpu.rows", str(folder)), least=0, always=True),
@@ -53,8 +57,8 @@ def _tests(folder: Path) -> Iterator[Part]:
     yield _pytest(folder, "attention", 150, *attention, *gpu, *_processes())
     yield _pytest(folder, "kernels-on-gpu", 90, "tests/kernels/test_on_gpu.py", *fast)
     yield _pytest(folder, "engine", 120, *_marked("engine"), *gpu)
-    yield _pytest(folder, "models", 90, *_marked("models", "training"), *gpu)
-    yield _pytest(folder, "kernels", 240, "tests/kernels", *rest, *fast, *_processes())
+    yield _pytest(folder, "models", 270, *_marked("models", "training"), *gpu)
+    yield _pytest(folder, "kernels", 270, "tests/kernels", *rest, *fast, *_processes())
     yield _pytest(folder, "hopper", 200, *hopper, *gpu, "-x")
 
 
@@ -86,14 +90,14 @@ def _ops(folder: Path) -> Iterator[Part]:
         store = f"--benchmark-json={folder / 'ops' / op}.json"
         options = ("-q", "--benchmark-enable", "--benchmark-only", store)
         command = _module("pytest", f"benchmarks/ops/bench_{op}.py", *options)
-        limit = 300 if op in ("attention", "group_norm_silu") else 150
+        limit = MOST if op in ("attention", "group_norm_silu") else 150
         yield Part(f"ops-{op}", command, limit=limit, least=30, packages=PYTEST)
 
 
 def _bench(folder: Path, name: str, limit: float, *options: str) -> Part:
     """Whole models. What they measured is kept, so that it is worth starting with little time."""
     command = _module("diffusion_fast", "bench", "--out", str(folder), *options)
-    return Part(name, command, limit=limit, least=45, packages=MODELS)
+    return Part(name, command, limit=limit, least=45)
 
 
 def _models(folder: Path) -> Iterator[Part]:
@@ -114,11 +118,12 @@ def _more_models(folder: Path) -> Iterator[Part]:
         yield _bench(folder, f"batches-{model}", 240, *many)
     for model in ("sd15", "sdxl", "small"):
         compiled = ("--model", model, "--batch", "1", "--what", "unet,loop", "--compile")
-        yield _bench(folder, f"compiled-{model}", 500, *compiled)
+        yield _bench(folder, f"compiled-{model}", MOST, *compiled)
+    ways = () if importlib.util.find_spec("diffusers") else ("--ways", "ours")
     for model in ("sd15", "sdxl"):
         out = str(folder / f"first_image_{model}.json")
-        first = ("benchmarks/bench_first_image.py", "--model", model, "--out", out)
-        yield Part(f"first-image-{model}", (sys.executable, *first), limit=400, packages=MODELS)
+        first = ("benchmarks/bench_first_image.py", "--model", model, "--out", out, *ways)
+        yield Part(f"first-image-{model}", (sys.executable, *first), limit=MOST)
     store = f"--benchmark-json={folder / 'ops' / 'training'}.json"
     training = ("benchmarks/bench_training.py", "-q", "--benchmark-enable", store)
     yield Part("training", _module("pytest", *training), limit=240, packages=PYTEST)
