@@ -50,6 +50,23 @@ def timestep_embedding(t: Tensor, dim: int, cosine_first: bool, freq_shift: int)
     return F.pad(out, (0, 1)) if dim % 2 else out
 
 
+def guidance_embedding(scale: Tensor, dim: int) -> Tensor:
+    """Sinusoids of guidance scales, as LCM is distilled with them (Luo et al. 2023, section 4.2).
+
+    Args:
+        scale: the scales w, [N]; 1 is the plain conditional model.
+        dim: how many sinusoids, the first half of them sines.
+
+    Returns:
+        [N, dim], float32: of 1000 (w - 1) at the frequencies 10000^(-i / (dim / 2 - 1)).
+    """
+    half = dim // 2
+    exponent = torch.log(torch.tensor(10000.0)) / (half - 1)
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -exponent).to(scale.device)
+    angle = ((scale - 1).float() * 1000)[:, None] * frequencies  # [N, dim / 2]
+    return F.pad(torch.cat((angle.sin(), angle.cos()), dim=1), (0, dim % 2))
+
+
 class Composite(nn.Module):
     """A block: a module of ours that only calls others."""
 
@@ -176,14 +193,22 @@ def image(x: Tensor, size: torch.Size) -> Tensor:
 
 
 class TimestepEmbedding(Composite):
-    """Two linear layers with a SiLU between them."""
+    """Two linear layers with a SiLU between them.
 
-    def __init__(self, in_features: int, features: int) -> None:
+    Args:
+        in_features, features: channels in and out.
+        condition: channels of a condition that is projected onto the input; None for none.
+    """
+
+    def __init__(self, in_features: int, features: int, condition: int | None = None) -> None:
         super().__init__()
         self.linear_1 = Linear(in_features, features)
+        self.cond_proj = None if condition is None else Linear(condition, in_features, bias=False)
         self.linear_2 = Linear(features, features)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        if condition is not None and self.cond_proj is not None:
+            x = self.cond_proj(condition) + x
         return self.linear_2(F.silu(self.linear_1(x)))
 
 

@@ -19,6 +19,7 @@ _TOP = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "time_embedding.cond_proj": "time_embed.cond_proj",
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
@@ -105,6 +106,8 @@ def unet_config(shapes: Shapes, **fixed: Any) -> UNetConfig:
         fixed["addition_embed_type"] = "text_time"
         fixed["addition_time_embed_dim"] = TIME_ID_DIM
         fixed["projection_class_embeddings_input_dim"] = shapes["label_emb.0.0.weight"][1]
+    if "time_embed.cond_proj.weight" in shapes:
+        fixed["time_cond_proj_dim"] = shapes["time_embed.cond_proj.weight"][1]
     return UNetConfig(
         in_channels=shapes["input_blocks.0.0.weight"][1],
         out_channels=shapes["out.2.weight"][0],

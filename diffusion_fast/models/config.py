@@ -37,7 +37,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "resnet_out_scale_factor": (1,),
     "resnet_skip_time_act": (False,),
     "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
     "time_embedding_act_fn": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
@@ -75,6 +74,8 @@ class UNetConfig:
             embedding.
         addition_time_embed_dim: sinusoids per number of ``time_ids``.
         projection_class_embeddings_input_dim: channels of pooled text and all sinusoids together.
+        time_cond_proj_dim: sinusoids of the guidance scale, which joins the time embedding of a
+            distilled model (LCM); None for a model that is guided by two calls.
         conv_in_kernel, conv_out_kernel: odd kernel sizes.
         num_classes: not one of diffusers'. Class labels take the place of text states: an embedding
             makes one context token of a label, and label ``num_classes`` means "no class".
@@ -106,6 +107,7 @@ class UNetConfig:
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
+    time_cond_proj_dim: int | None = None
     conv_in_kernel: int = 3
     conv_out_kernel: int = 3
     num_classes: int | None = None
@@ -169,7 +171,7 @@ class UNetConfig:
     def _check_values(self) -> None:
         for name in ("in_channels", "out_channels", "cross_attention_dim"):
             checks.positive_int(name, getattr(self, name))
-        for name in ("time_embedding_dim", "num_classes"):
+        for name in ("time_embedding_dim", "time_cond_proj_dim", "num_classes"):
             if getattr(self, name) is not None:
                 checks.positive_int(name, getattr(self, name))
         for name in ("conv_in_kernel", "conv_out_kernel"):
@@ -206,6 +208,11 @@ class UNetConfig:
     def time_dim(self) -> int:
         """Channels of the time embedding."""
         return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+    @property
+    def time_per_image(self) -> bool:
+        """Whether more than the timestep enters the time embedding, another one for each image."""
+        return self.addition_embed_type is not None or self.time_cond_proj_dim is not None
 
     def per_level(self, field: str) -> tuple[int, ...]:
         """A field as one value per level, finest first."""

@@ -34,7 +34,6 @@ _NAMES = tuple(
         ("a motion module (AnimateDiff)", r"\.motion_modules\."),
         ("an IP-Adapter", r"^(ip_adapter|image_proj)\.|\.to_[kv]_ip\."),
         ("GLIGEN", r"\.fuser\.|^position_net\."),
-        ("a latent consistency model's U-Net (LCM)", r"(^|\.)time_embed(ding)?\.cond_proj\."),
         ("a U-Net conditioned on images", r"(^|\.)encoder_hid_proj\."),
         ("float8 with scales (scaled_fp8)", r"(^|\.)(scaled_fp8|scale_weight|weight_scale)$"),
         ("a quantized model", r"\.(absmax|quant_map|quant_state\.\S+|qweight|qzeros|comfy_quant)$"),
@@ -47,6 +46,7 @@ _ADAPTER = re.compile(
     r"|^(lora|lycoris)_(unet|te\d?)_"
 )
 _EMBEDDING = re.compile(r"emb_params|string_to_param|clip_[lgh]|\*|<.*>|bundle_emb\..*|t5xxl")
+_PART = re.compile(r"(^|\.)time_embed(ding)?\.cond_proj\.")  # of some U-Nets (LCM's)
 _MODEL = re.compile(r"(^|\.)(conv_in|input_blocks\.0\.0|time_embed(ding)?\.\S+)\.weight$")
 
 
@@ -77,4 +77,5 @@ def network(names: Iterable[str]) -> str | None:
 def changes(names: Iterable[str]) -> bool:
     """Whether tensors of these names would change what a network computes."""
     names = list(names)
-    return any(map(_ADAPTER.search, names)) or network(names) is not None
+    parts = (*map(_ADAPTER.search, names), *map(_PART.search, names))
+    return any(parts) or network(names) is not None

@@ -189,7 +189,9 @@ class UNetEncoder(Composite):
         channels = config.block_out_channels
 
         self.conv_in = _conv(config.in_channels, channels[0], config.conv_in_kernel)
-        self.time_embedding = TimestepEmbedding(channels[0], config.time_dim)
+        self.time_embedding = TimestepEmbedding(
+            channels[0], config.time_dim, config.time_cond_proj_dim
+        )
         if config.addition_embed_type == "text_time":
             assert config.projection_class_embeddings_input_dim is not None  # checked by the config
             self.add_embedding = TimestepEmbedding(
@@ -202,13 +204,17 @@ class UNetEncoder(Composite):
         self.mid_block = MidBlock(config, mid_attends)
 
     def embed_time(
-        self, t: Tensor, text_embeds: Tensor | None = None, time_ids: Tensor | None = None
+        self,
+        t: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
     ) -> Tensor:
-        """The activated time embedding [B, T] of timesteps [B], with SDXL's additions."""
+        """The activated time embedding [B, T] of timesteps [B], with SDXL's additions or LCM's."""
         config, dtype = self.config, self.conv_in.weight.dtype
         order = config.flip_sin_to_cos, config.freq_shift
         sinusoids = timestep_embedding(t, config.block_out_channels[0], *order)
-        emb = self.time_embedding(sinusoids.to(dtype))
+        emb = self.time_embedding(sinusoids.to(dtype), timestep_cond)
         if text_embeds is not None and time_ids is not None:
             assert config.addition_time_embed_dim is not None
             sizes = timestep_embedding(time_ids.flatten(), config.addition_time_embed_dim, *order)
@@ -284,6 +290,7 @@ class UNetEncoder(Composite):
         context: Any,
         text_embeds: Any,
         time_ids: Any,
+        timestep_cond: Any,
         context_lengths: Any,
     ) -> None:
         """Raises ValueError unless these can be the arguments of a call."""
@@ -322,6 +329,16 @@ class UNetEncoder(Composite):
             if context_lengths is not None:
                 checks.tensor("context_lengths", context_lengths)
                 checks.shape("context_lengths", context_lengths, (batch,), "[B]")
+
+        if timestep_cond is not None:
+            checks.tensor("timestep_cond", timestep_cond)
+            wanted = batch, config.time_cond_proj_dim
+            if config.time_cond_proj_dim is None:
+                expected = "None: the model has no time_cond_proj_dim"
+                checks.fail("timestep_cond", expected, "a tensor")
+            checks.shape("timestep_cond", timestep_cond, wanted, "[B, time_cond_proj_dim]")
+            checks.same_dtype("timestep_cond", timestep_cond, "x", x)
+            checks.same_device("timestep_cond", timestep_cond, "x", x)
 
         additions = (("text_embeds", text_embeds), ("time_ids", time_ids))
         if config.addition_embed_type is None:
@@ -412,6 +429,7 @@ class UNet2DCondition(UNetEncoder):
         *,
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
         context_lengths: Tensor | None = None,
     ) -> Tensor:
         """The model's output for noisy images.
@@ -425,6 +443,9 @@ class UNet2DCondition(UNetEncoder):
                 where ``null_class`` means none.
             text_embeds: pooled text [B, P] (``addition_embed_type="text_time"`` only).
             time_ids: numbers beside it, such as SDXL's six sizes and crops, [B, N].
+            timestep_cond: sinusoids of the guidance scale, [B, time_cond_proj_dim], see
+                :func:`~.blocks.guidance_embedding`. A model that has them and is given none takes
+                no part of them.
             context_lengths: int64 [B], how many of the tokens each item sees; all by default.
 
         Returns:
@@ -433,8 +454,8 @@ class UNet2DCondition(UNetEncoder):
         Raises:
             ValueError: an argument that is missing, not expected, or of the wrong shape or dtype.
         """
-        self.check_inputs(x, t, context, text_embeds, time_ids, context_lengths)
-        emb = self.embed_time(t.expand(x.shape[0]), text_embeds, time_ids)
+        self.check_inputs(x, t, context, text_embeds, time_ids, timestep_cond, context_lengths)
+        emb = self.embed_time(t.expand(x.shape[0]), text_embeds, time_ids, timestep_cond)
         return self.denoise(
             x,
             self.project_time(emb),

@@ -37,24 +37,31 @@ class Defaults:
     guidance_scale: float = 7.5
 
 
-def read_defaults(folder: Path) -> Defaults:
+LCM = Defaults(steps=4, guidance_scale=8.5)  # of diffusers' pipeline for such models
+
+
+def read_defaults(folder: Path, usual: Defaults | None = None) -> Defaults:
     """The defaults of the folder's card, or the usual ones where it says nothing.
 
     A value that can't be is left out with a warning that names the file and the value.
+
+    Args:
+        folder: the model's.
+        usual: what is usual for its kind of model.
     """
-    file = folder / CARD
+    usual, file = usual or Defaults(), folder / CARD
     if not file.is_file():
-        return Defaults()
+        return usual
     text = file.read_text(encoding="utf-8", errors="replace")
     front = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
     try:
         found = yaml.safe_load(front[1]) if front else None
     except yaml.YAMLError as error:
         warnings.warn(f"{file}: its front matter is no YAML: {error}", stacklevel=2)
-        return Defaults()
+        return usual
     for name in ("inference", "parameters"):
         found = found.get(name) if isinstance(found, dict) else None
-    return _defaults(file, found) if isinstance(found, dict) else Defaults()
+    return _defaults(file, found, usual) if isinstance(found, dict) else usual
 
 
 def write_defaults(defaults: Defaults, folder: Path) -> None:
@@ -66,13 +73,13 @@ def write_defaults(defaults: Defaults, folder: Path) -> None:
     (folder / CARD).write_text(f"---\n{front}---\n", encoding="utf-8")
 
 
-def _defaults(file: Path, found: dict[str, Any]) -> Defaults:
-    steps = found.get("num_inference_steps", Defaults.steps)
-    scale = found.get("guidance_scale", Defaults.guidance_scale)
+def _defaults(file: Path, found: dict[str, Any], usual: Defaults) -> Defaults:
+    steps = found.get("num_inference_steps", usual.steps)
+    scale = found.get("guidance_scale", usual.guidance_scale)
     if type(steps) is not int or steps < 1:
         warnings.warn(f"{file}: num_inference_steps: no number of steps: {steps!r}", stacklevel=3)
-        steps = Defaults.steps
+        steps = usual.steps
     if type(scale) not in (int, float) or not math.isfinite(scale):
         warnings.warn(f"{file}: guidance_scale: no finite number: {scale!r}", stacklevel=3)
-        scale = Defaults.guidance_scale
+        scale = usual.guidance_scale
     return Defaults(steps, float(scale))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -72,6 +72,22 @@ def guidance(scale: Any) -> Any:
 def guided(scale: Any) -> bool:
     """Whether scales of :func:`guidance` need the negative prompt at any step."""
     return any(map(guided, scale)) if isinstance(scale, list) else scale != 1
+
+
+def check_embedded(scale: Any, negative_prompt: Any, more: Mapping[str, Any]) -> None:
+    """What a model that has the guidance scale embedded can't do.
+
+    Raises:
+        ValueError: a negative prompt, scales that differ by step, options of guidance by two calls.
+    """
+    why = "a model that has the guidance scale embedded (LCM)"
+    if negative_prompt is not None:
+        checks.fail("negative_prompt", f"None for {why}", repr(negative_prompt)[:60])
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
+        checks.fail("guidance_scale", f"one number for {why}", repr(scale)[:60])
+    for name in ("guidance_interval", "guidance_rescale"):
+        if more.get(name):
+            checks.fail(name, f"none for {why}", more[name])
 
 
 def seed_list(seed: int | Sequence[int], count: int) -> list[int]:

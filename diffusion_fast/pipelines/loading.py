@@ -18,8 +18,8 @@ from ..models.single_file import SUPPORTED, Kind, identify, scaling_factor
 from ..models.text import TextEncoders
 from ..models.vae import AutoencoderKL
 from ..ops import checks
-from .card import read_defaults
-from .model_index import RANDOM, read_index
+from . import card
+from .model_index import LCM, RANDOM, read_index
 from .parts import Parts
 from .scheduler_config import SchedulerSettings, read_scheduler
 from .tiny import KINDS, make_tiny
@@ -97,7 +97,7 @@ def _from_folder(
         _safety_checker(folder, index, variant, placing) if safety_checker else None,
         zero_empty=two and bool(index.get("force_zeros_for_empty_prompt", True)),
         random_weights=bool(index.get(RANDOM, False)),
-        defaults=read_defaults(folder),
+        defaults=card.read_defaults(folder, card.LCM if index["_class_name"] in LCM else None),
     )
 
 
@@ -130,6 +130,8 @@ def _from_file(
         "timestep_spacing": "leading",
         "steps_offset": 1,
     }
+    if kind.unet.config.time_cond_proj_dim is not None:
+        config |= {"_class_name": "LCMScheduler"}
     told = prediction_type or kind.prediction_type
     config["prediction_type"] = told or _usual_prediction(file, kind)
     if kind.zero_terminal_snr and config["prediction_type"] != "epsilon":
@@ -142,7 +144,9 @@ def _from_file(
     if vae is None:
         vae = AutoencoderKL.from_pretrained(file, **placing)
     vae = _given_vae(vae, scaling_factor(kind.name), placing)
-    return Parts(unet, vae, text, read_scheduler(config), zero_empty=two)
+    distilled = unet.config.time_cond_proj_dim is not None
+    defaults = card.LCM if distilled else card.Defaults()
+    return Parts(unet, vae, text, read_scheduler(config), zero_empty=two, defaults=defaults)
 
 
 def _usual_prediction(file: Path, kind: Kind) -> str:

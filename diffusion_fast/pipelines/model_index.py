@@ -12,7 +12,11 @@ INDEX = "model_index.json"
 RANDOM = "_random_weights"  # a key of ours: the weights were never trained
 LAYOUT = "0.35.0"  # the version of diffusers that these folders are written for
 _KINDS = ("", "Img2Img", "Inpaint")
-SUPPORTED = tuple(f"StableDiffusion{xl}{kind}Pipeline" for xl in ("", "XL") for kind in _KINDS)
+LCM = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")
+SUPPORTED = (
+    *(f"StableDiffusion{xl}{kind}Pipeline" for xl in ("", "XL") for kind in _KINDS),
+    *LCM,
+)
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from ..engine import Engine
 from ..engine.engine import Callback
 from ..engine.rewrites.decoder import FreshDecoder
 from ..files import AnyPath
+from ..models.blocks import guidance_embedding
 from ..models.embeddings import Embeddings
 from ..models.lora import LoRAs
 from ..models.text import TextStates
@@ -179,7 +180,8 @@ class StableDiffusion:
             steps: number of the sampler's steps; None for what the model's card says, else 20.
             guidance_scale: how closely to follow the prompt. 1 and less (SDXL Turbo's 0) is the
                 plain conditional model, at about half the cost; the negative prompt is not used.
-                None for what the model's card says, else 7.5.
+                None for what the model's card says, else 7.5. A distilled model that has the
+                scale embedded (LCM) runs once a step whatever it is, without negative prompt.
             sampler: see :func:`diffusion_fast.sample`; None for the model's own scheduler.
             seed: random seed of the first image, the next ones have ``seed + 1`` and so on; or one
                 for each.
@@ -219,10 +221,14 @@ class StableDiffusion:
             inputs.absent("strength", strength, "image")
         elif strength is None:
             strength = 0.8 if masks is None else 1.0
+        told = inputs.guidance(guidance_scale)
+        if self.embeds_guidance:
+            inputs.check_embedded(guidance_scale, negative_prompt, more)
+            told = 1.0
         options = SamplerOptions(**self.scheduler.table(sampler)).replace(
             **{name: inputs.plain(value) for name, value in more.items()},
             steps=steps,
-            guidance_scale=inputs.guidance(guidance_scale),
+            guidance_scale=told,
             strength=None if masks is not None and strength == 1 else strength,  # pure noise
         )
         table = {one.name: getattr(options, one.name) for one in fields(options)}
@@ -230,11 +236,12 @@ class StableDiffusion:
             prompts, negatives, clip_skip, inputs.guided(options.guidance_scale)
         )
         shape = self._latent_shape(len(seeds), height, width)
+        beside = self._embedded_guidance(guidance_scale)
         vae = self._autoencoding()
         latents = self._engine_now(table, progress).sample(
             shape,
-            self._context(positive, batch, (height, width)),
-            self._context(negative, batch, (height, width)),
+            self._context(positive, batch, (height, width), beside),
+            self._context(negative, batch, (height, width), beside),
             callback=callback,
             table=table,
             **self._start(vae, shape, images, masks, options.strength, seeds),
@@ -247,6 +254,7 @@ class StableDiffusion:
             "batch": batch,
             "clip_skip": clip_skip,
             **table,
+            "guidance_scale": guidance_scale if self.embeds_guidance else told,
             "strength": strength,
         }
         from ..images import to_pil  # imports Pillow
@@ -259,6 +267,11 @@ class StableDiffusion:
     def inpainting(self) -> bool:
         """Whether the U-Net reads a mask and the masked image beside the noisy latents."""
         return self._parts().inpainting
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the U-Net takes the guidance scale as an input (LCM)."""
+        return self.unet.config.time_cond_proj_dim is not None
 
     def _parts(self) -> Parts:
         """The networks and the schedule as they are now."""
@@ -313,21 +326,37 @@ class StableDiffusion:
             negative = TextStates(*zeros)
         return positive, negative
 
+    def _embedded_guidance(self, scale: Any) -> dict[str, Tensor]:
+        """The guidance scale for a U-Net that takes it as an input, [1, D]."""
+        width = self.unet.config.time_cond_proj_dim
+        if width is None:
+            return {}
+        embedded = guidance_embedding(torch.tensor([scale], dtype=torch.float64), width)
+        return {"timestep_cond": embedded.to(self.unet.conv_in.weight)}
+
     def _context(
-        self, states: TextStates | None, batch: int, size: inputs.Size
+        self, states: TextStates | None, batch: int, size: inputs.Size, beside: dict[str, Tensor]
     ) -> Tensor | dict[str, Tensor] | None:
-        """What the U-Net is conditioned on, for ``batch`` images of each prompt."""
+        """What the U-Net is conditioned on, for ``batch`` images of each prompt.
+
+        Args:
+            states: of the prompts.
+            batch: images of each.
+            size: height and width of the images.
+            beside: what else the U-Net takes by keyword.
+        """
         if states is None:
             return None
         weight = self.unet.conv_in.weight
         context = states.context.to(weight).repeat_interleave(batch, 0)
         if states.pooled is None:
-            return context
+            return {"context": context, **beside} if beside else context
         time_ids = torch.tensor([[*size, 0, 0, *size]], device=weight.device)  # not cropped
         return {
             "context": context,
             "text_embeds": states.pooled.to(weight).repeat_interleave(batch, 0),
             "time_ids": time_ids.expand(len(context), -1),
+            **beside,
         }
 
     def _engine_now(self, table: dict[str, Any], progress: bool) -> Engine:

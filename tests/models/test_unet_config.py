@@ -94,7 +94,6 @@ def test_equal_context_widths_per_level_are_one_width() -> None:
         ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn", "only 'UNetMidBlock2DCrossAttn'"),
         ("act_fn", "gelu", "only 'silu' or 'swish'"),
         ("encoder_hid_dim", 4096, "only None"),
-        ("time_cond_proj_dim", 256, "only None"),
         ("mid_block_scale_factor", 2, "only 1"),
     ],
 )

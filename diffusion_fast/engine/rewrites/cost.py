@@ -136,6 +136,10 @@ class DryRun:
                 self._context["text_embeds"] = self._x.new_empty(batch, pooled)
                 self._context["time_ids"] = torch.empty(batch, sizes)
 
+            if config.time_cond_proj_dim is not None:
+                guided = self._x.new_empty(batch, config.time_cond_proj_dim)
+                self._context["timestep_cond"] = guided
+
     def step(self, prepare: Callable[[UNet2DCondition], Any]) -> Counter:
         """The cost of one call of the predictor that ``prepare`` makes for a model."""
         with DEVICE, torch.no_grad():

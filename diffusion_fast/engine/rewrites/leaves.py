@@ -145,7 +145,7 @@ def plain_leaves(network: nn.Module) -> None:
     """
     as_they_are = set(hooked(*network.modules()))
     for embedding in modules(network, plain.TimestepEmbedding):
-        as_they_are |= {embedding.linear_1, embedding.linear_2}
+        as_they_are |= {*embedding.children()}
     for transformer in modules(network, plain.TransformerBlock):
         as_they_are |= {transformer.attn2.to_k, transformer.attn2.to_v}
     timed = [block for block in modules(network, plain.ResBlock) if hasattr(block, "time_emb_proj")]

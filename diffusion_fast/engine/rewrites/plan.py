@@ -189,16 +189,17 @@ def asked_for(rewrites: str | Iterable[str], known: Iterable[str]) -> frozenset[
 def _inapplicable(model: UNet2DCondition, batch: int, halves: int, max_rows: int) -> dict[str, str]:
     """Why rewrites can't be used on this model at this batch."""
     config, off = model.config, {}
-    pooled = config.addition_embed_type is not None
     if halves == 1:
         off["shared_prefix"] = "one half of guidance runs"
-    elif pooled:
+    elif config.addition_embed_type is not None:
         off["shared_prefix"] = "pooled text enters the time embedding"
+    elif config.time_cond_proj_dim is not None:
+        off["shared_prefix"] = "the guidance scale enters the time embedding"
     if config.num_levels == 1:
         off["folded_upsample"] = "the model has one level"
     weight = model.conv_in.weight
     widths = [block.time_width for block in model.modules() if isinstance(block, ResBlock)]
-    images = halves * batch if pooled else 1
+    images = halves * batch if config.time_per_image else 1
     size = max_rows * images * sum(widths) * weight.element_size()
     if size > TABLE_LIMIT:
         off["time_table"] = f"{size / 2**20:.0f} MB, more than {TABLE_LIMIT >> 20} MB"

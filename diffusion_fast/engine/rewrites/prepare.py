@@ -119,8 +119,7 @@ class PreparedUNet:
         self.model, self.plan = model, plan
         self.network, self._leaves = rewritten(model, plan.on)
         self.batch = plan.halves * plan.batch
-        # The time is the same for all images, unless pooled text enters the embedding.
-        self._images = 1 if model.config.addition_embed_type is None else self.batch
+        self._images = self.batch if model.config.time_per_image else 1
         self.times: TimeTable | None = None
         if "time_table" in plan.on:
             self.times = TimeTable(self.network, plan.max_rows, self._images)
@@ -159,15 +158,17 @@ class PreparedUNet:
         context: Tensor | None = None,
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
         context_lengths: Tensor | None = None,
     ) -> None:
         self.plan.check_rows(timesteps)
         image = self.model.conv_in.weight.new_empty(self.batch, self.model.config.in_channels, 1, 1)
         self.model.check_inputs(
-            image, timesteps[0], context, text_embeds, time_ids, context_lengths
+            image, timesteps[0], context, text_embeds, time_ids, timestep_cond, context_lengths
         )
         assert context is not None  # checked
-        inputs = [timesteps, context, text_embeds, time_ids, context_lengths]
+        additions = text_embeds, time_ids, timestep_cond
+        inputs = [timesteps, context, *additions, context_lengths]
         around = surroundings(timesteps.device) if self._repeats else None
         if self._last is not None and around == self._last[0] and _equal(inputs, self._last[1]):
             return
@@ -175,12 +176,11 @@ class PreparedUNet:
         context = context.expand(self.batch, *context.shape[1:])
         self._tokens = 1 if context.dim() == 1 else context.shape[1]
         kv = self._project(context) if "cached_context" in self.plan.on else None
-        additions = text_embeds, time_ids
         if self.times is not None:
             n, each = len(timesteps), timesteps.repeat_interleave(self._images)
             pooled = (None if value is None else value.repeat(n, 1) for value in additions)
             self.times.write(self.model.embed_time(each, *pooled))
-            additions = None, None
+            additions = None, None, None
         else:
             self._grid[: len(timesteps)] = timesteps[:, None]
         self.given = self._kept.write(

@@ -146,7 +146,9 @@ class UNetReplacement(Replacement):
             if conditions:
                 conditions["text_embeds"] = conditions["text_embeds"].to(sample.dtype)
             with lora_scale(self.theirs, scale):
-                out = self.ours(sample, t, encoder_hidden_states, **conditions)
+                out = self.ours(
+                    sample, t, encoder_hidden_states, timestep_cond=timestep_cond, **conditions
+                )
             return UNet2DConditionOutput(sample=out) if return_dict else (out,)
 
         return self.run(self._reason(arguments), ours, arguments)
@@ -155,7 +157,6 @@ class UNetReplacement(Replacement):
         """What the arguments ask for that our model doesn't have."""
         for name in (
             "class_labels",
-            "timestep_cond",
             "attention_mask",
             "down_block_additional_residuals",
             "mid_block_additional_residual",
@@ -172,8 +173,8 @@ class UNetReplacement(Replacement):
         if set(added) != needs:
             return f"added_cond_kwargs {sorted(added)}, not {sorted(needs)}"
         dtype = self.ours.conv_in.weight.dtype
-        for name in ("sample", "encoder_hidden_states"):
-            if arguments[name].dtype != dtype:
+        for name in ("sample", "encoder_hidden_states", "timestep_cond"):
+            if arguments[name] is not None and arguments[name].dtype != dtype:
                 return f"{name} of {arguments[name].dtype} for a model of {dtype}"
         return None
 

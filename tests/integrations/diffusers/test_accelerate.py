@@ -336,3 +336,15 @@ def test_model_offload_hooks() -> None:
         for pipe in (plain, fast):
             remove_hook_from_module(pipe.unet)
         assert error(assert_equal(plain, fast), twice) > 0.1
+
+
+def test_a_guidance_scale_as_an_input() -> None:
+    """A latent consistency model, whose pipeline gives its scale to the U-Net."""
+    unet = tiny.unet("sd", time_cond_proj_dim=16)
+    scheduler = diffusers.LCMScheduler(beta_schedule="scaled_linear", clip_sample=False)
+    plain, fast = pair(unet=unet, scheduler=scheduler)
+    expected = tiny.picture(plain, guidance_scale=6.0, num_inference_steps=2)
+    assert error(tiny.picture(fast, guidance_scale=6.0, num_inference_steps=2), expected) <= CLOSE
+    assert error(tiny.picture(fast, guidance_scale=2.0, num_inference_steps=2), expected) > 0.01
+    assert explain(fast).unet.calls == 4
+    assert not explain(fast).unet.others

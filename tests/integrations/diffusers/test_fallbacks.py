@@ -190,7 +190,6 @@ def refused(pipe: Any, match: str) -> None:
     [
         ({"mid_block_type": "UNetMidBlock2D"}, "mid_block_type: 'UNetMidBlock2D' is not supported"),
         ({"class_embed_type": "timestep"}, "class_embed_type: 'timestep' is not supported"),
-        ({"time_cond_proj_dim": 8}, "time_cond_proj_dim: 8 is not supported, only None"),
         ({"dual_cross_attention": True}, "dual_cross_attention"),
     ],
 )
