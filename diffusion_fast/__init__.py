@@ -5,6 +5,7 @@ from typing import Any
 from . import _checkout, integrations, ops  # in this order
 from ._version import __version__
 from .engine import Engine, sample
+from .finetuning import finetune
 from .models import AutoencoderKL, UNet2DCondition, UNetConfig, VAEConfig
 from .ops import use_backend
 from .pipelines import StableDiffusion
@@ -21,6 +22,7 @@ __all__ = [
     "UNetConfig",
     "VAEConfig",
     "__version__",
+    "finetune",
     "integrations",
     "ops",
     "sample",

@@ -171,8 +171,15 @@ def read_tensors(path: AnyPath) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: can't be read, damaged: {error}") from error
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: AnyPath) -> None:
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: AnyPath, metadata: Mapping[str, str] | None = None
+) -> None:
     """Fill a safetensors file. Tensors that share memory, which it refuses, are copied.
+
+    Args:
+        tensors: what to write.
+        path: the file.
+        metadata: texts for its header, beside the format.
 
     Raises:
         SafetensorError: the disk is full.
@@ -184,4 +191,4 @@ def save_tensors(tensors: Mapping[str, Tensor], path: AnyPath) -> None:
         alone = storage.nbytes() == value.nbytes and storage.data_ptr() not in places
         places.add(storage.data_ptr())
         own[name] = value if alone else value.clone()
-    save_file(own, path, metadata={"format": "pt"})
+    save_file(own, path, metadata={"format": "pt", **(metadata or {})})

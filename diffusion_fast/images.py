@@ -20,6 +20,7 @@ from .ops import checks
 SETTINGS = "diffusion_fast"  # the PNG text chunk that holds the settings as JSON
 PARAMETERS = "parameters"  # the one that holds them as AUTOMATIC1111's web UI writes them
 FORMATS = {"": "PNG", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_ORIENTATION = 0x0112  # EXIF tag
 _DESCRIPTION, _EXIF_IFD, _USER_COMMENT = 0x010E, 0x8769, 0x9286  # EXIF tags
 BETWEEN = 64  # the grey between the images of a grid
 LINE = 14  # pixels of a line of headings
@@ -49,6 +50,21 @@ def read_picture(
             return _eight_bits(file, mode, background)
     except Exception as error:  # damaged files make Pillow raise nearly any class
         raise ValueError(f"can't be read as an image: {_reason(source, error)}") from error
+
+
+def picture_size(path: AnyPath) -> tuple[int, int]:
+    """Height and width of a picture upright; its header alone is read.
+
+    Raises:
+        ValueError: no picture. The message gives the reason alone; the caller names the file.
+    """
+    try:
+        with Image.open(path) as file:
+            width, height = file.size
+            turned = file.getexif().get(_ORIENTATION, 1) >= 5
+    except Exception as error:  # as above
+        raise ValueError(f"can't be read as an image: {_reason(path, error)}") from error
+    return (width, height) if turned else (height, width)
 
 
 def _eight_bits(image: Image.Image, mode: str, background: str) -> Image.Image:

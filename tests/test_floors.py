@@ -31,10 +31,11 @@ FLOORS = {
     "engine": 3,
     "training": 3,
     "pipelines": 4,
+    "finetuning": 5,
     "integrations": 4,
-    "cli": 4,
-    "": 5,  # the package's own __init__ may name everything
-    "__main__": 5,
+    "cli": 6,
+    "": 7,  # the package's own __init__ may name everything
+    "__main__": 7,
 }
 SOURCES = [*(ROOT / "diffusion_fast").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
 

@@ -12,6 +12,7 @@ import typer
 from .bench import bench
 from .common import in_options, options_of
 from .doctor import doctor
+from .finetune import finetune
 from .sample import sample
 from .train import train
 from .vae_check import vae_check
@@ -35,7 +36,7 @@ def options(
     """What every command shares; ``--debug`` itself is read in :func:`main`."""
 
 
-for command in (train, sample, bench, vae_check, doctor):
+for command in (train, finetune, sample, bench, vae_check, doctor):
     app.command()(command)
 
 

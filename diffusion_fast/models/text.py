@@ -199,30 +199,46 @@ class TextEncoders:
             checks.fail("tokenizers", "two that split prompts alike", "two that don't")
         return TextStates(torch.cat(contexts, dim=-1), pooled[-1])
 
+    def states(self, ids: Sequence[Tensor], clip_skip: int = 0) -> TextStates:
+        """The states of tokens as they are, with gradients: what training calls.
+
+        Args:
+            ids: token ids of each encoder, int64 [B, L].
+            clip_skip: as for :meth:`encode`.
+        """
+        states = [self._plain_states(i, one, clip_skip) for i, one in enumerate(ids)]
+        contexts, pooled = zip(*states, strict=True)
+        return TextStates(torch.cat(contexts, dim=-1), pooled[-1])
+
     def _states(
         self, number: int, prompts: Sequence[str], clip_skip: int
     ) -> tuple[Tensor, Tensor | None]:
-        """What one of the encoders says."""
+        """What one of the encoders says of prompts."""
         encoder: Any = self.encoders[number]
-        config = encoder.config
-        two = len(self.encoders) == 2
-        most = config.num_hidden_layers - 1 - two
-        if not isinstance(clip_skip, int) or not 0 <= clip_skip <= most:
-            checks.fail("clip_skip", f"an integer in [0, {most}]", repr(clip_skip))
-        length, embeddings = config.max_position_embeddings, self.embeddings.of(number)
+        length, embeddings = encoder.config.max_position_embeddings, self.embeddings.of(number)
         tokens = tokenize(prompts, self.tokenizers[number], length, embeddings)
-        device = next(encoder.parameters()).device
         with _in_place(encoder.get_input_embeddings(), tokens):
-            output = encoder(tokens.ids.flatten(0, 1).to(device), output_hidden_states=True)
-        states = output.hidden_states[-1 - clip_skip - two]  # [B * chunks, L, C]
-        if not two:
-            states = getattr(encoder, "text_model", encoder).final_layer_norm(states)
-        weights = tokens.weights.flatten(0, 1).to(device)  # [B * chunks, L]
+            states, pooled = self._plain_states(number, tokens.ids.flatten(0, 1), clip_skip)
+        weights = tokens.weights.flatten(0, 1).to(states.device)  # [B * chunks, L]
         states = _weighted(states, weights).unflatten(0, tokens.ids.shape[:2]).flatten(1, 2)
-        pooled = getattr(output, "text_embeds", None)
         if pooled is not None:
             pooled = pooled.unflatten(0, tokens.ids.shape[:2])[:, 0]
         return states, pooled
+
+    def _plain_states(
+        self, number: int, ids: Tensor, clip_skip: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """What one of the encoders says of tokens [N, L]: states [N, L, C], pooled [N, P]."""
+        encoder: Any = self.encoders[number]
+        two = len(self.encoders) == 2
+        most = encoder.config.num_hidden_layers - 1 - two
+        if not isinstance(clip_skip, int) or not 0 <= clip_skip <= most:
+            checks.fail("clip_skip", f"an integer in [0, {most}]", repr(clip_skip))
+        output = encoder(ids.to(next(encoder.parameters()).device), output_hidden_states=True)
+        states = output.hidden_states[-1 - clip_skip - two]
+        if not two:
+            states = getattr(encoder, "text_model", encoder).final_layer_norm(states)
+        return states, getattr(output, "text_embeds", None)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from .timestep_sampling import ImportanceSampler, LogitNormalSampler, UniformSam
 from .trainer import Trainer, train_diffusion
 from .validation import validation_loss
 from .watch import Progress
-from .weighting import P2, LossWeighting, MinSNR
+from .weighting import P2, Debiased, LossWeighting, MinSNR
 
 __all__ = [
     "EMA",
@@ -21,6 +21,7 @@ __all__ = [
     "Batches",
     "Checkpoints",
     "CsvLog",
+    "Debiased",
     "ImageFolder",
     "ImportanceSampler",
     "LatentData",

@@ -18,6 +18,7 @@ from .distributed import Processes
 
 _ORDER, _FLIPS, _ITEMS, _WORKERS = range(4)  # streams of random numbers that must not meet
 Request = tuple[int, list[int]]  # number of the batch, and which items this process reads
+Unpacked = tuple[Tensor, Context, Tensor | None]  # x_0, context, weight
 
 
 class Batches:
@@ -32,7 +33,8 @@ class Batches:
     NumPy and ``random``. These are afterwards as they were before.
 
     Args:
-        dataset: data with ``len()`` and items x_0, (x_0,) or (x_0, context), tensors or numbers.
+        dataset: data with ``len()`` and items x_0, (x_0,), (x_0, context) or (x_0, context,
+            weight), tensors or numbers; see :class:`~diffusion_fast.training.Trainer`.
         batch_size: items per batch, of all processes together.
         seed: random seed of the order, the flips and what the data set draws.
         flip: mirror half of the images left to right, chosen at random.
@@ -42,6 +44,8 @@ class Batches:
         ValueError: a data set that is empty or smaller than a batch, or one with a false attribute
             ``flips`` that is to be mirrored.
     """
+
+    partial = False  # whether a batch may have fewer items than batch_size
 
     def __init__(
         self,
@@ -57,7 +61,7 @@ class Batches:
             raise TypeError(f"dataset: expected one with a length, got {type(dataset).__name__}")
         if not len(dataset):
             checks.fail("dataset", "at least one item", "none")
-        if batch_size > len(dataset):
+        if batch_size > len(dataset) and not self.partial:
             checks.fail("batch_size", f"at most the {len(dataset)} items", batch_size)
         if flip and not getattr(dataset, "flips", True):
             wanted = "False, because this data set can't be mirrored (see its flips)"
@@ -112,6 +116,12 @@ class Batches:
         start = number % len(self) * self.batch_size
         items: list[int] = order[start : start + self.batch_size].tolist()
         return items
+
+    def share(self, number: int, processes: Processes) -> list[int]:
+        """Which items of batch ``number`` a process reads."""
+        size = self.batch_size // processes.count
+        start = processes.rank * size
+        return self.items(number)[start : start + size]
 
     def flips(self, number: int) -> Tensor:
         """Which images of batch ``number`` are mirrored, bool [B]."""
@@ -177,10 +187,8 @@ class _Requests(Sampler[Request]):
         self.batches, self.number, self.processes = batches, number, processes
 
     def __iter__(self) -> Iterator[Request]:
-        size = self.batches.batch_size // self.processes.count
-        start = self.processes.rank * size
         for number in itertools.count(self.number):
-            yield number, self.batches.items(number)[start : start + size]
+            yield number, self.batches.share(number, self.processes)
 
 
 class _Fetch(Dataset[Any]):
@@ -226,20 +234,18 @@ def forever(dataloader: Iterable[Any]) -> Iterator[Any]:
             checks.fail("dataloader", "at least one batch in every pass", "none")
 
 
-def unpacked(batch: Any, device: torch.device) -> tuple[Tensor, Context]:
-    """x_0 and the context (or None) of a batch: x_0, (x_0,) or (x_0, context)."""
-    if isinstance(batch, (tuple, list)) and len(batch) in (1, 2):
-        x_0, context = batch[0], batch[1] if len(batch) == 2 else None
-    else:
-        x_0, context = batch, None
+def unpacked(batch: Any, device: torch.device) -> Unpacked:
+    """x_0, the context and the weight (or None) of a batch: x_0, or a tuple of one to three."""
+    parts = batch if isinstance(batch, (tuple, list)) and 1 <= len(batch) <= 3 else (batch,)
+    x_0, context, weight = (*parts, None, None)[:3]
     if not isinstance(x_0, Tensor):
         got = type(batch).__name__
         raise TypeError(f"dataloader: expected batches x_0 or (x_0, context), got a {got}")
-    return x_0.to(device, non_blocking=True), moved(context, device)
+    return x_0.to(device, non_blocking=True), moved(context, device), moved(weight, device)
 
 
-def moved(context: Context, device: torch.device) -> Context:
-    """The context on a device."""
+def moved(context: Any, device: torch.device) -> Any:
+    """A context, or one of its tensors, on a device."""
     if isinstance(context, Mapping):
         return {key: value.to(device, non_blocking=True) for key, value in context.items()}
     return context.to(device, non_blocking=True) if context is not None else None

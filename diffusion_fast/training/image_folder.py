@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -145,33 +145,49 @@ class ImageFolder(Dataset[Any]):
     def _find_classes(self, folders: list[str]) -> None:
         beside = [path for path in self.files if path.parent == self.root]
         if beside:
-            checks.fail("root", "images in class folders only", _some(beside, "images beside them"))
+            checks.fail("root", "images in class folders only", some(beside, "images beside them"))
         self.classes = folders
         names = [path.relative_to(self.root).parts[0] for path in self.files]
         empty = [self.root / name for name in self.classes if name not in set(names)]
         if empty:
-            checks.fail("root", "images in each class folder", _some(empty, "empty ones"))
+            checks.fail("root", "images in each class folder", some(empty, "empty ones"))
         numbers = {name: number for number, name in enumerate(self.classes)}
         self.labels = [numbers[name] for name in names]
 
     def _read_captions(self, path: Path, key: str) -> None:
         if self.encode is None:
             checks.fail("encode", f"a function of a caption, because there is {path}", None)
-        captions: dict[Path, str] = {}
-        for number, line in enumerate(read_lines(path), 1):
-            if line.strip():
-                name, text = _caption(line, key, f"{path}, line {number}")
-                if self.root / name in captions:
-                    raise ValueError(f"{path}, line {number}: a second caption for {name}")
-                captions[self.root / name] = text
-        known = set(self.files)
-        lost = [file for file in captions if file not in known]
-        if lost:
-            checks.fail(METADATA, "an image for each caption", _some(lost, "captions without"))
+        captions = read_captions(path, self.files, key)
         bare = [file for file in self.files if file not in captions]
         if bare:
-            checks.fail(METADATA, "a caption for each image", _some(bare, "images without"))
+            checks.fail(METADATA, "a caption for each image", some(bare, "images without"))
         self.captions = [captions[file] for file in self.files]
+
+
+def read_captions(path: Path, files: Iterable[Path], key: str = "text") -> dict[Path, str]:
+    """The captions in a ``metadata.jsonl``, by image.
+
+    Args:
+        path: the file; names in it are relative to its folder.
+        files: images that may have a caption.
+        key: the key of the caption.
+
+    Raises:
+        ValueError: a line that can't be read, a second caption of an image, or captions of images
+            that are not there; names them.
+    """
+    captions: dict[Path, str] = {}
+    for number, line in enumerate(read_lines(path), 1):
+        if line.strip():
+            name, text = _caption(line, key, f"{path}, line {number}")
+            if path.parent / name in captions:
+                raise ValueError(f"{path}, line {number}: a second caption for {name}")
+            captions[path.parent / name] = text
+    known = set(files)
+    lost = [file for file in captions if file not in known]
+    if lost:
+        checks.fail(METADATA, "an image for each caption", some(lost, "captions without"))
+    return captions
 
 
 def _caption(line: str, key: str, where: str) -> tuple[str, str]:
@@ -187,6 +203,7 @@ def _caption(line: str, key: str, where: str) -> tuple[str, str]:
     return entry["file_name"], entry[key]
 
 
-def _some(paths: list[Path], what: str) -> str:
+def some(paths: list[Path], what: str) -> str:
+    """How many there are of ``what``, and the first of their names."""
     names = ", ".join(str(path) for path in paths[:_SHOWN])
     return f"{len(paths)} {what}: {names}{' ...' if len(paths) > _SHOWN else ''}"

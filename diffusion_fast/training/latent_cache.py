@@ -10,32 +10,27 @@ read again; remove the folder to be rid of them. Beside its tensors each file ha
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..conditioning import Context
-from ..files import AnyPath, CheckpointError, checksum, read_tensors, save_tensors, whole
+from ..files import AnyPath
 from ..ops import checks
 from .distributed import Processes
 from .image_folder import ImageFolder
+from .tensor_store import Tensors, fingerprint, place, read, write
 
 if TYPE_CHECKING:
     from ..models.text import TextEncoders
     from ..models.vae import AutoencoderKL
 
 _PIXELS = "upright, cover, Lanczos, middle, [-1, 1]"  # what ImageFolder does to a file
-_CHECKSUM = "crc32"  # beside the tensors in a file
-_AGAIN = "remove it and cache the latents again"
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -81,14 +76,14 @@ class LatentData(Dataset[Any]):
         return len(self._latents)
 
     def __getitem__(self, index: int) -> Any:
-        latents = _read(self._latents[index], "latents")["latents"].float()
+        latents = read(self._latents[index], "latents")["latents"].float()
         if self._conditions is None:
             return latents
         condition = self._conditions[index]
         return latents, self._states(condition) if isinstance(condition, Path) else condition
 
     def _states(self, path: Path) -> Tensor | Tensors:
-        states = {name: value.float() for name, value in _read(path, "context").items()}
+        states = {name: value.float() for name, value in read(path, "context").items()}
         if "text_embeds" not in states:
             return states["context"]
         height, width = map(float, self._size)  # SDXL: as if images had been this large, and whole
@@ -134,7 +129,7 @@ def cache_latents(
         checks.fail("text", "text encoders, because the images have captions", None)
     processes = Processes.join(next(vae.parameters()).device)
     root = Path(folder)
-    pictures = _pictures(images, root / "latents", _fingerprint({"vae": vae}), flip)
+    pictures = _pictures(images, root / "latents", fingerprint({"vae": vae}), flip)
     captions = images.captions or []
     prompts: dict[str, _Entry] = {}
     if text is not None and captions:
@@ -150,7 +145,7 @@ def cache_latents(
     ]
     for done, (make, batch) in enumerate(batches, 1):
         for entry, tensors in make(batch):
-            _write(entry.path, tensors)
+            write(entry.path, tensors)
         if on_made is not None:
             on_made(done, len(batches))
     processes.wait()
@@ -175,7 +170,7 @@ def _pictures(images: ImageFolder, folder: Path, encoder: str, flip: bool) -> li
             found = file.stat()
             made_of = [encoder, _PIXELS, images.size, images.channels, flipped]
             made_of += [str(file.absolute()), found.st_size, found.st_mtime_ns]
-            entries.append(_Entry(_place(folder, made_of), (i, flipped)))
+            entries.append(_Entry(place(folder, made_of), (i, flipped)))
     return entries
 
 
@@ -183,8 +178,8 @@ def _prompts(texts: Iterable[str], folder: Path, encoders: TextEncoders) -> dict
     vocabularies = [
         tokenizer.get_vocab() for tokenizer in getattr(encoders, "tokenizers", ())
     ]  # the same weights read other tokens otherwise
-    encoder = _fingerprint(encoders.modules(), vocabularies)
-    return {text: _Entry(_place(folder, [encoder, text]), text) for text in texts}
+    encoder = fingerprint(encoders.modules(), vocabularies)
+    return {text: _Entry(place(folder, [encoder, text]), text) for text in texts}
 
 
 def _missing(entries: Iterable[_Entry], processes: Processes) -> list[_Entry]:
@@ -228,47 +223,3 @@ def _encode_texts(
         if states.pooled is not None:
             tensors["text_embeds"] = states.pooled[i]
         yield entry, tensors
-
-
-def _fingerprint(modules: dict[str, nn.Module], more: object = None) -> str:
-    """A hash of weights, configurations and ``more``."""
-    digest = hashlib.sha256(json.dumps(more, sort_keys=True).encode())
-    for part, module in sorted(modules.items()):
-        config = getattr(module, "config", None)
-        values = config.to_dict() if config is not None else {}
-        named = {k: v for k, v in values.items() if k != "transformers_version"}
-        digest.update(json.dumps([part, named], sort_keys=True, default=str).encode())
-        for piece in _contents(module.state_dict()):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _contents(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
-    """All that makes tensors what they are, as bytes: names, dtypes, shapes and numbers."""
-    for name, value in sorted(tensors.items()):
-        yield f"{name} {value.dtype} {list(value.shape)}".encode()
-        yield value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-
-
-def _place(folder: Path, made_of: Sequence[object]) -> Path:
-    name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
-    return folder / name[:2] / f"{name}.safetensors"  # not all in one folder
-
-
-def _write(path: Path, tensors: Tensors) -> None:
-    own = torch.tensor(int(checksum(_contents(tensors)), 16))
-    with whole(path) as (temporary,):
-        save_tensors(tensors | {_CHECKSUM: own}, temporary)
-
-
-def _read(path: Path, wanted: str) -> Tensors:
-    try:
-        tensors = read_tensors(path)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; {_AGAIN}") from error
-    own = tensors.pop(_CHECKSUM, None)
-    if tensors.keys() - {"text_embeds"} != {wanted}:
-        raise CheckpointError(f"{path}: expected {wanted}, got {sorted(tensors)}; {_AGAIN}")
-    if own is not None and own.tolist() != int(checksum(_contents(tensors)), 16):
-        raise CheckpointError(f"{path}: damaged, its checksum is another; {_AGAIN}")
-    return tensors

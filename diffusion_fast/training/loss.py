@@ -65,15 +65,22 @@ def predict(
     t: Tensor,
     noise: Tensor,
     prediction_type: str,
+    perturbed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What the model makes of x_t, and what it should have made; arguments as above.
+
+    Args:
+        perturbed: the noise in x_t, where it is not the one that the target is made of.
 
     Returns:
         Prediction and target, both [B, ...] of the wider of their dtypes: under autocast the model
         answers in bfloat16, and the error is still taken in float32.
     """
     tables = schedule.tables(x_0.device)
-    x_t, target = ops.add_noise(x_0, noise, t, tables["signal"], tables["noise"], prediction_type)
+    levels = t, tables["signal"], tables["noise"], prediction_type
+    x_t, target = ops.add_noise(x_0, noise, *levels)
+    if perturbed is not None:
+        x_t, _ = ops.add_noise(x_0, perturbed, *levels)
     prediction = bind(model, context)(x_t, t)
     if not isinstance(prediction, Tensor):
         raise TypeError(f"model: expected it to return a tensor, got {type(prediction).__name__}")

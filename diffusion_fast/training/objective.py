@@ -24,6 +24,9 @@ class Objective:
     """The training loss of a model and its gradient.
 
     Arguments as for :class:`~diffusion_fast.training.Trainer`; ``device`` is that of the model.
+    ``batch_size`` is that of whole batches, for which random numbers are always drawn: a smaller
+    batch leaves the rest of them, so that what follows does not depend on the processes that share
+    it.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class Objective:
         null_context: Context = None,
         seed: int | None = None,
         timestep_sampler: UniformSampler | None = None,
+        batch_size: int = 0,
     ) -> None:
         if options.condition_dropout > 0 and null_context is None:
             checks.fail("null_context", "a null condition, because of condition_dropout", None)
@@ -47,7 +51,7 @@ class Objective:
             wanted = "v_prediction or sample, because the schedule ends at zero SNR"
             checks.fail("prediction_type", wanted, "epsilon, which says nothing about x_0 there")
         self.schedule, self.options, self.device = schedule, options, device
-        self.processes = processes
+        self.processes, self.batch_size = processes, batch_size
         self.null_context = moved(null_context, device)
         self.generator = None
         if seed is not None:
@@ -75,18 +79,24 @@ class Objective:
 
         Every process draws for the batch of all, and keeps its part: see :mod:`.distributed`.
         """
-        x_0, context = unpacked(batch, self.device)
+        x_0, context, emphasis = unpacked(batch, self.device)
         if self.options.channels_last and x_0.dim() == 4:
             x_0 = x_0.contiguous(memory_format=torch.channels_last)
-        part, joint = self.processes.part, len(x_0) * self.processes.count
+        joint = len(x_0) * self.processes.count
+        drawn = max(joint, self.batch_size)
+
+        def part(values: Tensor) -> Tensor:
+            return self.processes.part(values[:joint])
+
         context = self._drop(context, joint)
-        all_t, importance = self.timestep_sampler.sample(joint, self.device, self.generator)
+        all_t, importance = self.timestep_sampler.sample(drawn, self.device, self.generator)
         t = part(all_t)
         weight = self._weight(t, None if importance is None else part(importance))
-        shape = (joint, *x_0.shape[1:])
-        noise = part(
-            torch.randn(shape, generator=self.generator, dtype=x_0.dtype, device=self.device)
-        )
+        noise, perturbed = self._noise(x_0, drawn)
+        noise, perturbed = part(noise), None if perturbed is None else part(perturbed)
+        if emphasis is not None and emphasis.dim() == 1:
+            weight = emphasis if weight is None else weight * emphasis
+        root = emphasis.sqrt() if emphasis is not None and emphasis.dim() > 1 else None
         parts = split(x_0, context, self.options.accumulate)
         losses, squares = [], []
         for number, (rows, x, c) in enumerate(parts):
@@ -98,7 +108,10 @@ class Objective:
                     prediction, target = predict(
                         *(self._network, self.schedule, x, c, t[rows], noise[rows]),
                         self.options.prediction_type,
+                        None if perturbed is None else perturbed[rows],
                     )
+                if root is not None:  # w (a - b)^2 = (sqrt(w) a - sqrt(w) b)^2
+                    prediction, target = prediction * root[rows], target * root[rows]
                 loss = ops.weighted_mse(prediction, target, own_weight)
                 if len(parts) > 1:
                     loss = loss * (len(x) / len(x_0))
@@ -109,8 +122,23 @@ class Objective:
         if squares:
             mine = torch.cat(squares)
             mine = mine if self._loss_weights is None else mine * self._loss_weights[t]
-            self.timestep_sampler.update(all_t, self.processes.gather(mine))
+            self.timestep_sampler.update(all_t[:joint], self.processes.gather(mine))
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _noise(self, x_0: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
+        """The noise of ``count`` images, and that of their x_t where it is another."""
+
+        def normal(*shape: int) -> Tensor:
+            place = self.device
+            return torch.randn(shape, generator=self.generator, dtype=x_0.dtype, device=place)
+
+        shape = (count, *x_0.shape[1:])
+        noise = normal(*shape)
+        if offset := self.options.noise_offset:
+            noise = noise + offset * normal(*shape[:2], *(1,) * (x_0.dim() - 2))
+        if not (strength := self.options.input_perturbation):
+            return noise, None
+        return noise, noise + strength * normal(*shape)
 
     def _drop(self, context: Context, joint: int) -> Context:
         probability = self.options.condition_dropout

@@ -11,9 +11,9 @@ import torch
 
 from ..ops import checks
 from ..ops.add_noise import TARGETS
+from .optimizers import OPTIMIZERS
 from .weighting import LossWeighting
 
-OPTIMIZERS = ("adamw", "adam")
 PRECISIONS = ("float32", "bfloat16")
 SHARDINGS = ("ddp", "fsdp")
 
@@ -23,7 +23,8 @@ class TrainingOptions:
     """How to train; every value is checked.
 
     Attributes:
-        optimizer: ``"adamw"`` (weight decay apart from the gradient) or ``"adam"`` (L2 within it).
+        optimizer: ``"adamw"`` (weight decay apart from the gradient), ``"adam"`` (L2 within it) or
+            another one of :func:`~diffusion_fast.training.optimizers.make_optimizer`.
         learning_rate: step size of the optimizer at its peak.
         weight_decay: strength of the optimizer's weight decay.
         warmup_steps: over which the rate rises from zero.
@@ -35,6 +36,13 @@ class TrainingOptions:
         condition_dropout: share of conditions replaced by ``null_context`` (0.1 is usual).
         prediction_type: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
         loss_weighting: such as :class:`~diffusion_fast.training.MinSNR`; None for all alike.
+        noise_offset: standard deviation of what is added to the noise of each channel as a whole,
+            so that a model learns to change an image's brightness (Guttenberg 2023, "Diffusion with
+            Offset Noise"): noise = eps + noise_offset * delta, delta ~ N(0, 1) for each image and
+            channel. 0.05 to 0.1 is usual.
+        input_perturbation: standard deviation of further noise in x_t that the target knows nothing
+            of, against exposure bias (Ning et al. 2023, arXiv:2301.11706, algorithm 1): x_t =
+            sqrt(abar) x_0 + sqrt(1 - abar) (eps + input_perturbation * xi). 0.1 in the paper.
         precision: ``"float32"``, or ``"bfloat16"`` for mixed precision: weights, their averages,
             the optimizer and the loss stay float32, the model runs under autocast.
         channels_last: keep images and convolutions with the channels innermost.
@@ -57,6 +65,8 @@ class TrainingOptions:
     condition_dropout: float = 0.0
     prediction_type: str = "epsilon"
     loss_weighting: LossWeighting | None = None
+    noise_offset: float = 0.0
+    input_perturbation: float = 0.0
     precision: str = "float32"
     channels_last: bool = False
     compile: bool = False
@@ -82,6 +92,10 @@ class TrainingOptions:
         checks.one_of("prediction_type", self.prediction_type, TARGETS)
         if self.loss_weighting is not None and not hasattr(self.loss_weighting, "table"):
             checks.fail("loss_weighting", "one such as MinSNR() or None", repr(self.loss_weighting))
+        for name in ("noise_offset", "input_perturbation"):
+            checks.finite(name, getattr(self, name))
+            if getattr(self, name) < 0:
+                checks.fail(name, "a number of at least 0", getattr(self, name))
         checks.one_of("precision", self.precision, PRECISIONS)
         checks.one_of("sharding", self.sharding, SHARDINGS)
         if self.sharding == "fsdp" and self.channels_last:
@@ -96,6 +110,9 @@ class TrainingOptions:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in ("read_every", "validate_every", "sharding"):
             del values[name]
+        for name in ("noise_offset", "input_perturbation"):  # older checkpoints know neither
+            if not values[name]:
+                del values[name]
         if self.loss_weighting is not None:
             values["loss_weighting"] = repr(self.loss_weighting)
         return values

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from .checkpoint import (
 from .distributed import Processes, fill, local, whole
 from .ema import EMA, is_finite, named_tensors
 from .objective import Objective
+from .optimizers import make_optimizer
 from .options import TrainingOptions
 from .state import load_optimizer_state, load_random_state, optimizer_state, random_state
 from .timestep_sampling import UniformSampler
@@ -52,8 +53,10 @@ class Trainer:
         model: an ``nn.Module`` called as ``model(x_t, t)`` or ``model(x_t, t, context)``; batches
             go to the device of its parameters.
         dataloader: anything that can be iterated again and again and yields batches: x_0, (x_0,),
-            or (x_0, context) with a tensor or a dict of tensors as context. To resume, and for
-            several processes, a :class:`~diffusion_fast.training.Batches`.
+            (x_0, context) with a tensor or a dict of tensors as context, or (x_0, context, weight).
+            The weight multiplies the squared error: [B], one for each image, or a mask that is
+            broadcast to x_0. To resume, and for several processes, a
+            :class:`~diffusion_fast.training.Batches`.
         schedule: the noise schedule.
         null_context: what stands for no condition, for ``condition_dropout``.
         seed: random seed of timesteps, noise and dropout; None draws from the global generator.
@@ -62,6 +65,10 @@ class Trainer:
         validation: batches that are not trained on, for the validation loss. It is that of the
             averaged weights where there are any.
         checkpoints: where to save; None for nowhere.
+        about: what else decides the numbers of a run, as JSON can hold it, such as a hash of the
+            weights that are not trained: it is saved, and a run that is resumed must have the same.
+        rate_of: learning rate of the parameter of a name, as a multiple of the one in ``options``;
+            None for 1.
         options: fields of :class:`TrainingOptions`.
 
     Raises:
@@ -80,8 +87,11 @@ class Trainer:
         timestep_sampler: UniformSampler | None = None,
         validation: Iterable[Any] | None = None,
         checkpoints: Checkpoints | None = None,
+        about: Mapping[str, Any] | None = None,
+        rate_of: Callable[[str], float] | None = None,
         **options: Any,
     ) -> None:
+        self.about = dict(about or {})
         self.model, self.dataloader, self.schedule = model, dataloader, schedule
         self.options = TrainingOptions(**options)
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -101,18 +111,22 @@ class Trainer:
             null_context=null_context,
             seed=seed,
             timestep_sampler=timestep_sampler,
+            batch_size=dataloader.batch_size if isinstance(dataloader, Batches) else 0,
         )
         if isinstance(dataloader, Batches):
             dataloader.check_shared(self.processes)
         elif self.processes.count > 1:
             wanted = "a training.Batches, for several processes"
             checks.fail("dataloader", wanted, type(dataloader).__name__)
-        kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[self.options.optimizer]
-        self.optimizer = kind(
-            [p for p in model.parameters() if p.requires_grad],  # sharded by now, if they are
-            lr=self.options.learning_rate,
-            weight_decay=self.options.weight_decay,
-            fused=all(p.is_floating_point() for p in parameters),
+        groups: dict[float, list[nn.Parameter]] = {}  # sharded by now, if they are
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault(rate_of(name) if rate_of else 1.0, []).append(parameter)
+        self.optimizer = make_optimizer(
+            self.options.optimizer,
+            [{"params": group, "factor": factor} for factor, group in groups.items()],
+            self.options.learning_rate,
+            self.options.weight_decay,
         )
         self.ema = EMA(model, decay) if (decay := self.options.ema_decay) is not None else None
         self._finite = {n for n, value in named_tensors(model).items() if is_finite(value)}
@@ -253,7 +267,7 @@ class Trainer:
 
     def _schedule(self) -> LambdaLR:
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] = self.options.learning_rate
+            group["lr"] = group["initial_lr"] = self.options.learning_rate * group["factor"]
         return LambdaLR(self.optimizer, self._rate, last_epoch=self.step - 1)  # which takes a step
 
     def _rate(self, done: int) -> float:
@@ -369,7 +383,7 @@ class Trainer:
         }
         if isinstance(self.dataloader, Batches):
             values["data"] = self.dataloader.settings()
-        return values
+        return values | self.about
 
     def _load(self, groups: Groups, rest: Mapping[str, Any], origin: str) -> None:
         """Go on from :meth:`state`."""

@@ -60,7 +60,7 @@ def validation_loss(
             # In the last turn some have nothing left. They go along, because processes that share
             # a model compute together, and count nothing.
             own = min(processes.rank, len(turn) - 1)
-            x_0, context = unpacked(turn[own], device)
+            x_0, context, _ = unpacked(turn[own], device)
             images = len(x_0) if own == processes.rank else 0
             with autocast(device, precision):
                 loss = _loss(model, schedule, x_0, context, prediction_type, (seed, first + own))

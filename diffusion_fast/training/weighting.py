@@ -90,6 +90,20 @@ class P2:
         return _table(schedule, prediction_type, lambda snr: (self.k + snr) ** -self.gamma)
 
 
+@dataclass(frozen=True)
+class Debiased:
+    """1 / sqrt(SNR) on the error in epsilon (Yu et al. 2023, arXiv:2310.08442, eq. 12)."""
+
+    def table(self, schedule: DiffusionSchedule, prediction_type: str) -> Tensor:
+        """Weights of the squared error of the network's output, float32 [T].
+
+        Raises:
+            ValueError: an unknown prediction type.
+        """
+        # The limit is for zero SNR, where the targets v and x_0 have a weight of 0.
+        return _table(schedule, prediction_type, lambda snr: np.maximum(snr, 1e-12) ** -0.5)
+
+
 def _table(
     schedule: DiffusionSchedule,
     prediction_type: str,

@@ -24,6 +24,7 @@ from diffusion_fast.models.vae import AutoencoderKL
 from diffusion_fast.models.vae_config import VAEConfig
 from diffusion_fast.training import Batches, ImageFolder, Trainer, cache_latents, latent_cache
 from diffusion_fast.training.distributed import Processes
+from diffusion_fast.training.tensor_store import fingerprint, write
 
 
 class Vae(AutoencoderKL):
@@ -166,9 +167,9 @@ def test_what_decides_the_numbers_is_in_the_key(
 
 def test_the_configuration_is_in_the_key() -> None:
     vae = Vae()
-    before = latent_cache._fingerprint({"vae": vae})
+    before = fingerprint({"vae": vae})
     vae.config = VAEConfig.preset("tiny", scaling_factor=0.5)
-    assert latent_cache._fingerprint({"vae": vae}) != before
+    assert fingerprint({"vae": vae}) != before
 
 
 def test_mirrored_images(root: Path, tmp_path: Path) -> None:
@@ -197,7 +198,7 @@ def test_a_restart_makes_what_is_missing(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     truth = cache_latents(plain(root), tmp_path / "whole", Vae(), batch_size=1)
-    write, calls = latent_cache._write, 0
+    write, calls = latent_cache.write, 0
 
     def full_disk(path: Path, tensors: dict[str, Tensor]) -> None:
         nonlocal calls
@@ -207,7 +208,7 @@ def test_a_restart_makes_what_is_missing(
         write(path, tensors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(latent_cache, "_write", full_disk)
+        patch.setattr(latent_cache, "write", full_disk)
         with pytest.raises(OSError, match="No space left"):
             cache_latents(plain(root), tmp_path / "cache", Vae(), batch_size=2)
     assert len(entries(tmp_path / "cache")) == 3
@@ -223,7 +224,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(files, "flush", fails)
     with pytest.raises(OSError, match="killed"):
-        latent_cache._write(tmp_path / "a.safetensors", {"latents": torch.zeros(3)})
+        write(tmp_path / "a.safetensors", {"latents": torch.zeros(3)})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,99 @@
+"""What a trainer trains: a U-Net with its text encoders, of which only a part changes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..models import UNet2DCondition
+from ..models.blocks import ResBlock, Transformer2D
+from ..models.text import TextEncoders
+
+
+class Finetuned(nn.Module):
+    """A U-Net and its text encoders as one network, called with latents and captions.
+
+    To those who ask, its parameters are those that are trained, and it has no buffers: so gradients
+    are clipped and exchanged, averages kept and checkpoints written of these alone.
+
+    Args:
+        unet: the U-Net.
+        text: its text encoders.
+        clip_skip: layers to leave out at the text encoders' ends.
+        gradient_checkpointing: keep the inputs of blocks alone, and compute the rest again in the
+            backward pass (Chen et al. 2016, arXiv:1604.06174).
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DCondition,
+        text: TextEncoders,
+        *,
+        clip_skip: int = 0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.unet = unet
+        for name, encoder in text.modules().items():
+            self.add_module(name, encoder)
+        self._text, self.clip_skip = [text], clip_skip  # in a list: its modules are ours already
+        self._units: list[nn.Module] = []
+        if gradient_checkpointing:
+            self._units = [m for m in unet.modules() if isinstance(m, (ResBlock, Transformer2D))]
+            for encoder in text.encoders:
+                encoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+
+    def named_parameters(self, *args: Any, **keywords: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        found = super().named_parameters(*args, **keywords)
+        return ((name, one) for name, one in found if one.requires_grad)
+
+    def named_buffers(self, *_: Any, **__: Any) -> Iterator[tuple[str, Tensor]]:
+        return iter(())
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        context: Tensor | None = None,
+        text_embeds: Tensor | None = None,
+        tokens: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The U-Net's output.
+
+        Args:
+            x: noisy latents [B, C, h, w].
+            t: timesteps, int64 [B].
+            context: text states [B, L, C].
+            text_embeds: pooled text [B, P] (SDXL).
+            tokens: token ids int64 [B, E, L] in the place of both, for the E text encoders.
+            time_ids: sizes and crops [B, 6] (SDXL).
+        """
+        if tokens is not None:
+            states = self._text[0].states(tokens.unbind(1), self.clip_skip)
+            context, text_embeds = states.context, states.pooled
+        dtype = self.unet.conv_in.weight.dtype
+        given = {"context": context, "text_embeds": text_embeds}
+        words = {name: one.to(dtype) for name, one in given.items() if one is not None}
+        sizes = {} if time_ids is None else {"time_ids": time_ids}
+        with _recomputed(self._units if torch.is_grad_enabled() else ()):
+            return self.unet(x.to(dtype), t, **words, **sizes)
+
+
+@contextlib.contextmanager
+def _recomputed(units: Sequence[nn.Module]) -> Iterator[None]:
+    """While it lasts, modules keep their inputs alone for the backward pass."""
+    for unit in units:
+        unit.forward = partial(checkpoint, unit.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for unit in units:
+            del unit.forward

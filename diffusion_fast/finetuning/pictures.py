@@ -1,0 +1,160 @@
+"""Folders of images with captions, as the usual tools of fine-tuning lay them out."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..files import read_text, visible_files
+from ..images import picture_size, read_picture
+from ..ops import checks
+from ..training.image_folder import METADATA, SUFFIXES, read_captions, some
+from .buckets import Fit, Size
+from .settings import DataFolder, of_kohya
+
+_BESIDE = (".txt", ".caption")  # suffixes of a caption's file, which has the image's name
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image to train on; its pixels have not been read.
+
+    Attributes:
+        file: where it is.
+        caption: what it shows.
+        size: height and width, upright.
+        repeats: how often it is read in a pass.
+        prior: it is a class image of DreamBooth.
+    """
+
+    file: Path
+    caption: str
+    size: Size
+    repeats: int = 1
+    prior: bool = False
+
+    def pixels(self, how: Fit, corner: Size, flipped: bool) -> Tensor:
+        """Its pixels [3, H, W] in [-1, 1], scaled, cut and mirrored.
+
+        Raises:
+            ValueError: it can't be read; names it.
+        """
+        (height, width), (top, left) = how.shape, corner
+        picture = self._read()
+        scaled = picture.resize(how.scaled[::-1], Image.Resampling.LANCZOS)
+        part = scaled.crop((left, top, left + width, top + height))
+        pixels = torch.from_numpy(np.array(part)).permute(2, 0, 1).float() / 127.5 - 1
+        return pixels.flip(-1) if flipped else pixels
+
+    def check(self) -> None:
+        """Read it once. Raises ValueError: it can't be read; names it."""
+        self._read()
+
+    def _read(self) -> Image.Image:
+        try:
+            return read_picture(self.file)
+        except ValueError as error:
+            raise ValueError(f"{self.file}: {error}") from error
+
+
+def read_pictures(
+    folders: Sequence[DataFolder], prompt: str | None = None, skip_broken: bool = False
+) -> list[Picture]:
+    """The images of some folders, in the order of folders and names.
+
+    Args:
+        folders: what :class:`DataFolder` says.
+        prompt: caption of images that have none, and whose folder has none.
+        skip_broken: leave out what can't be read, with one warning for each.
+
+    Raises:
+        ValueError: a folder that is none or holds no images, captions that are missing or without
+            an image, an image that can't be read; names it.
+    """
+    return [picture for folder in folders for picture in _of_folder(folder, prompt, skip_broken)]
+
+
+def _of_folder(folder: DataFolder, prompt: str | None, skip_broken: bool) -> list[Picture]:
+    root = folder.folder
+    if not root.is_dir():
+        checks.fail("data", "a folder", f"{root}, which is none")
+    files = visible_files(root, SUFFIXES)
+    if not files:
+        checks.fail("data", f"images ({' '.join(SUFFIXES)}) in {root}", "none")
+    _check_names(files)
+    captions: dict[Path, str] = {}
+    for metadata in visible_files(root, (".jsonl",)):
+        if metadata.name == METADATA:
+            captions |= read_captions(metadata, files)
+    found, bare = [], []
+    for file in files:
+        repeats, caption = folder.repeats, captions.get(file) or _beside(file)
+        inner = [of_kohya(part) for part in file.relative_to(root).parts[:-1]]
+        named = of_kohya(root.name) if folder.repeats == 1 and not any(inner) else None
+        for repeated in filter(None, [named, *inner]):
+            repeats, caption = repeats * repeated[0], caption or folder.prompt or repeated[1]
+        caption = caption or folder.prompt or prompt
+        if caption is None:
+            bare.append(file)
+            continue
+        try:
+            size = picture_size(file)
+        except ValueError as error:
+            report(f"{file}: {error}", skip_broken)
+            continue
+        found.append(Picture(file, caption, size, repeats, folder.prior))
+    if bare:
+        wanted = f"a caption for each image ({METADATA}, a .txt beside it, or a prompt for all)"
+        checks.fail("data", wanted, some(bare, "images without"))
+    if not found:
+        checks.fail("data", f"an image that can be read in {root}", "none")
+    return found
+
+
+def checked(pictures: Iterable[Picture], skip_broken: bool) -> list[Picture]:
+    """Those that can be read to the end.
+
+    Raises:
+        ValueError: one can't be, and is not to be skipped; names it.
+    """
+    found = []
+    for picture in pictures:
+        try:
+            picture.check()
+        except ValueError as error:
+            report(str(error), skip_broken)
+        else:
+            found.append(picture)
+    return found
+
+
+def report(message: str, skip: bool) -> None:
+    """Raise a ValueError, or warn of what is skipped."""
+    if not skip:
+        raise ValueError(message)
+    warnings.warn(f"{message}; skipped", stacklevel=2)
+
+
+def _beside(file: Path) -> str | None:
+    """The caption in the file of the image's name; None for none."""
+    for suffix in _BESIDE:
+        text = file.with_suffix(suffix)
+        if text.is_file():
+            return " ".join(read_text(text).split())
+    return None
+
+
+def _check_names(files: Sequence[Path]) -> None:
+    """Two images that would share one caption are a mistake of the folder."""
+    stems = Counter(file.with_suffix("") for file in files)
+    twice = [file for file in files if stems[file.with_suffix("")] > 1 and _beside(file)]
+    if twice:
+        checks.fail("data", "a name of its own for each image", some(twice, "that share a caption"))

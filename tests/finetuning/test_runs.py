@@ -1,0 +1,176 @@
+"""Whole runs: data in, files out, resumed, and refused."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import run as command
+from crash_run import OPTIONS
+from PIL import Image
+from safetensors.torch import load_file
+from small_runs import run, write_images
+
+import diffusion_fast as df
+from diffusion_fast.finetuning import Settings, finetune, read_toml
+from diffusion_fast.training.checkpoint import read_checkpoint
+
+HERE = Path(__file__).parent
+Tiny = Callable[[str], Path]
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tiny_folder: Tiny, images: Path, tmp_path: Path) -> None:
+    model = tiny_folder("sd15")
+    arguments = [sys.executable, HERE / "crash_run.py", model, images, tmp_path / "a", "5"]
+    path = os.pathsep.join(map(str, (HERE.parents[1], HERE, HERE.parent)))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(arguments, env=environment, check=False, capture_output=True, timeout=200)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    torch.manual_seed(99)  # whatever a new process starts with
+    resumed = run(model, images, tmp_path / "a", **OPTIONS, resume=True)
+    assert resumed.newest is not None
+    assert resumed.newest.name == "step_00000003"
+    resumed.train()
+    whole = run(model, images, tmp_path / "b", **OPTIONS)
+    losses = whole.train()
+    assert len(losses) == 8
+    for ours, theirs in zip(resumed.files(), whole.files(), strict=True):
+        found, truth = load_file(ours), load_file(theirs)
+        assert found.keys() == truth.keys()
+        assert all(torch.equal(found[name], value) for name, value in truth.items())
+    groups, state = read_checkpoint(tmp_path / "a" / "checkpoints" / "step_00000008")
+    trained = {name for name, _ in whole.network.named_parameters()}
+    assert groups["model"].keys() == groups["ema"].keys() == trained
+    assert state["settings"]["base"] == whole.base
+    # A checkpoint of another base, and other settings.
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    unet = df.UNet2DCondition.from_pretrained(other)
+    with torch.no_grad():
+        unet.conv_in.bias.add_(1e-3)
+    unet.save_pretrained(other / "unet")
+    with pytest.raises(ValueError, match=r"^model: expected the base that \S+ was trained on .*$"):
+        run(other, images, tmp_path / "a", **OPTIONS, resume=True)
+    with pytest.raises(ValueError, match=r"finetuning\.rank: 2 there, 3 here"):
+        run(model, images, tmp_path / "a", **OPTIONS | {"rank": 3, "resume": True}).train()
+
+
+def test_the_command_line(tiny_folder: Tiny, images: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f'model = "{tiny_folder("sd15")}"\nbucket-step = 16\nrank = 2\nsteps = 9\nbatch_size = 2\n'
+        f'[[data]]\nfolder = "{images}"\nrepeats = 2\n'
+    )
+    plan = command("finetune", "--config", config, "--out", tmp_path / "out", "--dry-run")
+    assert plan.returncode == 0, plan.stderr
+    assert "images: 5, 10 read in a pass of 5 batches" in plan.stdout
+    assert "64 x 64: 4" in plan.stdout
+    assert "pytorch_lora_weights.safetensors" in plan.stdout
+    assert not (tmp_path / "out").exists()
+    options = ("--steps", 2, "--validation-prompt", "a cat", "--validation-every", 2)
+    options += ("--validation-steps", 1, "--format", "kohya", "--tensorboard", tmp_path / "board")
+    made = command("finetune", "--config", config, "--out", tmp_path / "out", *options)
+    assert made.returncode == 0, made.stderr
+    assert "caching latents: 5/5" in made.stderr
+    assert "2/2" in made.stderr
+    assert Image.open(tmp_path / "out" / "samples" / "step_00000002.png").size == (68, 68)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"out.safetensors", "cache", "checkpoints", "samples"}
+    again = command("finetune", "--config", config, "--out", tmp_path / "out", *options)
+    assert again.returncode == 1
+    assert "checkpoints: expected none after step 0" in again.stderr
+
+
+def test_settings_that_are_no_settings(tmp_path: Path) -> None:
+    least = {"model": "tiny", "data": tmp_path, "out": tmp_path}
+    for changes, message in (
+        ({"rank": 0}, r"^rank: expected a number of at least 1, got 0$"),
+        ({"rnak": 4}, r"^rnak: expected a setting such as rank"),
+        ({"steps": "many"}, r"^steps: expected a whole number, got 'many' \(str\)$"),
+        ({"method": "lroa"}, r"^method: expected one of lora"),
+        ({"caption_dropout": 1.5}, r"^caption_dropout: expected a number in \[0, 1\], got 1.5$"),
+        ({"keep_tokens": 1}, r"^keep_tokens: expected 0, because captions aren't shuffled"),
+        ({"model": None}, r"^model: expected one, got none$"),
+        ({"data": {"repeats": 2}}, r"^data: expected a folder in each table"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Settings.of(least | changes)
+    (tmp_path / "a.toml").write_text("ranks = 4\n")
+    with pytest.raises(ValueError, match=r"a\.toml: ranks: expected a setting such as rank"):
+        read_toml(tmp_path / "a.toml")
+
+
+def test_bad_data_is_named(tiny_folder: Tiny, tmp_path: Path) -> None:
+    model = tiny_folder("sd15")
+
+    def refused(data: Any, match: str, **changes: Any) -> None:
+        with pytest.raises(ValueError, match=match) as error:
+            run(model, data, tmp_path / "out", **changes)
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "out").exists()
+
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "none", "^data: expected a folder, got .*none, which is none$")
+    refused(tmp_path / "empty", r"^data: expected images .* in .*empty, got none$")
+    bare = write_images(tmp_path / "bare", ((64, 64), (64, 64)))
+    (bare / "1.txt").unlink()
+    refused(bare, r"^data: expected a caption for each image .*, got 1 images without: .*1\.png$")
+    (bare / "metadata.jsonl").write_text('{"file_name": "7.png", "text": "a dog"}\n')
+    refused(bare, r"metadata.jsonl: expected an image for each caption, got 1 .*7\.png$")
+    (bare / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a dog"}\n')
+    captions = [e.picture.caption for e in run(model, bare, tmp_path / "out").examples]
+    assert captions == ["a cat, red, number 0", "a dog"]
+    (bare / "1.png").write_bytes(b"<html>")
+    refused(bare, r"1\.png: can't be read as an image: it is a web page")
+    with pytest.warns(UserWarning, match=r"1\.png: .*; skipped"):
+        assert len(run(model, bare, tmp_path / "out", broken="skip").examples) == 1
+    wide = write_images(tmp_path / "wide", ((640, 64),))
+    refused(wide, r"0\.png: expected an image of a ratio from 1:4 to 4:1", extreme="refuse")
+    with pytest.warns(UserWarning, match="0.png: 640 x 64 is longer than all shapes"):
+        run(model, wide, tmp_path / "out")
+    wrong = r"^targets: expected the name of a layer, such as to_q.*, got 'to_qq'$"
+    refused(write_images(tmp_path / "good"), wrong, targets=("to_qq",))
+    refused(tmp_path / "good", r"^bucket_step: expected a multiple of 8, got 12$", bucket_step=12)
+    with pytest.raises(ValueError, match="expected a text-to-image model, got one for inpainting"):
+        run(tiny_folder("inpainting"), tmp_path / "good", tmp_path / "out")
+
+
+def test_a_picture_cut_short_is_found_before_training(tiny_folder: Tiny, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images")
+    Image.open(folder / "2.png").save(folder / "2.jpg")
+    (folder / "2.png").unlink()
+    (folder / "2.jpg").write_bytes((folder / "2.jpg").read_bytes()[:-1000])
+    for options in ({}, {"random_crop": True}):
+        made = run(tiny_folder("sd15"), folder, tmp_path / "out", steps=1, **options)
+        with pytest.raises(ValueError, match=r"2\.jpg: can't be read as an image"):
+            made.train()
+        options |= {"broken": "skip", "steps": 1}
+        made = run(tiny_folder("sd15"), folder, tmp_path / "out", **options)
+        with pytest.warns(UserWarning, match=r"2\.jpg: .*; skipped"):
+            assert len(made.trainer().dataloader.dataset) == 4
+
+
+def test_folders_of_kohya(tmp_path: Path, tiny_folder: Tiny) -> None:
+    write_images(tmp_path / "data" / "3_a red cat", ((64, 64),))
+    (tmp_path / "data" / "3_a red cat" / "0.txt").unlink()
+    write_images(tmp_path / "data" / "1_dog", ((64, 64),))
+    made = run(tiny_folder("sd15"), tmp_path / "data", tmp_path / "out")
+    found = {(e.picture.caption, e.picture.repeats) for e in made.examples}
+    assert found == {("a red cat", 3), ("a cat, red, number 0", 1)}
+
+
+def test_in_python(tiny_folder: Tiny, images: Path, tmp_path: Path) -> None:
+    small = {"bucket_step": 16, "steps": 1, "log": tmp_path / "log.csv", "random_crop": True}
+    out = df.finetune(tiny_folder("sd21"), images, tmp_path / "out", "lora", **small)
+    assert out == tmp_path / "out"
+    assert df.finetune is finetune
+    assert (out / "pytorch_lora_weights.safetensors").is_file()
+    assert (tmp_path / "log.csv").read_text().startswith("step,loss")
