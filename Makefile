@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 .PHONY: help setup demo test test-compiles test-all lint docs bench gpu dist clean
 
 help:
-	@echo "make demo      train on real digits, sample them, draw the pictures in out/"
+	@echo "make demo      draw emoji from words; train on real digits, sample them; pictures in out/"
 	@echo "make test      the test suite (no GPU needed)"
 	@echo "make test-compiles  what compiles kernels for GPUs (no GPU needed)"
 	@echo "make test-all  all of these and the slow tests"
@@ -31,7 +31,8 @@ $(STAMP): pyproject.toml setup.py
 	@touch $(STAMP)
 
 demo: setup
-	@echo "== training on digits, then sampling: pictures go to out/"
+	@echo "== drawing emoji, then training on digits and sampling them: pictures go to out/"
+	$(BIN)/python examples/draw.py --out out
 	$(BIN)/python examples/digits.py --out out
 
 # A process for each core; files stay whole, since many share what they build.

@@ -13,6 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+import diffusion_fast as df
+from diffusion_fast.pipelines.card import Defaults
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -38,6 +41,17 @@ def test_op_in_your_model() -> None:
 def test_in_diffusers() -> None:
     plain, fast = load("in_diffusers").main()
     assert (fast - plain).abs().max() < 1e-5
+
+
+def test_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    tiny = df.StableDiffusion.from_pretrained("tiny")
+    tiny.defaults = Defaults(steps=2)
+    files = load("draw").draw(tiny, tmp_path)
+    parts = ("", "_guidance", "_denoising", "_inpainting")
+    assert [file.name for file in files] == [f"emoji{part}.png" for part in parts]
+    for file in files:
+        assert min(Image.open(file).size) > 250
 
 
 def test_digits(tmp_path: Path) -> None:

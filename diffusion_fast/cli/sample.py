@@ -37,8 +37,9 @@ def sample(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A Stable Diffusion folder, single file or hub id; tiny (random weights, made on"
-            " the fly); or a folder that `train` wrote."
+            help="A Stable Diffusion folder, single file or hub id; emoji (the default, a small"
+            " model that comes with this package); tiny (random weights); or a folder that `train`"
+            " wrote."
         ),
     ] = None,
     again: Annotated[
@@ -170,8 +171,10 @@ Drawing = PromptDrawing | ClassDrawing
 
 def _new(given: dict[str, Any]) -> Drawing:
 
+    if "model" not in given and "classes" not in given and "per_class" not in given:
+        given["model"] = "emoji"
     if "model" not in given:
-        checks.fail("--model", "a model to draw with", None)
+        checks.fail("--model", "a folder that `train` wrote", None)
     if "prompts" in given:
         given["prompt"] = [*given.get("prompt", []), *read_prompts(given.pop("prompts"))]
     if given.get("device") == "cuda":

@@ -19,7 +19,7 @@ from ..images import PARAMETERS, grid, read_picture, to_pil
 from ..ops import checks
 from ..pipelines import Result, StableDiffusion
 from ..pipelines.infotext import infotext
-from ..pipelines.loading import TINY
+from ..pipelines.loading import SHIPPED, TINY
 from .common import check_device
 from .sample_many import many_prompts
 
@@ -123,7 +123,7 @@ class PromptDrawing:
     ) -> tuple[Sequence[int | None], Sequence[float | None], Any, dict[str, Any]]:
         """What can be refused before the model is loaded; None is the model's own."""
         check_device(self.device)
-        if not (self.model in TINY or "/" in self.model or Path(self.model).exists()):
+        if not (self.model in (*SHIPPED, *TINY) or "/" in self.model or Path(self.model).exists()):
             raise ValueError(f"{self.model}: no such file or folder")
         if not self.prompt:
             checks.fail("PROMPT", 'what to draw, such as "a cat"', "none")

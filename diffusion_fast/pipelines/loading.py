@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 CHECKER = "safety_checker"
 TINY = {"tiny": "sd15"} | {f"tiny-{kind}": kind for kind in KINDS}
+SHIPPED = {"emoji": Path(__file__).parent / "emoji"}  # trained by examples/emoji, in float16
 
 
 def load(
@@ -50,6 +51,8 @@ def load(
             missing or damaged.
         ValueError: parts that don't fit together.
     """
+    if str(path) in SHIPPED:
+        path, dtype = SHIPPED[str(path)], dtype or torch.float32
     placing = {"dtype": dtype, "device": device}
     if str(path) in TINY:
         with tempfile.TemporaryDirectory() as folder:  # CPU tensors keep their files mapped

@@ -80,8 +80,9 @@ class StableDiffusion:
 
         Args:
             path: a diffusers folder, a single CompVis file, or the id of a model on the Hugging
-                Face hub. ``"tiny"`` is a small model with random weights, made on the fly; so are
-                ``"tiny-sd21"``, ``"tiny-sdxl"`` and ``"tiny-inpainting"``.
+                Face hub. ``"emoji"`` is the small trained model that comes with the package (in
+                float32 unless ``dtype`` says another). ``"tiny"`` is one with random weights, made
+                on the fly; so are ``"tiny-sd21"``, ``"tiny-sdxl"`` and ``"tiny-inpainting"``.
             vae: another autoencoder in place of the model's: one loaded before, or a path. A file
                 that doesn't tell its scaling factor takes that of the model.
             dtype: dtype of all parameters; None for that of the files. A VAE that may overflow in

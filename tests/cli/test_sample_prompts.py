@@ -326,13 +326,14 @@ def test_bad_options(tiny: Path, tmp_path: Path, arguments: tuple[str, ...], mes
         (("a", "-o", "x.gif"), "--out: expected a name of PNG, JPEG or WebP"),
         (("a",), "--out: expected a file to write"),
         (("a", "-o", "x.png", "--out-dir", "y"), "--out: expected a file to write"),
-        (("a", "-o", "x.png"), "--model: expected a model to draw with"),
+        (("-o", "x.png"), "PROMPT: expected what to draw"),
+        (("-o", "x.png", "--classes", "3"), "--model: expected a folder that `train` wrote"),
         (("a", "-o", "x.png", "--model", "nowhere"), "nowhere: no such file or folder"),
         (("-o", "x.png", "--again", "nowhere.png"), "nowhere.png: expected a picture that carries"),
         (("a", "-o", "x.png", "--again", "y.png"), "--again: expected no other option but --out"),
     ],
 )
-def test_without_a_model_to_draw_with(
+def test_nothing_to_draw_or_to_draw_with(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     arguments: tuple[str, ...],
