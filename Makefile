@@ -14,7 +14,7 @@ help:
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     the benchmarks: each op, then whole models"
 	@echo "make gpu       all tests and benchmarks that need a GPU, into benchmarks/results/"
-	@echo "make docs      the API reference, into build/docs"
+	@echo "make docs      the documentation site, into build/docs"
 	@echo "make dist      sdist and wheel, into dist/"
 
 setup: $(STAMP)
@@ -62,7 +62,8 @@ gpu: setup
 	$(BIN)/python -m benchmarks.gpu
 
 docs: setup
-	$(BIN)/pdoc diffusion_fast -o build/docs --docformat google --math
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+	@echo "== to read it with its search: $(BIN)/python -m http.server --directory build/docs"
 
 dist: setup
 	rm -rf dist

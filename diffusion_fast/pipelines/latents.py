@@ -16,7 +16,8 @@ class Autoencoding:
 
     Args:
         vae: the autoencoder.
-        run: decodes latents in its place, such as :class:`~diffusion_fast.engine.FreshDecoder`.
+        run: decodes latents in its place, such as
+            :class:`~diffusion_fast.engine.rewrites.decoder.FreshDecoder`.
     """
 
     def __init__(self, vae: AutoencoderKL, run: Callable[[Tensor], Tensor] | None = None) -> None:
