@@ -59,10 +59,10 @@ def _tile(
 
 @triton.jit
 def _of_image(ptr, strides, row_ptr, image, channel, exists, DTYPE: tl.constexpr):
-    """What a table with strides (row, image) has for the tile's channels, [G, C]."""
+    """What a table with strides (row, image, of the rows) has for the tile's channels, [G, C]."""
     place = image * strides[1]
     if row_ptr is not None:
-        place += tl.load(row_ptr) * strides[0]
+        place += tl.load(row_ptr + image * strides[2]) * strides[0]
     return tl.load(ptr + place + channel, mask=exists, other=0.0).to(DTYPE)
 
 
@@ -280,8 +280,8 @@ def operands(x, num_groups, weight, bias, add, scale, shift, x2, row, *others):
     x2, x2_strides = (None, (0, 0, 0)) if x2 is None else _strided(x2)
     channels = weight.shape[0]
     return Operands(
-        (x, x_strides, x2, x2_strides, *_table(add), row),
-        (weight.contiguous(), bias.contiguous(), *_table(scale), *_table(shift), row),
+        (x, x_strides, x2, x2_strides, *_table(add, row), row),
+        (weight.contiguous(), bias.contiguous(), *_table(scale, row), *_table(shift, row), row),
         x.shape[0],
         channels,
         x.shape[1],
@@ -305,13 +305,17 @@ def _strided(value):
     return value, strides
 
 
-def _table(value):
-    """A table [R, B or 1, C] and its strides (row, image); a [B, C] has no rows to stride over."""
+def _table(value, row):
+    """A table [R, B or 1, C] and its strides (row, image); a [B, C] has no rows to stride over.
+
+    The third stride is that of ``row`` from image to image, 0 where all images share one.
+    """
     if value is None:
-        return None, (0, 0)
+        return None, (0, 0, 0)
     if value.stride(-1) != 1:
         value = value.contiguous()
-    return value, (value.stride(0), value.stride(-2) if value.shape[-2] > 1 else 0)
+    image = value.stride(-2) if value.shape[-2] > 1 else 0
+    return value, (value.stride(0), image, 0 if row is None or len(row) == 1 else row.stride(0))
 
 
 def result_like(x, channels=None):

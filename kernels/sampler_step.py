@@ -7,8 +7,10 @@
     h2, h1 <- h1, e_x x + e_0 x0 + e_m m   (they stay where all three are 0)
     model input <- x' (both halves);   peak[step] <- max |m|
 
-The row comes by a counter on the device, or as launch arguments for a step known on the host; z
-from memory, from row ``step`` of a table of noise, or from Philox, ``step`` added to its offset.
+The row comes by a counter on the device, one for all images or one for each, or as launch arguments
+for a step known on the host; z from memory, from row ``step`` of a table of noise, or from Philox,
+``step`` added to its offset. Image i's outputs c and u lie at ``cond[i]`` and ``uncond[i]``, where
+those are given; one output for both is m itself.
 The state (x, y, h1, h2, z) is dense, contiguous or channels_last, and walked as memory lies; the
 model's output and input have dtypes and strides of their own. A term of coefficient 0 counts as 0
 whatever its tensor holds. Guidance rescale first needs a standard deviation per image:
@@ -36,11 +38,16 @@ def _term(coefficient, value):
 
 
 @triton.jit
-def _guided(
-    m_ptr, strides, image, batch, c, s, valid, guidance, DTYPE: tl.constexpr, HALVES: tl.constexpr
-):
+def _guided(output, image, batch, c, s, valid, guidance, DTYPE: tl.constexpr, HALVES: tl.constexpr):
     """(guided, conditional) output at channel c and place s of an image."""
+    m_ptr, strides, cond_ptr, uncond_ptr = output
     place = c.to(tl.int64) * strides[1] + s.to(tl.int64) * strides[2]
+    if cond_ptr is not None:
+        row, other = tl.load(cond_ptr + image), tl.load(uncond_ptr + image)
+        cond = tl.load(m_ptr + row * strides[0] + place, mask=valid, other=0.0).to(DTYPE)
+        first = tl.load(m_ptr + other * strides[0] + place, mask=valid, other=0.0).to(DTYPE)
+        m = tl.where(row == other, cond, first + guidance * (cond - first))
+        return m, cond
     first = tl.load(m_ptr + image * strides[0] + place, mask=valid, other=0.0).to(DTYPE)
     if HALVES == 2:
         m_ptr += (image + batch) * strides[0]
@@ -49,6 +56,14 @@ def _guided(
     else:
         m, cond = first, first
     return m, cond
+
+
+@triton.jit
+def _of(ptr, image, EACH: tl.constexpr):
+    """Where an image's own number is, of one for each; or the one for all."""
+    if ptr is not None and EACH:
+        ptr += image
+    return ptr
 
 
 @triton.jit
@@ -64,8 +79,7 @@ def _row(table_ptr, step_ptr, host, COLUMNS: tl.constexpr, i: tl.constexpr, DTYP
 @triton.jit
 def _deviations(
     parts_ptr,
-    m_ptr,
-    m_strides,
+    output,
     table_ptr,
     step_ptr,
     guidance: tl.float64,
@@ -73,6 +87,7 @@ def _deviations(
     channels,
     space,
     part_size,
+    EACH: tl.constexpr,
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -81,6 +96,7 @@ def _deviations(
     """Count, mean, squared deviations of guided and conditional output, [B, PARTS, 2, 3]."""
     image = (tl.program_id(0) // PARTS).to(tl.int64)
     part = tl.program_id(0) % PARTS
+    step_ptr = _of(step_ptr, image, EACH)
     g = _row(table_ptr, step_ptr, guidance, COLUMNS, GUIDANCE, DTYPE)
     count = tl.zeros((), DTYPE)
     mean = tl.zeros((), DTYPE)
@@ -92,7 +108,7 @@ def _deviations(
         index = start + tl.arange(0, BLOCK)
         valid = index < last
         c, s = index // space, index % space
-        m, cond = _guided(m_ptr, m_strides, image, batch, c, s, valid, g, DTYPE, 2)
+        m, cond = _guided(output, image, batch, c, s, valid, g, DTYPE, 2)
         n = tl.full((), tl.minimum(last - start, BLOCK), DTYPE)
         share = n / (count + n)
         tile_mean = tl.sum(m, 0) / n
@@ -139,8 +155,7 @@ def _write_peak(peak_ptr, step, m, valid, DTYPE: tl.constexpr):
 @triton.jit(do_not_specialize=["host_step", "seed", "offset"])
 def _sampler_step(
     state,
-    m_ptr,
-    m_strides,
+    output,
     input_ptr,
     input_strides,
     peak_ptr,
@@ -181,6 +196,8 @@ def _sampler_step(
     INPUT_HALVES: tl.constexpr,
     NOISE: tl.constexpr,  # "none", "memory" or "philox"
     STATE_ON_DEVICE: tl.constexpr,
+    EACH: tl.constexpr,  # image has a step of its own
+    STREAMS: tl.constexpr,  # image has a Philox stream of its own
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -196,13 +213,14 @@ def _sampler_step(
     else:
         c, s = index // space, index % space
     here = image * size + index
+    step_ptr = _of(step_ptr, image, EACH)
     if step_ptr is None:
         step = tl.full((), host_step, tl.int64)
     else:
         step = tl.load(step_ptr)
 
     g = _row(table_ptr, step_ptr, guidance, COLUMNS, GUIDANCE, DTYPE)
-    m, _ = _guided(m_ptr, m_strides, image, batch, c, s, valid, g, DTYPE, HALVES)
+    m, _ = _guided(output, image, batch, c, s, valid, g, DTYPE, HALVES)
     if parts_ptr is not None:
         rescale = _row(table_ptr, step_ptr, rescale, COLUMNS, RESCALE, DTYPE)
         m = m * _factor(parts_ptr, image, rescale, PARTS)
@@ -257,8 +275,12 @@ def _sampler_step(
         z = tl.load(z_ptr + here, mask=valid & ((amount == 0.0) == 0), other=0.0).to(DTYPE)
         x_next += _term(amount, z)
     elif NOISE == "philox":
+        element = image * size + c * space + s
+        if STREAMS:
+            stream += 2 * image
+            element -= image * size
         seed, offset = philox.stream(stream, seed, offset, STATE_ON_DEVICE)
-        z = philox.normal(seed, offset + step, image * size + c * space + s)
+        z = philox.normal(seed, offset + step, element)
         x_next += _term(amount, z.to(DTYPE))
     tl.store(x_ptr + here, x_next, mask=valid)
 
@@ -283,11 +305,13 @@ def sampler_step(
     peak=None,
     stream=None,
     rescale=True,
+    cond=None,
+    uncond=None,
     row=(),
     index=0,
     scratch=(),
 ):
-    """In place, by row ``step`` of ``table``, both on the device, or by ``row``, floats."""
+    """In place, by rows ``step`` of ``table``, both on the device, or by ``row``, floats."""
     if not x.numel():
         return
     batch, channels, device = x.shape[0], x.shape[1] if x.dim() > 1 else 1, x.device
@@ -295,11 +319,12 @@ def sampler_step(
     on_host = table is None
     numbers = dict(zip(NAMES, row if on_host else (0.0,) * len(NAMES), strict=True))
     dtype = {"DTYPE": launch.accumulator(x.dtype), "COLUMNS": len(NAMES), "PARTS": PARTS}
+    dtype["EACH"] = cond is not None
     pick = table, step
     if launch.image_strides(_image(model_output)) is None:
         model_output = model_output.contiguous()
-    output = model_output, launch.image_strides(_image(model_output))
-    halves = model_output.shape[0] // batch
+    output = model_output, launch.image_strides(_image(model_output)), cond, uncond
+    halves = 2 if cond is not None else model_output.shape[0] // batch
 
     parts = None
     if halves == 2 and (numbers["rescale"] != 0 if on_host else rescale):
@@ -309,10 +334,14 @@ def sampler_step(
         sizes = batch, channels, space, part_size
         options = {**dtype, "BLOCK": BLOCK, "device": device}
         guidance = numbers["guidance"]
-        launch.launch(_deviations, grid, parts, *output, *pick, guidance, *sizes, **options)
+        launch.launch(_deviations, grid, parts, output, *pick, guidance, *sizes, **options)
 
     noise_stride = noise.stride(0) if noise is not None and noise.dim() > x.dim() else 0
-    source = (None, 0, 0, False) if stream is None else philox.arguments(stream)
+    streams = stream is not None and stream.dim() > 1
+    if streams:
+        source = stream, 0, 0, True
+    else:
+        source = (None, 0, 0, False) if stream is None else philox.arguments(stream)
     kind = "philox" if stream is not None else "none" if noise is None else "memory"
     strides = (0, 0, 0) if model_input is None else launch.image_strides(_image(model_input))
     # The integers of a float's bits: an atomic maximum of floats would lose NaN.
@@ -323,7 +352,7 @@ def sampler_step(
         _sampler_step,
         (batch * chunks,),
         (x, y, h1, h2, noise),
-        *output,
+        output,
         model_input,
         strides,
         bits,
@@ -343,6 +372,7 @@ def sampler_step(
         INPUT_HALVES=1 if model_input is None else model_input.shape[0] // batch,
         NOISE=kind,
         STATE_ON_DEVICE=source[3],
+        STREAMS=streams,
         BLOCK=BLOCK,
         **dtype,
     )

@@ -164,6 +164,17 @@ def _latent_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]
                     x, m, rows, step, z, x, x, x, m, p, s
                 ),
             )
+        images = torch.empty(1, dtype=torch.int64, device="meta")
+        streams = torch.empty(1, 2, dtype=torch.int64, device="meta")
+        for noise, stream in ((x, None), (None, streams)):
+            kind = f"{model} 1x4x{side}x{side} rows" + (" philox" if stream is not None else "")
+            yield (
+                "sampler_step",
+                kind,
+                lambda x=x, m=both, z=noise, s=stream, p=peak, i=images: sampler_step.sampler_step(
+                    x, m, rows, i, z, x, x, x, x.bfloat16(), p, s, cond=i, uncond=i
+                ),
+            )
         row = (0.5,) * len(COLUMNS)
         yield (
             "sampler_step",

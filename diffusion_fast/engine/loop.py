@@ -280,7 +280,7 @@ class Prepared:
             noise_source(x, generator)()
         if start.mask is not None:
             assert start.x_0 is not None  # checked
-            buffers.keep(start.x_0, start.mask, _known_levels(table))
+            buffers.keep(start.x_0, start.mask, known_levels(table))
         if start.from_image:
             assert start.x_0 is not None  # checked
             x.mul_(table.noise).add_(start.x_0.to(x), alpha=table.signal)
@@ -332,7 +332,7 @@ class Run:
         return result
 
 
-def _known_levels(table: StepTable) -> Tensor:
+def known_levels(table: StepTable) -> Tensor:
     """A and S after each row, the image itself after the last step; and whether it ends a step."""
     levels = table.next_levels.clone()
     levels[table.step_of_row == table.step_of_row[-1]] = torch.tensor([1.0, 0.0]).to(levels)

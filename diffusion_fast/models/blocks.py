@@ -160,11 +160,14 @@ def followed(layer: nn.Module, x: Tensor, **what: Any) -> Tensor:
     return y if what.get("residual") is None else y + what["residual"]
 
 
-def widened(x: Tensor, batch: int) -> Tensor:
+def widened(x: Tensor, batch: int, image: Tensor | None = None) -> Tensor:
     """Both halves of guidance [batch, ...] of the one that served for both so far.
 
-    A tensor of that batch, or of a larger one, stays as it is.
+    A tensor of that batch, or of a larger one, stays as it is. With ``image``, int64 [batch], row r
+    of the result is that of image ``image[r]``, of images with one half and images with two.
     """
+    if image is not None:
+        return x.index_select(0, image)
     # Not len(), which would make an exported batch a constant.
     return x if x.shape[0] >= batch else torch.cat([x] * (batch // x.shape[0]))
 
@@ -335,11 +338,15 @@ class MultiHead(Composite):
         return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
 
     def attend(
-        self, x: Tensor, kv: KeyValue | None = None, key_lengths: Tensor | None = None
+        self,
+        x: Tensor,
+        kv: KeyValue | None = None,
+        key_lengths: Tensor | None = None,
+        image: Tensor | None = None,
     ) -> Tensor:
         """What ``to_out`` projects, [B, S, C], of x [B, S, C]; for the arguments see Attention."""
         if kv is not None:
-            q = widened(self.split_heads(self.to_q(x)), kv[0].shape[0])  # [B, S, H, D]
+            q = widened(self.split_heads(self.to_q(x)), kv[0].shape[0], image)  # [B, S, H, D]
             k, v = kv
         elif self.to_qkv is not None:
             q, k, v = map(self.split_heads, self.to_qkv(x))
@@ -357,6 +364,7 @@ class Attention(MultiHead):
         kv: KeyValue | None = None,
         key_lengths: Tensor | None = None,
         residual: Tensor | None = None,
+        image: Tensor | None = None,
     ) -> Tensor:
         """attention(x) + residual, [B, S, C].
 
@@ -365,9 +373,10 @@ class Attention(MultiHead):
             kv: the result of :meth:`project_kv`; None for that of x itself.
             key_lengths: int64 [B], how many of the keys each item sees; None for all.
             residual: [B, S, C], or None.
+            image: see :func:`widened`.
         """
-        h = self.attend(x, kv, key_lengths)
-        residual = residual if residual is None else widened(residual, h.shape[0])
+        h = self.attend(x, kv, key_lengths, image)
+        residual = residual if residual is None else widened(residual, h.shape[0], image)
         return followed(self.to_out[0], h, residual=residual)
 
 
@@ -407,9 +416,15 @@ class TransformerBlock(Composite):
         self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, kv: KeyValue, key_lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        kv: KeyValue,
+        key_lengths: Tensor | None = None,
+        image: Tensor | None = None,
+    ) -> Tensor:
         x = self.attn1(self.norm1(x), residual=x)  # [B, S, C]
-        x = self.attn2(self.norm2(x), kv, key_lengths, residual=x)
+        x = self.attn2(self.norm2(x), kv, key_lengths, residual=x, image=image)
         return self.ff(self.norm3(x), residual=x)
 
 
@@ -438,11 +453,19 @@ class Transformer2D(Composite):
         blocks = cast("list[TransformerBlock]", self.transformer_blocks)
         return [block.attn2.project_kv(context) for block in blocks]
 
-    def forward(self, x: Tensor, kv: list[KeyValue], key_lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        kv: list[KeyValue],
+        key_lengths: Tensor | None = None,
+        image: Tensor | None = None,
+    ) -> Tensor:
         h = project(self.proj_in, pixels(self.norm(x, silu=False)))  # [B, HW, C]
+        to_rows = image  # of the first block, behind which h has a row for each
         for block, block_kv in zip(self.transformer_blocks, kv, strict=True):
-            h = block(h, block_kv, key_lengths)
-        return project_onto(widened(x, h.shape[0]), self.proj_out, h)
+            h = block(h, block_kv, key_lengths, to_rows)
+            to_rows = None
+        return project_onto(widened(x, h.shape[0], image), self.proj_out, h)
 
 
 def _projection(channels: int, linear: bool) -> nn.Module:

@@ -82,10 +82,11 @@ class Block(Composite):
         time: list[Any],
         kv: list[list[KeyValue]],
         key_lengths: Tensor | None,
+        image: Tensor | None = None,
     ) -> Tensor:
         """Residual block i of x and what was kept for it, and the transformer behind it if any."""
         x = self.resnets[i](x, skip, time[i])
-        return self.attentions[i](x, kv[i], key_lengths) if i < len(kv) else x
+        return self.attentions[i](x, kv[i], key_lengths, image) if i < len(kv) else x
 
 
 class DownBlock(Block):
@@ -111,9 +112,12 @@ class DownBlock(Block):
         kv: list[list[KeyValue]],
         key_lengths: Tensor | None,
         features: Sequence[Residual] = (),
+        image: Tensor | None = None,
     ) -> Tensor:
         for i in range(len(time)):
-            x = self.layer(i, x, None, time, kv, key_lengths)
+            x = self.layer(i, x, None, time, kv, key_lengths, image)
+            if image is not None:
+                skips[:], image = [widened(skip, 0, image) for skip in skips], None
             skips.append(x)
         if len(self.attentions):  # a T2I-Adapter knows this place
             x = skips[-1] = added(x, features)
@@ -231,6 +235,12 @@ class UNetEncoder(Composite):
         """All blocks in the order of the computation."""
         return [*self.down_blocks, self.mid_block]
 
+    @property
+    def first_attention(self) -> int:
+        """Number among :meth:`blocks` of the first one that attends to the context."""
+        blocks = self.blocks()
+        return next((i for i, block in enumerate(blocks) if len(block.attentions)), len(blocks))
+
     def project_time(self, emb: Tensor) -> TimeProjections:
         """What each residual block takes from :meth:`embed_time`'s result."""
         return [block.project_time(emb) for block in self.blocks()]
@@ -247,19 +257,20 @@ class UNetEncoder(Composite):
         context_lengths: Tensor | None = None,
         features: Residuals = (),
         hint: Tensor | None = None,
+        image: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """The way down; also what each of its layers leaves for the way up, the last one last.
 
         Args:
-            x, time, kv, context_lengths: as :meth:`UNet2DCondition.denoise` takes them.
+            x, time, kv, context_lengths, image: as :meth:`UNet2DCondition.denoise` takes them.
             features: what joins each level's result, see there.
             hint: what joins the first convolution's result, [B, C, H, W].
         """
         x = followed(self.conv_in, x, residual=hint)  # [B, C, H, W]
-        skips = [x]
+        skips, first = [x], self.first_attention
         for i, block in enumerate(self.down_blocks):
-            here = features[i] if i < len(features) else ()
-            x = block(x, skips, time[i], kv[i], context_lengths, here)
+            here, to_rows = features[i] if i < len(features) else (), image if i == first else None
+            x = block(x, skips, time[i], kv[i], context_lengths, here, to_rows)
         return x, skips
 
     def mid(
@@ -466,6 +477,15 @@ class UNet2DCondition(UNetEncoder):
     def blocks(self) -> list[Block]:
         return [*super().blocks(), *self.up_blocks]
 
+    def shared_blocks(self) -> list[list[bool]]:
+        """Whether each residual block, as :meth:`project_time` lists them, is before the first
+        attention to the context, so that what it computes is the same for any context."""
+        first, down = self.first_attention, len(self.down_blocks)
+        return [
+            [i < first or (i == first < down and j == 0) for j in range(len(block.resnets))]
+            for i, block in enumerate(self.blocks())
+        ]
+
     def denoise(
         self,
         x: Tensor,
@@ -474,6 +494,7 @@ class UNet2DCondition(UNetEncoder):
         context_lengths: Tensor | None = None,
         residuals: Residuals = (),
         features: Residuals = (),
+        image: Tensor | None = None,
     ) -> Tensor:
         """The U itself, top to bottom and up again: the part that depends on the image.
 
@@ -486,8 +507,12 @@ class UNet2DCondition(UNetEncoder):
                 result of the bottom; none at all, or something for each.
             features: what a T2I-Adapter adds to the first levels' results on the way down, and
                 behind those of all levels to that of the bottom.
+            image: int64 [R], where the context has R rows, the image of each. ``x`` then has a row
+                for each image, and so has ``time`` in :meth:`shared_blocks`.
         """
-        x, skips = self.down(x, time, kv, context_lengths, features)
+        x, skips = self.down(x, time, kv, context_lengths, features, image=image)
+        if image is not None and self.first_attention == len(self.down_blocks):
+            x, skips = widened(x, 0, image), [widened(skip, 0, image) for skip in skips]
         x = self.mid(x, time, kv, context_lengths)
         for joining in (features[len(self.down_blocks) :], residuals[len(skips) :]):
             for terms in joining:

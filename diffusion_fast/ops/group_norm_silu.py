@@ -43,7 +43,8 @@ def group_norm_silu(
             skip connection of a U-Net); then C counts the channels of both.
         row: int64 [1], on the device of ``x``: ``add``, ``scale`` and ``shift`` are then tables
             [R, B or 1, C], of which this row is read (the step of a sampling loop, counted on the
-            device). On a GPU nobody checks that it is one of the R.
+            device). Or int64 [B], a row for each image. On a GPU nobody checks that they are among
+            the R.
 
     Under autocast tensors of several dtypes are promoted and the result has the dtype that
     F.group_norm and the arithmetic around it would give.
@@ -108,7 +109,8 @@ def _check(
         checks.tensor("row", row)
         if row.dtype != torch.int64:
             checks.fail("row", "dtype torch.int64", row.dtype)
-        checks.shape("row", row, (1,), "[1]")
+        if row.shape not in ((1,), (batch,)):
+            checks.fail("row", f"shape [1] or [B] = [{batch}]", list(row.shape))
         checks.same_device("row", row, "x", x)
     for name, value in (("add", add), ("scale", scale), ("shift", shift)):
         if value is not None and row is None:
@@ -133,7 +135,17 @@ def _per_channel(value: Tensor, x: Tensor) -> Tensor:
 
 def _picked(row: Tensor, *tables: Tensor | None) -> list[Tensor | None]:
     """[B or 1, C] of each table."""
-    return [None if table is None else table.index_select(0, row)[0] for table in tables]
+    return [None if table is None else picked_row(table, row) for table in tables]
+
+
+def picked_row(table: Tensor, row: Tensor) -> Tensor:
+    """[B or 1, C]: the row of a table [R, B or 1, C] that ``row``, int64 [1], names; or for int64
+    [B] each image's own."""
+    if len(row) == 1:
+        return table.index_select(0, row)[0]
+    if table.shape[1] == 1:
+        return table[:, 0].index_select(0, row)
+    return table[row, torch.arange(len(row), device=row.device)]
 
 
 def reference(
@@ -304,7 +316,13 @@ def _unpicked(gradient: Tensor, table: Tensor, row: Tensor | None) -> Tensor:
     """The gradient [B, C] of what was picked as that of the table: zeros elsewhere."""
     if row is None:
         return gradient
-    return torch.zeros_like(table).index_copy(0, row, gradient.sum_to_size(table.shape[1:])[None])
+    if len(row) == 1:
+        summed = gradient.sum_to_size(table.shape[1:])[None]
+        return torch.zeros_like(table).index_copy(0, row, summed)
+    of_image = torch.arange(len(row), device=row.device)
+    if table.shape[1] == 1:
+        of_image = torch.zeros_like(row)
+    return torch.zeros_like(table).index_put((row, of_image), gradient, accumulate=True)
 
 
 _OP.autograd(_setup_context, _backward)

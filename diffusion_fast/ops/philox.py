@@ -41,6 +41,20 @@ class Philox:
         words = _checked(seed, offset)
         self.state = torch.tensor(words, dtype=torch.int64, device=device or "cpu")
 
+    @classmethod
+    def for_images(cls, streams: Tensor) -> Philox:
+        """A stream for each image of a batch, whose elements are counted within the image.
+
+        Args:
+            streams: int64 [B, 2], seed and offset of each, read where they are whenever the noise
+                is drawn; an offset may be negative where what is added to it makes up for that.
+        """
+        if streams.dtype != torch.int64 or streams.dim() != 2 or streams.shape[1] != 2:
+            checks.fail("streams", "int64 [B, 2]", f"{streams.dtype} {list(streams.shape)}")
+        self = cls.__new__(cls)
+        self.state = streams
+        return self
+
     def set(self, seed: int, offset: int = 0) -> None:
         """Change seed and offset in place."""
         self.state.copy_(torch.tensor(_checked(seed, offset), dtype=torch.int64))
@@ -55,6 +69,8 @@ class Philox:
         return normal(self.state, shape, dtype, device)
 
     def __repr__(self) -> str:
+        if self.state.dim() > 1:
+            return f"Philox.for_images({self.state.tolist()})"
         seed, offset = self.state.tolist()
         return f"Philox(seed={seed}, offset={offset}, device={str(self.state.device)!r})"
 
@@ -115,9 +131,14 @@ def normal(
 ) -> Tensor:
     """Standard normal noise of this shape: element i in row-major order is value i of the stream.
 
-    Values are made in float32 (two words of 32 bits carry no more) and then converted.
+    Values are made in float32 (two words of 32 bits carry no more) and then converted. A state
+    [B, 2] has a stream for each image of [B, ...], which is value 0 and on of its own stream.
     """
     state = state.to(device or state.device)
+    if state.dim() > 1:
+        if state.shape[0] != shape[0]:
+            checks.fail("streams", f"one for each of {shape[0]} images", state.shape[0])
+        return torch.stack([normal(one, shape[1:], dtype) for one in state])
     count = math.prod(shape)
     counters = torch.arange((count + 3) // 4, dtype=torch.int64, device=state.device)
     w0, w1, w2, w3 = words(state, counters)

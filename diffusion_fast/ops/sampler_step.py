@@ -9,6 +9,9 @@ With a fixed time grid every sampler is linear in what it keeps, so a step is on
     (h2, h1) <- (h1, e_x * x + e_0 * x0 + e_m * m)    # they stay if e_x = e_0 = e_m = 0
 
 A term whose coefficient is 0 is not read: 0 * NaN would be NaN. ``samplers/`` computes the rows.
+
+A row is a sampler's step, so images of one batch need not share one: with a step for each image,
+each reads its own row, of its own sampler, guidance and number of steps.
 """
 
 from __future__ import annotations
@@ -45,8 +48,10 @@ def sampler_step(
     peak: Tensor | None = None,
     scratch: Sequence[Tensor] | None = None,
     rescale: bool = True,
+    cond: Tensor | None = None,
+    uncond: Tensor | None = None,
 ) -> None:
-    """Advance a sampler by one row, in place; no autograd.
+    """Advance a sampler by one row, or each image by its own, in place; no autograd.
 
     Args:
         x: the state, [B, ...], float32 (float64 for float64 models); becomes x'.
@@ -56,19 +61,24 @@ def sampler_step(
             For an int step it is on the host, best as ``table.tolist()``.
         step: the row. An int, or an int64 tensor [1] beside a table on the device of ``x``, which
             is then read by the kernel and never by the host: that it names a row is the caller's
-            duty there.
+            duty there. Or int64 [B], a row for each image, beside ``cond`` and ``uncond``.
         noise: z, like ``x``; needed by rows with s != 0. Or z of every row, [N, *x.shape], of which
-            row ``step`` is read; or a :class:`~diffusion_fast.ops.Philox`, whose offset ``step`` is
-            added to.
+            row ``step`` is read (not with a row for each image); or a
+            :class:`~diffusion_fast.ops.Philox`, whose offset ``step`` is added to, one for all
+            images or, with a row for each image, one for each (:meth:`~.Philox.for_images`).
         y: the kept sample, like ``x``; becomes y'. None if no row uses it.
         h1, h2: the history, like ``x``: mostly the last two x0; shifted. None if no row uses them.
         model_input: [B, ...] or [2B, ...], any floating dtype and memory format; x' is written to
             it (to both halves).
         peak: [N], of the dtype of ``x``, zero before the step; peak[step] becomes max |m|, or NaN
             if m holds one: the first row that is not finite is the step where a model went wrong.
+            With a row for each image, that of the image's own m.
         scratch: four tensors like ``x``, so that the reference allocates nothing.
         rescale: False promises that no row of a table on the device rescales guidance, which saves
             a kernel the statistics.
+        cond, uncond: int64 [B]: where in ``model_output``, now [R, ...] with any R, image i has its
+            conditional and unconditional output. Where both are one, m is that output. They go
+            together, and with a row for each image; that they name outputs is the caller's duty.
 
     Guidance rescale (Lin et al. 2023, eq. 15-16) brings the guided output's standard deviation per
     image towards that of the conditional one, by the row's ``rescale`` in [0, 1].
@@ -92,13 +102,14 @@ def sampler_step(
                 checks.fail("peak", f"{x.dtype} [N] = [{rows}]", f"{peak.dtype} {list(peak.shape)}")
             _check_noise_rows(noise, rows, x)
             row = table[step].tolist() if isinstance(table, Tensor) else table[step]
-            more = rescale, row, int(step), scratch or ()
+            more = rescale, cond, uncond, row, int(step), scratch or ()
             return _OP(x, model_output, None, None, *tensors, *more)
         # In a trace the row would become a constant of the graph.
         step = torch.full((1,), step, dtype=torch.int64, device=x.device)
     if not isinstance(table, Tensor):
         table = torch.tensor(table, dtype=torch.float64)
-    return _OP(x, model_output, table.to(x.device), step, *tensors, rescale, (), 0, ())
+    more = rescale, cond, uncond, (), 0, ()
+    return _OP(x, model_output, table.to(x.device), step, *tensors, *more)
 
 
 def _check(
@@ -114,6 +125,8 @@ def _check(
     peak: Any,
     stream: Any,
     rescale: bool,
+    cond: Any,
+    uncond: Any,
     row: Sequence[float],
     index: int,
     scratch: Sequence[Tensor],
@@ -121,11 +134,17 @@ def _check(
     checks.tensor("x", x)
     if x.dtype not in (torch.float32, torch.float64):
         checks.fail("x", "dtype torch.float32 or torch.float64", x.dtype)
-    _check_halves("model_output", model_output, x)
+    if cond is None and uncond is None:
+        _check_halves("model_output", model_output, x)
+    else:
+        _check_images(x, model_output, step, cond, uncond, noise)
     if model_input is not None:
         _check_halves("model_input", model_input, x)
     if stream is not None:
         _philox.check_device("noise", stream, x)
+        if stream.dim() > 1 and (cond is None or stream.shape != (len(x), 2)):
+            expected = "one Philox, or one for each image beside a step for each"
+            checks.fail("noise", expected, f"those of {len(stream)} images")
     for name, value in (("y", y), ("h1", h1), ("h2", h2), ("noise", noise)):
         if value is not None:
             checks.tensor(name, value)
@@ -138,7 +157,7 @@ def _check(
             checks.fail("table", f"rows of {len(COLUMNS)} numbers", f"{len(row)} of them")
         return
     _check_table(table)
-    if step.dtype != torch.int64 or step.shape != (1,):
+    if cond is None and (step.dtype != torch.int64 or step.shape != (1,)):
         checks.fail("step", "an int, or torch.int64 [1]", f"{step.dtype} {list(step.shape)}")
     checks.same_device("step", step, "x", x)
     checks.same_device("table", table, "x", x)
@@ -167,6 +186,29 @@ def _check_halves(name: str, value: Any, x: Tensor) -> None:
     checks.same_device(name, value, "x", x)
 
 
+def _check_images(
+    x: Tensor, model_output: Any, step: Any, cond: Any, uncond: Any, noise: Any
+) -> None:
+    """A step, and the place of both outputs, for each image."""
+    checks.floating("model_output", model_output)
+    if model_output.shape[1:] != x.shape[1:] or not len(model_output):
+        checks.fail("model_output", f"shape [R, ...] beside {list(x.shape)}", model_output.shape)
+    checks.same_device("model_output", model_output, "x", x)
+    for name, value in (("step", step), ("cond", cond), ("uncond", uncond)):
+        if (
+            not isinstance(value, Tensor)
+            or value.dtype != torch.int64
+            or value.shape != x.shape[:1]
+        ):
+            got = value
+            if isinstance(value, Tensor):
+                got = f"{value.dtype} {list(value.shape)}"
+            checks.fail(name, f"torch.int64 [B] = [{len(x)}], as each image has its own row", got)
+        checks.same_device(name, value, "x", x)
+    if noise is not None and noise.dim() > x.dim():
+        checks.fail("noise", "noise like x, as each image has its own row", list(noise.shape))
+
+
 def _check_row(
     x: Any,
     model_output: Any,
@@ -180,6 +222,8 @@ def _check_row(
     peak: Any,
     stream: Any,
     rescale: bool,
+    cond: Any,
+    uncond: Any,
     row: Sequence[float],
     *_: Any,
 ) -> None:
@@ -200,9 +244,9 @@ def _noise(
 ) -> Tensor | None:
     """z of this row: as given, row ``step`` of a table of noise, or drawn."""
     if stream is not None:
-        state = stream.to(x.device)
-        state = torch.stack((state[0], state[1] + (step if isinstance(step, int) else step[0])))
-        return _philox.normal(state, x.shape, x.dtype)
+        seed, offset = stream.to(x.device).unbind(-1)
+        at = step if isinstance(step, int) or stream.dim() > 1 else step[0]
+        return _philox.normal(torch.stack((seed, offset + at), -1), x.shape, x.dtype)
     if noise is not None and noise.dim() > x.dim():
         return noise[step] if isinstance(step, int) else noise.index_select(0, step)[0]
     return noise
@@ -221,22 +265,30 @@ def reference(
     peak: Tensor | None,
     stream: Tensor | None,
     rescale: bool,
+    cond: Tensor | None,
+    uncond: Tensor | None,
     row: Sequence[float],
     index: int,
     scratch: Sequence[Tensor],
 ) -> None:
-    """A step by a row of floats and its number, or by a row of ``table`` picked on the device.
+    """A step by a row of floats and its number, or by rows of ``table`` picked on the device.
 
     On the device coefficients stay tensors; on the host nothing is read from a device.
     """
     at: int | Tensor = index
     coefficients: Coefficients = row
-    if table is not None and step is not None:
+    if cond is not None and uncond is not None:
+        assert table is not None
+        assert step is not None  # checked, both
+        picked = table.index_select(0, step).to(x.dtype)  # [B, columns]
+        at, coefficients = step, picked.view(len(x), -1, *(1,) * (x.dim() - 1)).unbind(1)
+    elif table is not None and step is not None:
         at, coefficients = step, table.index_select(0, step)[0].to(x.dtype).unbind()
     elif row[COLUMNS.index("s")] == 0:
         stream = None
     z = _noise(x, at, noise, stream)
-    _step(x, model_output, coefficients, at, z, y, h1, h2, model_input, peak, scratch)
+    outputs = None if cond is None or uncond is None else (uncond, cond)
+    _step(x, model_output, coefficients, at, z, y, h1, h2, model_input, peak, scratch, outputs)
 
 
 def _step(
@@ -251,6 +303,7 @@ def _step(
     model_input: Tensor | None,
     peak: Tensor | None,
     scratch: Sequence[Tensor],
+    outputs: tuple[Tensor, Tensor] | None,
 ) -> None:
     a, b, clip, c_x, c_0, c_1, c_2, c_y, c_m, s, d_x, d_0, d_1, d_2, d_y = row[:15]
     e_x, e_0, e_m, g, rescale = row[15:]
@@ -261,11 +314,20 @@ def _step(
     m_buffer, x0, y_next, newest = scratch
 
     m = model_output
-    if m.shape != x.shape:
-        m = _guided(model_output, x, g, rescale, m_buffer)
+    if outputs is not None:
+        first, second = (m.index_select(0, places).to(x.dtype) for places in outputs)
+        m = _guided(first, second, g, rescale, m_buffer)
+        one = (outputs[0] == outputs[1]).view(-1, *(1,) * (x.dim() - 1))
+        m = torch.where(one, second, m)
+    elif m.shape != x.shape:
+        first, second = m.to(x.dtype).chunk(2)
+        m = _guided(first, second, g, rescale, m_buffer)
     if peak is not None:
         torch.abs(m if m.dtype == x.dtype else m.to(x.dtype), out=x0)
-        if isinstance(step, int):
+        if outputs is not None:
+            # Idle images may share a row, whose peak nobody asks for.
+            peak.index_copy_(0, torch.as_tensor(step), x0.flatten(1).amax(1))
+        elif isinstance(step, int):
             torch.amax(x0, (), out=peak[step])
         else:
             peak.index_copy_(0, step, torch.amax(x0)[None])
@@ -290,7 +352,7 @@ def _step(
     if h1 is not None and not stays:
         older = h1
         if not on_host:
-            kept = torch.stack([torch.as_tensor(e) for e in (e_x, e_0, e_m)]).eq(0).all()
+            kept = torch.stack([torch.as_tensor(e) for e in (e_x, e_0, e_m)]).eq(0).all(0)
             newest = torch.where(kept, h1, newest)
             older = older if h2 is None else torch.where(kept, h2, h1)
         if h2 is not None:
@@ -302,13 +364,12 @@ def _step(
 
 
 def _guided(
-    model_output: Tensor, x: Tensor, g: float | Tensor, rescale: float | Tensor, out: Tensor
+    uncond: Tensor, cond: Tensor, g: float | Tensor, rescale: float | Tensor, out: Tensor
 ) -> Tensor:
     """u + g * (c - u), in ``out``."""
-    uncond, cond = model_output.to(x.dtype).chunk(2)
     torch.lerp(uncond, cond, g, out=out)
     if isinstance(rescale, Tensor) or rescale:
-        dims = tuple(range(1, x.dim()))
+        dims = tuple(range(1, out.dim()))
         target = cond.std(dims, correction=0, keepdim=True)
         std = out.std(dims, correction=0, keepdim=True)
         # A constant image has no deviation to bring anywhere: 0 / 0.

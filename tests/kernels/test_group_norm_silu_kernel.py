@@ -135,25 +135,32 @@ def test_a_row_of_tables(
     whole = randn(3, images, 3 * 8 + 5, dtype=dtype)
     for i, name in enumerate(EXTRAS):
         values[name] = whole[..., 8 * i : 8 * i + 4 + second]
-    for row in (0, 2):
-        at = torch.tensor([row], device=DEVICE)
+    for row in ([2], [2, 0]):
+        at = torch.tensor(row, device=DEVICE)
         check(lambda at=at, **v: ops.group_norm_silu(num_groups=2, row=at, **v), values)
 
 
 def test_gradients_of_tables(path: str) -> None:
     values = inputs(torch.float32, ()) | {n: randn(3, 1, 6, dtype=torch.float32) for n in EXTRAS}
-    row = torch.tensor([1], device=DEVICE)
-    check(lambda **v: ops.group_norm_silu(num_groups=2, row=row, **v), values, list(values))
+    for rows in ([1], [2, 2]):
+        row = torch.tensor(rows, device=DEVICE)
+        check(
+            lambda row=row, **v: ops.group_norm_silu(num_groups=2, row=row, **v),
+            values,
+            list(values),
+        )
 
 
 def test_tables_are_read_in_place() -> None:
     whole = torch.randn(7, 2, 30)
-    table, strides = kernel._table(whole[..., 5:9])
+    one, each = torch.tensor([1]), torch.tensor([1, 2])
+    table, strides = kernel._table(whole[..., 5:9], one)
     assert table.data_ptr() == whole[..., 5:].data_ptr()
-    assert strides == (60, 30)
-    assert kernel._table(whole[:, :1, :4])[1] == (60, 0)  # one for all images
-    assert kernel._table(whole[3, :1, :4].expand(5, -1))[1][1] == 0
-    assert kernel._table(whole[..., ::2])[0].is_contiguous()
+    assert strides == (60, 30, 0)
+    assert kernel._table(whole[..., 5:9], each)[1] == (60, 30, 1)
+    assert kernel._table(whole[:, :1, :4], one)[1] == (60, 0, 0)  # one for all images
+    assert kernel._table(whole[3, :1, :4].expand(5, -1), None)[1][1] == 0
+    assert kernel._table(whole[..., ::2], one)[0].is_contiguous()
 
 
 def test_sources_of_different_layouts(path: str) -> None:

@@ -95,6 +95,42 @@ def test_a_channels_last_state(on_device: bool) -> None:
     check(table(**full_row(0.3)), on_device, values)
 
 
+def places(*of: list[int]) -> dict[str, Tensor]:
+    names = ("step", "cond", "uncond")
+    return {n: torch.tensor(v, device=DEVICE) for n, v in zip(names, of, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "model", "philox"), [*((*one, False) for one in DTYPES), (*DTYPES[1], True)]
+)
+def test_a_row_for_each_image(dtype: torch.dtype, model: torch.dtype, philox: bool) -> None:
+    """Rows of one half and of two, with outputs anywhere among NaN of others."""
+    values = tensors(dtype, model, 2)
+    values["model_output"][1] = NAN
+    values["model_input"] = values["model_input"][: SHAPE[0]]
+    if philox:
+        streams = torch.tensor([[2**35 + 1, 40], [5, -2]], device=DEVICE)
+        values["noise"] = ops.Philox.for_images(streams)
+    rows = torch.cat([table(1, 0, **full_row(rescale)) for rescale in (0.4, 0.0, 0.6)]).to(DEVICE)
+    rows[1, COLUMNS.index("e_x") : COLUMNS.index("e_m") + 1] = 0.0  # the history stays
+    where = places([2, 1], [3, 2], [0, 2])
+    truth = {
+        n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for n, v in values.items()
+    }
+
+    def run(backend: str, given: dict[str, Any]) -> dict[str, Tensor]:
+        now = {n: v.clone() if isinstance(v, Tensor) else v for n, v in given.items()}
+        with ops.use_backend(backend):
+            ops.sampler_step(table=rows, **where, **now)
+        assert ops.explain("sampler_step").last_ran == backend
+        return {n: v for n, v in now.items() if isinstance(v, Tensor) and n != "model_output"}
+
+    plain, exact = run("reference", values), run("reference", truth)
+    for name, result in run("triton", values).items():
+        close(result, exact[name], plain[name])
+
+
 @pytest.mark.parametrize("shape", [(1,), (3, 2), (2, 5, 3), (1, 2, 3, 4, 5), (2, 1, 40, 31)])
 def test_shapes(shape: tuple[int, ...]) -> None:
     values = {n: torch.randn(shape, device=DEVICE) for n in ("x", "model_output", "noise")}
@@ -244,7 +280,7 @@ def test_operator() -> None:
     op = torch.ops.diffusion_fast.sampler_step.default
     checks = ("test_schema", "test_faketensor")  # the others need values that may run twice
     with ops.use_backend("triton"):
-        rest = None, True, [], 0, []
+        rest = None, True, None, None, [], 0, []
         torch.library.opcheck(op, (*args, *rest), test_utils=checks)
         torch.library.opcheck(op, (*args[:4], *[None] * 6, *rest), test_utils=checks)
 

@@ -189,20 +189,24 @@ def tables(dtype: torch.dtype, images: int, names: tuple[str, ...]) -> dict[str,
 @pytest.mark.parametrize("names", [("add",), ("scale", "shift"), TABLES])
 def test_a_row_of_tables(dtype: torch.dtype, images: int, names: tuple[str, ...]) -> None:
     values, given = inputs(dtype, False, False, False), tables(dtype, images, names)
-    for row in (0, 3):
-        at = torch.tensor([row])
+    for rows in ([0], [3], [4, 1], [2, 2]):
+        at = torch.tensor(rows)
         result = ops.group_norm_silu(**values, num_groups=4, **given, row=at)
-        picked = {name: table[row].expand(2, -1) for name, table in given.items()}
+        images_of = [0, images - 1]
+        both = rows * (2 // len(rows))
+        picked = {name: table[both, images_of] for name, table in given.items()}
         assert torch.equal(result, ops.group_norm_silu(**values, num_groups=4, **picked))
 
 
 @pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("rows", [[3], [1, 1], [4, 0]])
 @pytest.mark.parametrize("names", [("add",), ("scale", "shift"), TABLES])
-def test_operator_with_tables(images: int, names: tuple[str, ...]) -> None:
+def test_operator_with_tables(images: int, names: tuple[str, ...], rows: list[int]) -> None:
+    """Gradients of images that read the same row add."""
     values = inputs(torch.float64, False, False, False)
     leaves = [v.contiguous() for v in tables(torch.float64, images, names).values()]
     leaves = [v.requires_grad_() for v in (*values.values(), *leaves)]
-    row = torch.tensor([3])
+    row = torch.tensor(rows)
 
     def run(*leaves: Tensor) -> Tensor:
         x, weight, bias, *rest = leaves
@@ -289,7 +293,8 @@ def test_bad_input(change: dict[str, object], message: str) -> None:
     ("change", "message"),
     [
         ({"row": torch.tensor([1.0])}, r"row: expected dtype torch.int64, got torch.float32"),
-        ({"row": torch.tensor(1)}, r"row: expected shape \[1\] = \[1\], got \[\]"),
+        ({"row": torch.tensor(1)}, r"row: expected shape \[1\] or \[B\] = \[2\], got \[\]"),
+        ({"row": torch.zeros(3).long()}, r"row: expected shape \[1\] or \[B\] = \[2\], got \[3\]"),
         ({"row": torch.zeros(1, device="meta").long()}, r"row: expected the device of x \(cpu\)"),
         (
             {"add": torch.ones(2, 8)},

@@ -188,7 +188,7 @@ def test_operator() -> None:
     output = torch.randn(2 * SHAPE[0], *SHAPE[1:], dtype=torch.float64)
     args = [now["x"], output, table(**full_row()), torch.tensor([1])]
     args += [now[name] for name in STATE] + [torch.empty_like(output), torch.zeros(2).double()]
-    rest = None, True, [], 0, []
+    rest = None, True, None, None, [], 0, []
     torch.library.opcheck(OP, (*args, *rest))
     torch.library.opcheck(OP, (*args[:4], *[None] * 6, *rest))
 
@@ -233,3 +233,79 @@ def test_bad_input(change: dict[str, object], message: str) -> None:
     call = {"x": torch.ones(SHAPE), "model_output": torch.ones(SHAPE), "table": table(), "step": 1}
     with pytest.raises(ValueError, match=message):
         ops.sampler_step(**(call | change))
+
+
+# A row for each image.
+ROWS = 6
+
+
+def rows_of(dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    """A table of full rows, and what three images of two halves, one half and idle read."""
+    numbers = torch.randn(ROWS, len(COLUMNS), dtype=torch.float64)
+    column = {name: numbers[:, i] for i, name in enumerate(COLUMNS)}
+    column["clip"][:] = 0.7
+    column["guidance"][:] = torch.tensor([2.5, 4.0, 1.0, 0.5, 3.0, 7.0])
+    column["rescale"][:] = torch.tensor([0.6, 0.0, 0.3, 0.0, 0.2, 0.0])
+    for name in ("e_x", "e_0", "e_m"):
+        column[name][4] = 0.0  # the history stays
+    numbers[5] = 0.0
+    column["c_x"][5], column["clip"][5] = 1.0, float("inf")
+    places = {"step": [4, 2, 5], "cond": [3, 1, 0], "uncond": [2, 1, 0]}
+    return numbers, {name: torch.tensor(value) for name, value in places.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_each_image_reads_its_own_row(dtype: torch.dtype) -> None:
+    """What it would be alone, by one row on the host; an idle one stays, NaN beside it or not."""
+    rows, places = rows_of(dtype)
+    now, output = state(dtype), torch.randn(5, *SHAPE[1:], dtype=dtype)
+    now["y"][2], output[4] = 0.0, float("nan")
+    before = {name: value.clone() for name, value in now.items()}
+    model_input, peak = torch.full(SHAPE, float("nan")).to(dtype), torch.zeros(ROWS, dtype=dtype)
+    x = now.pop("x")
+    step = places.pop("step")
+    kept = {"model_input": model_input, "peak": peak}
+    ops.sampler_step(x, output, rows, step, **now, **places, **kept)
+    for i, row in enumerate(step.tolist()):
+        alone = {name: value[i : i + 1].clone() for name, value in before.items()}
+        halves = [int(places["uncond"][i]), int(places["cond"][i])]
+        own = output[halves if i == 0 else halves[1:]]
+        one, single = torch.zeros(ROWS, dtype=dtype), alone.pop("x")
+        ops.sampler_step(single, own, rows, row, **alone, peak=one)
+        assert_close(x[i : i + 1], single, factor=8)
+        for name in ("y", "h1", "h2"):
+            assert_close(now[name][i : i + 1], alone[name], factor=8)
+        assert_close(peak[row], one[row])
+    assert torch.equal(x[2], before["x"][2])
+    assert torch.equal(model_input, x)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": 1}, r"step: expected torch.int64 \[B\] = \[3\], as each .* own row, got None"),
+        ({"step": torch.tensor([1])}, r"step: expected torch.int64 \[B\] = \[3\].* got .* \[1\]"),
+        ({"uncond": None}, "uncond: expected torch.int64"),
+        ({"cond": torch.zeros(3)}, "cond: expected torch.int64 .* got torch.float32"),
+        ({"model_output": torch.ones(3, 2, 5, 5)}, r"model_output: expected shape \[R, ...\]"),
+        ({"noise": torch.ones(2, *SHAPE)}, "noise: expected noise like x"),
+        ({"noise": ops.Philox.for_images(torch.zeros(2, 2).long())}, "noise: expected one Philox"),
+    ],
+)
+def test_bad_rows_of_images(change: dict[str, object], message: str) -> None:
+    call = {"x": torch.ones(SHAPE), "model_output": torch.ones(5, *SHAPE[1:]), "table": table()}
+    call |= dict.fromkeys(("step", "cond", "uncond"), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=message):
+        ops.sampler_step(**(call | change))
+
+
+def test_each_image_draws_its_own_stream() -> None:
+    """Elements are counted within the image, and the row is added to its own offset."""
+    x, zeros = torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64)
+    streams = ops.Philox.for_images(torch.tensor([[7, 3], [9, -1]]))
+    rows = torch.cat((table(s=1.0), table(s=1.0)))
+    step = torch.tensor([1, 3])
+    ops.sampler_step(x, x.clone(), rows, step, cond=zeros, uncond=zeros, noise=streams)
+    for i, one in enumerate((ops.Philox(7, 4), ops.Philox(9, 2))):
+        assert torch.equal(x[i], one.normal((3, 4, 4)))
+    assert torch.equal(streams.normal(x.shape)[:1], ops.Philox(7, 3).normal((1, 3, 4, 4)))

@@ -21,6 +21,7 @@ from ...models import blocks as plain
 from ...models.blocks import hooked, image, pixels
 from ...models.unet import UpBlock
 from ...models.vae import PixelAttention
+from ...ops.group_norm_silu import picked_row
 from ...ops.onednn import Packed
 from . import folding
 from .folding import Weights
@@ -201,8 +202,9 @@ def joins_norm(device: torch.device) -> bool:
 
 
 def picked(time: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """A time [B or 1, C], or of a table [R, B or 1, C] and an int64 [1] the row that it names."""
-    return time if isinstance(time, Tensor) else time[0].index_select(0, time[1])[0]
+    """A time [B or 1, C], or of a table [R, B or 1, C] and an int64 [1] the row that it names; of
+    an int64 [B] each image's own."""
+    return time if isinstance(time, Tensor) else picked_row(*time)
 
 
 class TimeInNorm(nn.Module):

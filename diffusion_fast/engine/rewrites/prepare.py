@@ -90,12 +90,12 @@ class TimeTable:
             for block in network.blocks()
         ]
 
-    def write(self, emb: Tensor) -> None:
-        """Take the embedding [rows * images, T] of a run's grid."""
+    def write(self, emb: Tensor, first: int = 0) -> None:
+        """Take the embedding [rows * images, T] of a run's grid, as row ``first`` and on."""
         made = tree_leaves(self.network.project_time(emb))
         for table, value in zip(tree_leaves(self.tables), made, strict=True):
             rows = value.view(-1, *table.shape[1:])
-            table[: len(rows)] = rows
+            table[first : first + len(rows)] = rows
 
     def at(self, clock: Clock) -> TimeProjections:
         """The clock's row [images, C] of each table, or the table and the device's counter."""
