@@ -8,12 +8,13 @@ from .engine import Engine, sample
 from .finetuning import finetune
 from .models import AutoencoderKL, UNet2DCondition, UNetConfig, VAEConfig
 from .ops import use_backend
-from .pipelines import StableDiffusion
+from .pipelines import Batcher, StableDiffusion
 from .schedule import DiffusionSchedule
 from .training import Trainer, train_diffusion
 
 __all__ = [
     "AutoencoderKL",
+    "Batcher",
     "DiffusionSchedule",
     "Engine",
     "StableDiffusion",

@@ -163,6 +163,13 @@ class TextEncoders:
         for name, tokenizer in zip(TOKENIZERS, self.tokenizers, strict=False):
             tokenizer.save_pretrained(folder / name)
 
+    def check_clip_skip(self, clip_skip: Any) -> None:
+        """Raise ValueError unless so many layers can be left out."""
+        encoders: list[Any] = self.encoders
+        most = min(one.config.num_hidden_layers for one in encoders) - len(encoders)
+        if not isinstance(clip_skip, int) or not 0 <= clip_skip <= most:
+            checks.fail("clip_skip", f"an integer in [0, {most}]", repr(clip_skip))
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], clip_skip: int = 0) -> TextStates:
         """The states of prompts.
@@ -191,6 +198,7 @@ class TextEncoders:
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise TypeError(f"prompt: expected a string, got {type(prompt).__name__}")
+        self.check_clip_skip(clip_skip)
         with self._turns:
             states = [self._states(i, prompts, clip_skip) for i in range(len(self.encoders))]
         contexts, pooled = zip(*states, strict=True)

@@ -3,7 +3,7 @@ arXiv:2307.01952): a prompt in, images out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -205,39 +205,24 @@ class StableDiffusion:
             ValueError: an argument that can't be; the message names it.
             FloatingPointError: the U-Net's output was not finite.
         """
-        steps = self.defaults.steps if steps is None else steps
-        if guidance_scale is None:
-            guidance_scale = self.defaults.guidance_scale
-        batch, steps, seed, size = inputs.plain((batch, steps, seed, size))
-        guidance_scale, strength, clip_skip = inputs.plain((guidance_scale, strength, clip_skip))
+        batch, seed, size, clip_skip = inputs.plain((batch, seed, size, clip_skip))
         prompts = inputs.prompt_list("prompt", prompt, self.embeddings.names)
         negatives = inputs.negative_list(negative_prompt, prompts, self.embeddings.names)
         checks.positive_int("batch", batch)
-        checks.positive_int("steps", steps)
         checks.one_of("output", output, OUTPUTS)
         seeds = inputs.seed_list(seed, len(prompts) * batch)
         images, masks = self._pictures(image, mask, size, len(seeds))
         height, width = self._size(size) if images is None else images.shape[2:]
-        if images is None:
-            inputs.absent("strength", strength, "image")
-        elif strength is None:
-            strength = 0.8 if masks is None else 1.0
-        told = inputs.guidance(guidance_scale)
-        if self.embeds_guidance:
-            inputs.check_embedded(guidance_scale, negative_prompt, more)
-            told = 1.0
-        options = SamplerOptions(**self.scheduler.table(sampler)).replace(
-            **{name: inputs.plain(value) for name, value in more.items()},
-            steps=steps,
-            guidance_scale=told,
-            strength=None if masks is not None and strength == 1 else strength,  # pure noise
+        options, strength, scale = self._options(
+            *(steps, guidance_scale, sampler, strength),
+            *(images is not None, masks is not None, negative_prompt, more),
         )
         table = {one.name: getattr(options, one.name) for one in fields(options)}
         positive, negative = self._states(
             prompts, negatives, clip_skip, inputs.guided(options.guidance_scale)
         )
         shape = self._latent_shape(len(seeds), height, width)
-        beside = self._embedded_guidance(guidance_scale)
+        beside = self._embedded_guidance(scale)
         vae = self._autoencoding()
         latents = self._engine_now(table, progress).sample(
             shape,
@@ -255,7 +240,7 @@ class StableDiffusion:
             "batch": batch,
             "clip_skip": clip_skip,
             **table,
-            "guidance_scale": guidance_scale if self.embeds_guidance else told,
+            "guidance_scale": scale,
             "strength": strength,
         }
         from ..images import to_pil  # imports Pillow
@@ -297,6 +282,39 @@ class StableDiffusion:
             return images, None
         height, width = images.shape[2:]
         return images, inputs.mask_tensor(mask, image, (height, width), count)
+
+    def _options(
+        self,
+        steps: int | None,
+        guidance_scale: Any,
+        sampler: str | None,
+        strength: float | None,
+        from_image: bool,
+        masked: bool,
+        negative_prompt: Any,
+        more: Mapping[str, Any],
+    ) -> tuple[SamplerOptions, float | None, Any]:
+        """How to sample; the strength and the guidance scale that were asked for or are usual."""
+        steps = self.defaults.steps if steps is None else steps
+        if guidance_scale is None:
+            guidance_scale = self.defaults.guidance_scale
+        steps, guidance_scale, strength = inputs.plain((steps, guidance_scale, strength))
+        checks.positive_int("steps", steps)
+        if not from_image:
+            inputs.absent("strength", strength, "image")
+        elif strength is None:
+            strength = 1.0 if masked else 0.8
+        told = inputs.guidance(guidance_scale)
+        if self.embeds_guidance:
+            inputs.check_embedded(guidance_scale, negative_prompt, more)
+            told = 1.0
+        options = SamplerOptions(**self.scheduler.table(sampler)).replace(
+            **{name: inputs.plain(value) for name, value in more.items()},
+            steps=steps,
+            guidance_scale=told,
+            strength=None if masked and strength == 1 else strength,  # pure noise
+        )
+        return options, strength, guidance_scale if self.embeds_guidance else told
 
     def _size(self, size: Any) -> inputs.Size:
         """Height and width as asked for, or as the model was trained."""

@@ -24,9 +24,8 @@ def outputs(model: Any, rewrites: Any, lengths: list[int]) -> tuple[Tensor, Tens
     given = [conditions(model, 1, tokens) for tokens in lengths]
     of_row = torch.tensor(TIMES)[IMAGE]
     for r, one in enumerate(given):  # rows of pooled text have times of their own
-        pooled = [one[name] for name in ("text_embeds", "time_ids") if name in one]
-        if pooled:
-            network.write_times(GRID[of_row[r] : of_row[r] + 1], r, pooled)
+        if network.pooled:
+            network.write_times(GRID[of_row[r] : of_row[r] + 1], r, one)
         else:
             network.write_times(GRID, 1)
     at = torch.arange(4) if network.pooled else of_row + 1

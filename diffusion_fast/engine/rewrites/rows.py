@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,8 @@ from ...models.unet import ContextProjections
 from ...ops import checks
 from .plan import TABLE_LIMIT, check_placement, make_plan
 from .prepare import TimeTable, rewritten
+
+ADDITIONS = ("text_embeds", "time_ids", "timestep_cond")  # of a context, to the time embedding
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,9 @@ class RowsUNet:
         count = 0 if not isinstance(tokens, Tensor) else len(tokens)
         image = self.model.conv_in.weight.new_empty(count, self.model.config.in_channels, 1, 1)
         t = torch.zeros((), device=image.device)
-        more = [given.get(name) for name in ("text_embeds", "time_ids", "context_lengths")]
+        more = [given.get(name) for name in (*ADDITIONS, "context_lengths")]
         self.model.check_inputs(image, t, tokens, *more)
-        if more[2] is not None:
+        if more[-1] is not None:
             checks.fail("context_lengths", "a context of its own length", "lengths")
         kv = self.model.project_context(self.model.embed_context(tokens))  # type: ignore[arg-type]
         length = 1 if tokens.dim() == 1 else tokens.shape[1]  # type: ignore[union-attr]
@@ -118,14 +119,16 @@ class RowsUNet:
         ]
 
     @torch.no_grad()
-    def write_times(self, timesteps: Tensor, first: int, additions: Sequence[Any] = ()) -> None:
+    def write_times(self, timesteps: Tensor, first: int, context: Context = None) -> None:
         """Take timesteps [N] as the rows ``first`` and on of the time table.
 
         Args:
-            additions: with ``pooled``, text_embeds [1, P] and time_ids [1, 6] of their half.
+            context: of one image, as :meth:`condition` takes it; what of it enters the time
+                embedding is taken.
         """
-        more = (one.expand(len(timesteps), -1) for one in additions)
-        self.times.write(self.model.embed_time(timesteps, *more), first)
+        given = dict(context) if not isinstance(context, Tensor) and context else {}
+        more = {name: given[name].expand(len(timesteps), -1) for name in ADDITIONS if name in given}
+        self.times.write(self.model.embed_time(timesteps, **more), first)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, rows: Rows) -> Tensor:
@@ -142,7 +145,7 @@ class RowsUNet:
             ]
             for tables, of_block in zip(self.times.tables, self._shared, strict=True)
         ]
-        return self.network.denoise(x, time, rows.kv, rows.lengths, image)
+        return self.network.denoise(x, time, rows.kv, rows.lengths, image=image)
 
     @torch.no_grad()
     def refresh(self) -> None:
