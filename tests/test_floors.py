@@ -1,5 +1,5 @@
-"""Imports point down only, kernels < ops < models, samplers < engine, training < the rest, and
-never in circles."""
+"""Imports point down only, kernels < ops < models, samplers < engine, training < pipelines <
+serving, command line, and never in circles."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ FLOORS = {
     "pipelines": 4,
     "finetuning": 5,
     "integrations": 4,
+    "serving": 5,
     "cli": 6,
     "": 7,  # the package's own __init__ may name everything
     "__main__": 7,

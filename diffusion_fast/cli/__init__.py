@@ -14,6 +14,7 @@ from .common import in_options, options_of
 from .doctor import doctor
 from .finetune import finetune
 from .sample import sample
+from .serve import serve
 from .train import train
 from .vae_check import vae_check
 
@@ -36,7 +37,7 @@ def options(
     """What every command shares; ``--debug`` itself is read in :func:`main`."""
 
 
-for command in (train, finetune, sample, bench, vae_check, doctor):
+for command in (train, finetune, sample, serve, bench, vae_check, doctor):
     app.command()(command)
 
 

@@ -148,7 +148,7 @@ class PromptDrawing:
     def _digests(self) -> dict[str, str]:
         """SHA-256 of the files that are read; another one than before is an error."""
         found = {}
-        added = [(f"lora {path}", path) for path, _ in map(_lora, self.lora)]
+        added = [(f"lora {path}", path) for path, _ in map(lora_of, self.lora)]
         added += [(f"embedding {path}", path) for path, _ in map(_named, self.embedding)]
         for name, path in (("image", self.image), ("mask", self.mask), *added):
             if path is not None and not Path(path).is_dir():
@@ -162,7 +162,7 @@ class PromptDrawing:
 
     def _pipeline(self) -> StableDiffusion:
 
-        loras = [_lora(text) for text in self.lora]
+        loras = [lora_of(text) for text in self.lora]
         pipe = StableDiffusion.from_pretrained(
             self.model,
             vae=self.vae,
@@ -230,7 +230,7 @@ class PromptDrawing:
             self.prompt[0],
             self.negative,
             model=self.model,
-            loras=dict(map(_lora, self.lora)),
+            loras=dict(map(lora_of, self.lora)),
         )
 
 
@@ -268,7 +268,7 @@ def _size(text: str) -> int | tuple[int, int]:
     return height, width
 
 
-def _lora(text: str) -> tuple[str, float]:
+def lora_of(text: str) -> tuple[str, float]:
     """``file.safetensors`` or ``file.safetensors=0.8`` as a path and a scale."""
     path, equals, scale = text.rpartition("=")
     if not equals or Path(text).exists():  # names of files may have a = too

@@ -71,6 +71,7 @@ class Seat:
         conditions: of the unconditional half and the conditional one; one of them if one runs.
         offsets: what is to be added to the row for the place of each half's times.
         row: the row that comes next, counted from 0.
+        peak: when it has left, what :func:`~diffusion_fast.ops.sampler_step` found at each row.
     """
 
     job: Job
@@ -80,10 +81,19 @@ class Seat:
     conditions: list[Condition]
     offsets: list[int]
     row: int = 0
+    peak: Tensor | None = None
 
     @property
     def done(self) -> bool:
         return self.row == len(self.rows)
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError with the first step that was not finite, of an image that left.
+
+        It reads the device.
+        """
+        assert self.peak is not None
+        self.rows.check_finite(self.peak)
 
     @property
     def step(self) -> int:
@@ -191,13 +201,6 @@ class Slots:
 
     def give_back(self, seat: Seat) -> None:
         self._free.append(seat.slot)
-
-    def check_finite(self, seat: Seat) -> None:
-        """Raise FloatingPointError with the first step of an image that was not finite.
-
-        It reads the device.
-        """
-        seat.rows.check_finite(self.peak[seat.first : seat.first + len(seat.rows)])
 
     def places(self, seats: Sequence[Seat]) -> tuple[list[int], list[int], list[int]]:
         """The image of each row of the model's batch; the rows of the outputs of each image."""
@@ -316,6 +319,7 @@ class Batch:
         """
         at, last = self.seats.index(seat), len(self.seats) - 1
         result = self._state["x"][at : at + 1].clone()
+        seat.peak = self.slots.peak[seat.first : seat.first + len(seat.rows)].clone()
         for value in (*self._state.values(), self._input, self._row):
             value[at] = value[last]
         self._row[last] = self.slots.idle

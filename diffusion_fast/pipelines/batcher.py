@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, fields
 from typing import Any
@@ -183,10 +183,12 @@ class Batcher:
         self._watch = Watch()
         self._watch.look(pipe.unet)
         self._shared = self._make()
+        device = self._shared.device
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._batches: OrderedDict[tuple[int, int], Batch] = OrderedDict()
         self._waiting: deque[Pending] = deque()
         self._running: dict[Seat, tuple[Pending, tuple[int, int]]] = {}
-        self._finished: deque[tuple[Pending, Tensor]] = deque()
+        self._finished: deque[tuple[Pending, Tensor, Seat]] = deque()
         self._turn = 0  # whose turn between two steps: 0 a join's, 1 a decode's
         self._condition = threading.Condition()
         self._closing = self._stopped = False
@@ -393,7 +395,7 @@ class Batcher:
         with self._condition:
             self._closing = True
             left = [*self._waiting, *(one for one, _ in self._running.values())]
-            left += [one for one, _ in self._finished]
+            left += [one for one, *_ in self._finished]
             self._waiting.clear()
         for one in left:
             if one.cancelled():
@@ -445,7 +447,10 @@ class Batcher:
             self._notice_edits()
         one.started = time.monotonic()
         try:
-            job, place = self._job(one._request)
+            with self._aside():
+                job, place = self._job(one._request)
+            if self._side is not None:
+                torch.cuda.current_stream(self._shared.device).wait_stream(self._side)
             batch = self._batch(place)
             seat = self._shared.take(job)
             try:
@@ -504,22 +509,20 @@ class Batcher:
             statistics.rows += sum(len(seat.conditions) for seat in batch.seats)
             for seat in batch.step():
                 one, _ = self._running.pop(seat)
-                latents = batch.leave(seat)
                 one._decoding = True
-                try:
-                    self._shared.check_finite(seat)
-                except FloatingPointError as error:
-                    _fail(one, error)
-                    continue
-                self._finished.append((one, latents))
+                self._finished.append((one, batch.leave(seat), seat))
+            if self._side is not None:
+                self._side.wait_stream(torch.cuda.current_stream(self._shared.device))
             return
 
-    def _decode(self, one: Pending, latents: Tensor) -> None:
+    def _decode(self, one: Pending, latents: Tensor, seat: Seat) -> None:
         if one.cancelled():
             one.set_running_or_notify_cancel()
             return
         try:
-            result = self._result(one._request, latents)
+            with self._aside():
+                seat.check_finite()
+                result = self._result(one._request, latents)
         except Exception as error:
             _fail(one, error)
         else:
@@ -552,10 +555,20 @@ class Batcher:
     def _draw_preview(self, seat: Seat, one: Pending, place: tuple[int, int]) -> None:
         from ..images import to_pil  # imports Pillow
 
-        images, _ = self.pipe._decoded(
-            self.pipe._autoencoding(), self._batches[place].estimate(seat).nan_to_num()
-        )
-        one._preview, one._preview_row = to_pil(images)[0], seat.row
+        latents = self._batches[place].estimate(seat).nan_to_num()
+        one._preview_row = seat.row
+        try:
+            images, _ = self.pipe._decoded(self.pipe._autoencoding(), latents)
+        except Exception:  # the image itself may still be drawn
+            _LOG.exception("a preview failed")
+        else:
+            one._preview = to_pil(images)[0]
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """On a GPU, a stream beside that of the steps: the last one runs on meanwhile."""
+        with contextlib.nullcontext() if self._side is None else torch.cuda.stream(self._side):
+            yield
 
     def _notice_edits(self) -> None:
         """Nothing is drawn now: what was derived from other weights is made anew."""

@@ -17,7 +17,9 @@ def test_doctor() -> None:
         assert word in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "bench", "vae-check", "doctor", ""])
+@pytest.mark.parametrize(
+    "command", ["train", "sample", "serve", "bench", "vae-check", "doctor", ""]
+)
 def test_help(command: str) -> None:
     done = run(*([command] if command else []), "--help")
     assert done.returncode == 0

@@ -75,7 +75,7 @@ def run(slots: Slots, batch: Batch, jobs: list[Job], join_at: list[int]) -> dict
             continue
         for seat in batch.step():
             results[seats.pop(seat)] = batch.leave(seat)
-            slots.check_finite(seat)
+            seat.check_finite()
     return results
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,8 @@ from numerics import assert_close
 from PIL import Image
 from torch import Tensor
 
-from diffusion_fast import Batcher, StableDiffusion
+from diffusion_fast import Batcher, StableDiffusion, UNet2DCondition
+from diffusion_fast.pipelines import make_tiny
 from diffusion_fast.pipelines.batcher import BatcherClosed, Pending, QueueFull
 from diffusion_fast.samplers import SAMPLERS
 
@@ -268,6 +271,25 @@ def test_other_models(model: str) -> None:
         pending = batcher.submit_all(asked)
         for one, how in zip(pending, asked, strict=True):
             assert_close(one.result(TIMEOUT).latents, alone(pipe, how))
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_a_model_that_takes_the_guidance_scale_as_an_input(tmp_path: Path, kind: str) -> None:
+    folder = make_tiny(tmp_path / kind, kind)
+    config = UNet2DCondition.from_pretrained(folder).config
+    torch.manual_seed(1)
+    lcm = UNet2DCondition(dataclasses.replace(config, time_cond_proj_dim=16))
+    lcm.save_pretrained(folder / "unet")
+    pipe = StableDiffusion.from_pretrained(folder, dtype=torch.float64)
+    asked = [{**request(0), "guidance_scale": scale, "steps": 3} for scale in (1.5, 8.0)]
+    with Batcher(pipe, slots=3) as batcher:
+        pending = batcher.submit_all(asked)
+        for one, how in zip(pending, asked, strict=True):
+            result = one.result(TIMEOUT)
+            assert_close(result.latents, alone(pipe, how))
+            assert result.settings["guidance_scale"] == how["guidance_scale"]
+        with pytest.raises(ValueError, match="negative_prompt: expected None for a model"):
+            batcher.submit(**asked[0], negative_prompt="a dog")
 
 
 def test_edits_between_two_images_are_seen() -> None:

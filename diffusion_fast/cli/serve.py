@@ -1,0 +1,136 @@
+"""``diffusion-fast serve``: a model behind an HTTP server."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..ops import checks
+from .common import check_device
+from .sample_prompts import lora_of
+
+
+def serve(
+    model: Annotated[
+        str, typer.Option(help="A Stable Diffusion folder, single file or hub id; or tiny.")
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model; default its file's name.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.", min=0, max=65535)] = 8000,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="DIFFUSION_FAST_TOKEN",
+            help="What clients must show, as Bearer or as the password of Basic; default none.",
+        ),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name beside localhost that clients use; * for any."),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="An origin whose pages may call this server.")
+    ] = None,
+    slots: Annotated[int, typer.Option(help="Images drawn at once.", min=1)] = 8,
+    queue: Annotated[int, typer.Option(help="Images that may wait.", min=1)] = 64,
+    max_steps: Annotated[int, typer.Option(help="Model calls of an image.", min=1)] = 150,
+    max_side: Annotated[int, typer.Option(help="Longest side in pixels.", min=8)] = 2048,
+    max_batch: Annotated[int, typer.Option(help="Images of one request.", min=1)] = 8,
+    max_body: Annotated[int, typer.Option(help="MiB of a request's body.", min=1)] = 32,
+    rate: Annotated[
+        int, typer.Option(help="Requests a minute and client; 0 for no limit.", min=0)
+    ] = 0,
+    timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
+    drain: Annotated[
+        int, typer.Option(help="Seconds to finish what runs when the server is stopped.", min=0)
+    ] = 60,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="A LoRA, FILE or FILE=SCALE; on for all requests.")
+    ] = None,
+    vae: Annotated[str | None, typer.Option(help="Another autoencoder.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder of the tokenizer, for single files.")
+    ] = None,
+    safety_checker: Annotated[
+        bool, typer.Option(help="Use the safety checker that some models have.")
+    ] = True,
+    variant: Annotated[str | None, typer.Option(help="Which weights, such as fp16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda ...")] = "cpu",
+    graph: Annotated[str, typer.Option(help="CUDA graphs: auto or off.")] = "auto",
+) -> None:
+    """Serve a model: OpenAI's images API, AUTOMATIC1111's, and a page at /.
+
+    Requests of all kinds share one batch. SIGTERM finishes what runs, then ends.
+    """
+    try:
+        import uvicorn
+
+        from ..serving import Limits, Service, create_app
+        from ..serving.gate import JSONLines
+    except ModuleNotFoundError as error:
+        needed = "pip install 'diffusion-fast[serve]'"
+        raise ImportError(f"serve needs {error.name}, which is not installed: {needed}") from error
+    import torch
+
+    from ..pipelines import StableDiffusion
+    from ..pipelines.tiny import KINDS
+
+    check_device(device)
+    if dtype is not None:
+        checks.one_of("--dtype", dtype, ("float32", "bfloat16", "float16"))
+    tiny = model == "tiny" or model.removeprefix("tiny-") in KINDS
+    if not (tiny or "/" in model or Path(model).exists()):
+        raise ValueError(f"{model}: no such file or folder")
+    pipe = StableDiffusion.from_pretrained(
+        model,
+        vae=vae,
+        tokenizer=tokenizer,
+        safety_checker=safety_checker,
+        variant=variant,
+        dtype=None if dtype is None else getattr(torch, dtype),
+        device=device,
+    )
+    loras = {}
+    for path, scale in map(lora_of, lora or []):
+        stem = Path(path).stem
+        try:
+            pipe.loras.load(path, stem, scale)
+        except ValueError as error:
+            raise ValueError(f"--lora: {error}") from error
+        loras[stem] = scale
+    limits = Limits(
+        steps=max_steps,
+        side=max_side,
+        pixels=max_side * max_side,
+        batch=max_batch,
+        queue=queue,
+        body=max_body * 2**20,
+        rate=rate,
+        timeout=timeout,
+    )
+    served = name or Path(model.rstrip("/")).stem
+    service = Service(pipe, name=served, loras=loras, slots=slots, limits=limits, graph=graph)
+    app = create_app(service, token=token, hosts=allow_host or (), origins=allow_origin or ())
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JSONLines())
+    for logger in ("diffusion_fast", "uvicorn"):
+        logging.getLogger(logger).handlers = [handler]
+        logging.getLogger(logger).setLevel(os.environ.get("LOG_LEVEL", "INFO").upper())
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,  # the gate writes one line for each request
+        timeout_graceful_shutdown=drain,
+        server_header=False,
+        proxy_headers=False,
+    )
