@@ -16,7 +16,7 @@ PACKAGES = ("torch", "triton", "numpy", "safetensors", "diffusers", "transformer
 # What builds the CUDA extension, and what to install where it is missing.
 COMPILERS = {
     "nvcc": "install the CUDA toolkit, 12.0 or newer, to build the attention kernels",
-    "c++": "install a C++17 compiler such as g++, to build the attention kernels",
+    "c++": "install a C++17 compiler such as g++, to build kernels for GPUs and CPUs",
     "ninja": "pip install ninja, for builds ahead of time",
 }
 
@@ -43,6 +43,7 @@ def processor() -> dict[str, str]:
     return {
         "processor": _processor_name(),
         "cores": f"{cores}, PyTorch uses {torch.get_num_threads()} threads",
+        "instructions": str(torch.backends.cpu.get_cpu_capability()),
     }
 
 

@@ -1,4 +1,4 @@
-"""Marks of tests that run a compiler for longer than a newcomer would wait."""
+"""Marks of tests that run a compiler, or what one has made."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 
+from diffusion_fast.ops.cpu import library as cpu
 from diffusion_fast.ops.cuda import build as extension
+
+needs_cpu_kernels = pytest.mark.skipif(
+    bool(cpu.machine()), reason=f"needs the kernels for CPUs: {'; '.join(cpu.machine())}"
+)
 
 
 def needs_nvcc(test: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,12 +11,14 @@ from ..ops import Choice
 def doctor() -> None:
     """Show what this machine has, which backend each op runs on, and why not the others."""
     from .. import hardware, ops
+    from ..ops.cpu import library
 
     console = Console()
     facts = Table("what", "found", title="This machine", title_justify="left")
     for part in (hardware.versions, hardware.processor, hardware.gpus, hardware.compilers):
         for name, value in part().items():
             facts.add_row(name, value)
+    facts.add_row("kernels for this CPU", library.state())
     console.print(facts)
     backends = Table("op", "runs on", "why not the others", title="Ops", title_justify="left")
     for (backend, reasons), names in _grouped(ops.explain()).items():

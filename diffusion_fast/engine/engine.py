@@ -15,6 +15,7 @@ from .. import ops
 from ..conditioning import Context, Model, join_halves
 from ..edits import Edit, Watch
 from ..ops import Philox, checks
+from ..ops.cpu import library as cpu_kernels
 from ..samplers import SamplerOptions, table_of
 from ..schedule import DiffusionSchedule
 from ..turns import Turns
@@ -99,6 +100,8 @@ class Engine:
         self._options = SamplerOptions().replace(**table)
         self.table = table_of(self._options, schedule)
         self._max_rows = max(max_steps or MAX_STEPS, len(self.table))
+        if _device_of(model, device).type == "cpu":
+            cpu_kernels.begin()
 
     def configure(self, **table: Any) -> None:
         """Another sampler, number of steps, guidance and so on; what is not named stays.
@@ -312,6 +315,8 @@ class Engine:
         """Images of the same batch share a predictor, whatever their sizes."""
         key = (layout.shape[0], layout.halves, layout.rows, layout.model_dtype, layout.device)
         if key not in self._predictors:
+            if layout.device.type == "cpu":
+                cpu_kernels.settle()  # before the first step, none of which waits
             self._predictors[key] = predictor_for(
                 self.model,
                 self.rewrites,

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels.layout import format_of
+from .cpu import group_norm as on_cpu
+from .cpu import library as cpu
 from .dispatch import Op, autocast, checks, triton
 
 
@@ -348,3 +350,5 @@ def _group_fits(x: Tensor, num_groups: int, weight: Tensor, *_: Any) -> list[str
 
 triton.add(_OP, _kernels, _group_fits)
 triton.add(_BACKWARD, _backward_kernels, lambda grad, *args: _group_fits(*args))
+cpu.add(_OP, lambda: on_cpu.forward)
+cpu.add(_BACKWARD, lambda: on_cpu.backward, cpu.first_order)

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..conditioning import Context
 from ..files import AnyPath, CheckpointError
 from ..ops import checks
+from ..ops.cpu import library as cpu_kernels
 from ..schedule import DiffusionSchedule
 from ..turns import Turns
 from .batches import Batches, forever
@@ -136,6 +137,8 @@ class Trainer:
         self.losses: list[float] = []  # of this run
         self._resumed: str | None = None
         self._turns = Turns("Trainer")
+        if self.device.type == "cpu":
+            cpu_kernels.begin()
 
     @property
     def null_context(self) -> Context:
@@ -247,6 +250,8 @@ class Trainer:
         if self.checkpoints and newest and newest > self.checkpoints.path(self.step):
             wanted = f"none after step {self.step} (call resume(), or take another folder)"
             checks.fail("checkpoints", wanted, newest)
+        if self.device.type == "cpu":
+            cpu_kernels.settle()  # before the first step, none of which waits
 
     def _batches(self) -> Iterator[Any]:
         if isinstance(self.dataloader, Batches):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from compilers import needs_nvcc
 
+from diffusion_fast.ops import building
 from diffusion_fast.ops.cuda import build as extension
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILDER = """
 import sys, time
 from pathlib import Path
-from diffusion_fast.ops.cuda.build import build_once
+from diffusion_fast.ops.building import build_once
 
 target, log, seconds = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 
@@ -158,12 +159,13 @@ def test_key_depends_on_sources_and_flags(monkeypatch: pytest.MonkeyPatch, tmp_p
         assert first != extension._key("-O3")
     (tmp_path / "device.cuh").write_text("// other\n")
     monkeypatch.setattr(extension, "sources", lambda: tmp_path)
+    monkeypatch.setattr(building, "sources", lambda: tmp_path)
     assert first != extension._key("-O3")
 
 
 def test_compiler_errors_are_shown() -> None:
     with pytest.raises(extension.BuildError, match="exit 7 loudly"):
-        extension._run(["sh", "-c", "echo exit 7 loudly >&2; exit 7"])
+        extension.run(["sh", "-c", "echo exit 7 loudly >&2; exit 7"])
 
 
 @pytest.fixture(scope="session")

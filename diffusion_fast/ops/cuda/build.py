@@ -9,16 +9,14 @@ processes start together or a build is killed.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +26,7 @@ from types import ModuleType
 import torch
 
 from ...kernels.cache import cache_folder
+from ..building import PACKAGE, BuildError, build_once, key_of, print_version, run, sources
 
 HEAD_DIMS = (32, 40, 48, 64, 80, 96, 128, 160)
 OLDEST_CAPABILITY = (8, 0)
@@ -39,11 +38,6 @@ INSTALL_NVCC = (
     "install the CUDA toolkit (nvcc 12.0 or newer, matching the driver) and a C++17 compiler, and "
     "put nvcc on PATH or set CUDA_HOME"
 )
-_PACKAGE = Path(__file__).resolve().parents[2]
-
-
-class BuildError(RuntimeError):
-    """A compiler failed; the message holds its command and what it printed."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +49,6 @@ class Toolchain:
     version: str
 
 
-def sources() -> Path:
-    """The folder csrc: inside an installed package, beside the package in a checkout."""
-    inside = _PACKAGE / "csrc"
-    return inside if inside.is_dir() else _PACKAGE.parent / "csrc"
-
-
 def find_nvcc() -> str | None:
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
     for home in homes:
@@ -69,25 +57,17 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
-def _print_version(command: str) -> str | None:
-    try:
-        done = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout
-
-
 @cache
 def toolchain() -> Toolchain | str:
     """The compilers, or the reason why nothing can be built here and what to install."""
     nvcc = find_nvcc()
     if nvcc is None:
         return f"no nvcc to build the kernels with: {INSTALL_NVCC}"
-    version = _print_version(nvcc)
+    version = print_version(nvcc)
     if version is None:
         return f"{nvcc} does not run: {INSTALL_NVCC}"
     cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    cxx_version = _print_version(cxx) if cxx else None
+    cxx_version = print_version(cxx) if cxx else None
     if cxx is None or cxx_version is None:
         return "no C++ compiler beside nvcc: install g++ or set CXX"
     if not sources().is_dir():
@@ -108,42 +88,8 @@ def generate_code(architectures: Sequence[str]) -> list[str]:
 
 def _key(*parts: object) -> str:
     environment = [os.environ.get(f"NVCC_{where}_FLAGS") for where in ("PREPEND", "APPEND")]
-    digest = hashlib.sha256(repr((parts, environment)).encode())
-    folder = sources()
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".cu", ".cuh", ".h", ".cpp"):
-            digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return digest.hexdigest()[:20]
-
-
-def build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """``target``, made by ``build(folder) -> folder / target.name`` where it doesn't exist.
-
-    Of many processes one builds and the others wait; a target is complete or absent.
-    """
-    from filelock import FileLock
-
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if target.exists():
-            return target
-        scratch = target.with_name(f"{target.name}.building")
-        shutil.rmtree(scratch, ignore_errors=True)  # left by a build that was killed
-        scratch.mkdir()
-        try:
-            build(scratch)
-            os.replace(scratch / target.name, target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    return target
-
-
-def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}".strip())
+    files = (path for path in sources().rglob("*") if path.parent.name != "cpu")
+    return key_of(files, parts, environment)
 
 
 def build_library(
@@ -179,10 +125,10 @@ def build_library(
         compile_binding = [tools.cxx, *flags, *HOST_FLAGS, "-isystem", str(include)]
         commands.append([*compile_binding, "-c", str(folder / "binding.cpp"), "-o", str(binding)])
         with ThreadPoolExecutor(jobs or min(os.cpu_count() or 1, 16)) as pool:
-            list(pool.map(_run, commands))
+            list(pool.map(run, commands))
         libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
         made = [str(path) for path in (*objects, binding)]
-        _run([*device, "-shared", "-o", str(scratch / target.name), *made, *libraries])
+        run([*device, "-shared", "-o", str(scratch / target.name), *made, *libraries])
 
     return build_once(target, build)
 
@@ -199,7 +145,7 @@ def built_architectures(library: Path | str) -> list[int]:
 
 def prebuilt() -> Path | None:
     """The library made ahead of time, if this installation has one."""
-    return next(iter(sorted(_PACKAGE.glob("_attention*.so"))), None)
+    return next(iter(sorted(PACKAGE.glob("_attention*.so"))), None)
 
 
 def serves(architectures: Sequence[int], capability: tuple[int, int]) -> bool:
@@ -269,7 +215,7 @@ def info() -> ModuleType:
     name = "diffusion_fast._info"
     if name in sys.modules:
         return sys.modules[name]
-    made = next(iter(sorted(_PACKAGE.glob("_info*.so"))), None) or _build_info()
+    made = next(iter(sorted(PACKAGE.glob("_info*.so"))), None) or _build_info()
     spec = importlib.util.spec_from_file_location(name, made)
     assert spec is not None
     assert spec.loader is not None
@@ -297,6 +243,6 @@ def _build_info() -> Path:
 
         include = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
         made = str(scratch / target.name)
-        _run([tools.cxx, *flags, *include, str(sources() / "info.cpp"), "-o", made, "-ldl"])
+        run([tools.cxx, *flags, *include, str(sources() / "info.cpp"), "-o", made, "-ldl"])
 
     return build_once(target, build)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # Fastest first: the order in which "auto" tries them.
-BACKENDS = ("cuda", "triton", "onednn", "sdpa", "reference")
+BACKENDS = ("cuda", "triton", "cpu", "onednn", "sdpa", "reference")
 
 Reasons = list[str]  # why not; empty for yes
 
@@ -90,8 +90,9 @@ def use_backend(backend: str | None = None, **per_op: str) -> Iterator[None]:
     """Choose the backend of every op inside the ``with`` block, or of single ops by keyword.
 
     Args:
-        backend: ``"reference"``, ``"triton"``, ``"cuda"``, ``"onednn"`` (products on a CPU),
-            ``"sdpa"`` (attention) or ``"auto"``; None leaves what an outer block chose.
+        backend: ``"reference"``, ``"triton"``, ``"cuda"``, ``"cpu"`` (C++ kernels for CPUs),
+            ``"onednn"`` (products on a CPU), ``"sdpa"`` (attention) or ``"auto"``; None leaves what
+            an outer block chose.
         per_op: the same for single ops, for example ``attention="sdpa"``.
 
     The choice is process-wide (a backward pass runs on autograd's own threads). A call that the

@@ -80,6 +80,7 @@ class Op:
         parameters = inspect.signature(reference).parameters.values()
         self._defaults = tuple(parameter.default for parameter in parameters)
         self._keyed = len(parameters) - data
+        self._function: type[torch.autograd.Function] | None = None
         self._found: dict[tuple[Any, ...], Resolved] = {}
         self.last_ran: str | None = None
         self.backends = [Backend("reference", lambda: reference, composite=True)]
@@ -95,6 +96,7 @@ class Op:
         torch.library.register_autograd(
             f"diffusion_fast::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY
         )
+        self._function = _function(setup_context, backward)
 
     def add(self, backend: Backend) -> None:
         """Add a backend. It takes its place in the order of :data:`~.backend.BACKENDS`."""
@@ -195,6 +197,13 @@ class Op:
         """The registered operator, whose gradient is recorded."""
         return self.torch_op(*(args if self._recorded is None else self._recorded(*args)))
 
+    def _recording_eagerly(self, run: Callable[..., Any], *args: Any) -> Any:
+        """The same without the registered operator, which costs five times as much."""
+        assert self._function is not None
+        return self._function.apply(
+            *(args if self._recorded is None else self._recorded(*args)), run
+        )
+
     def _asked(self, args: tuple[Any, ...]) -> Resolved:
         """The first backend, of those asked for, that can and will run the call."""
         choices, transformed = _backend.overrides, _functorch_level() is not None
@@ -218,9 +227,11 @@ class Op:
         tensors = [value for value in args if isinstance(value, Tensor)]
         records = not candidate.composite and checks.needs_gradient(*tensors)
         foreign = not candidate.composite and any(type(one) not in PLAIN for one in tensors)
+        through = foreign or tensors[0].is_meta
+        if records and not through and self._function is not None:
+            return Resolved(functools.partial(self._recording_eagerly, run), run, candidate.name)
         if records:
             return Resolved(self._recording, run, candidate.name)
-        through = foreign or tensors[0].is_meta
         return Resolved(self.torch_op if through else run, run, candidate.name)
 
 
@@ -243,6 +254,27 @@ def asked(value: Any) -> Any:
 
 def _answered(value: Any) -> Any:
     return value.as_subclass(Tensor) if isinstance(value, Question) else value
+
+
+def _function(
+    setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    """The gradient for eager calls. The last argument computes; lists have no gradient."""
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = args[-1](*args[:-1])
+            setup_context(ctx, args[:-1], output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+            found = backward(ctx, *gradients)
+            found = found if isinstance(found, tuple) else (found,)
+            return *(None if isinstance(one, list) else one for one in found), None
+
+    return Recorded
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,1 @@
+"""The C++ kernels of csrc/cpu: building them, and the ops that they compute."""
