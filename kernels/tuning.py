@@ -8,12 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
-import os
-import re
 import statistics
-import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -22,15 +17,12 @@ import torch
 import triton
 
 from . import launch
-from .cache import cache_folder
+from .measurements import file_of, lookup, remember
 
 Config = TypeVar("Config")
 
 REPEATS = 10  # launches per captured graph
 ROUNDS = 7  # replays of each graph, taken in turns; the median counts
-
-_chosen: dict[tuple[Path, str], str] = {}
-_loaded: set[Path] = set()
 
 
 def choose(
@@ -56,20 +48,20 @@ def choose(
         return configs[0]
     file, key = cache_file(device), f"{kernel} {shape_class}"
     by_name = {repr(config): config for config in configs}
-    known = _lookup(file, key)
+    known = lookup(file, key)
     if known in by_name:
         return by_name[known]
     if torch.cuda.is_current_stream_capturing():
         return configs[0]
     seconds = _measure(configs, run, device)
     best = min(range(len(configs)), key=seconds.__getitem__)
-    _remember(file, key, repr(configs[best]))
+    remember(file, key, repr(configs[best]))
     return configs[best]
 
 
 def known(kernel: str, shape_class: tuple[object, ...], device: torch.device) -> str | None:
     """The repr of what :func:`choose` found for this class of shapes; None: it must measure."""
-    return _lookup(cache_file(device), f"{kernel} {shape_class}")
+    return lookup(cache_file(device), f"{kernel} {shape_class}")
 
 
 def _measure(
@@ -115,43 +107,5 @@ def _gpu(device: torch.device) -> str:
     return f"{properties.name}-sm{properties.major}{properties.minor}"
 
 
-@functools.cache
-def _file_name(gpu: str, version: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.+-]+", "_", f"{gpu}-{version}") + ".json"
-
-
 def cache_file(device: torch.device) -> Path:
-    return cache_folder() / "tuning" / _file_name(_gpu(device), _version())
-
-
-def _read(file: Path) -> dict[str, str]:
-    """The file's entries; none if it is missing or damaged (then it is measured again)."""
-    try:
-        entries = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    known = entries.items() if isinstance(entries, dict) else ()
-    return {k: v for k, v in known if isinstance(v, str)}
-
-
-def _lookup(file: Path, key: str) -> str | None:
-    if file not in _loaded:
-        _loaded.add(file)
-        for name, config in _read(file).items():
-            _chosen.setdefault((file, name), config)
-    return _chosen.get((file, key))
-
-
-def _remember(file: Path, key: str, config: str) -> None:
-    """In memory, and on disk beside what other processes wrote meanwhile."""
-    _chosen[file, key] = config
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        entries = _read(file) | {key: config}
-        # A reader sees the old file or the new one, never half of it.
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        with os.fdopen(descriptor, "w") as stream:
-            json.dump(entries, stream, indent=1, sort_keys=True)
-        os.replace(temporary, file)
-    except OSError as error:
-        warnings.warn(f"tuning results are not kept: {error}", stacklevel=2)
+    return file_of(_gpu(device), _version())

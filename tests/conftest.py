@@ -26,10 +26,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _kernels() -> None:
-    """The same backends for every test: not those of whichever test made the first engine."""
-    from diffusion_fast.ops.cpu import library
+    """The same backends for every test: not those of whichever test made the first engine.
+
+    The kernels for CPUs are compiled once, and what is measured on this machine decides nothing.
+    """
+    from diffusion_fast.ops.cpu import contest, library
 
     library.settle()
+    patch = pytest.MonkeyPatch()
+    patch.setattr(contest, "prepare", library.settle)
+    patch.setattr(contest, "lookup", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

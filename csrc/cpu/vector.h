@@ -33,7 +33,13 @@ struct Part {
   int lanes;
 };
 
-inline Vec all(float value) { return Vec{} + value; }
+inline Vec all(float value) {
+#ifdef __AVX512F__
+  return _mm512_set1_ps(value);
+#else
+  return _mm256_set1_ps(value);
+#endif
+}
 
 template <class To, class From>
 inline To bits_of(From value) {

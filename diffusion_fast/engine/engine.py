@@ -15,6 +15,7 @@ from .. import ops
 from ..conditioning import Context, Model, join_halves
 from ..edits import Edit, Watch
 from ..ops import Philox, checks
+from ..ops.cpu import contest
 from ..ops.cpu import library as cpu_kernels
 from ..samplers import SamplerOptions, table_of
 from ..schedule import DiffusionSchedule
@@ -316,7 +317,7 @@ class Engine:
         key = (layout.shape[0], layout.halves, layout.rows, layout.model_dtype, layout.device)
         if key not in self._predictors:
             if layout.device.type == "cpu":
-                cpu_kernels.settle()  # before the first step, none of which waits
+                contest.prepare()  # before the first step, none of which waits or measures
             self._predictors[key] = predictor_for(
                 self.model,
                 self.rewrites,

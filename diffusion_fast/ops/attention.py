@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import attention_onednn, onednn
+from .cpu import attention as on_cpu
+from .cpu import library as cpu
+from .cpu.contest import Contest
 from .cuda import attention as attention_cuda
 from .dispatch import Backend, Op, autocast, checks
 
@@ -274,9 +277,18 @@ _OP = Op(
 )
 _BACKWARD = Op("attention_backward", reference_backward, _fake_backward)
 _OP.add(Backend("sdpa", lambda: sdpa, supports=_sdpa_supports, composite=True))
+_CONTEST = Contest(_OP, on_cpu.KINDS, on_cpu.kind_of, on_cpu.default)
 _OP.add(
-    Backend("onednn", lambda: attention_onednn.forward, onednn.machine, attention_onednn.supports)
+    Backend(
+        "onednn",
+        lambda: attention_onednn.forward,
+        onednn.machine,
+        attention_onednn.supports,
+        _CONTEST.slower("onednn"),
+        _CONTEST.slower("onednn"),
+    )
 )
+cpu.add(_OP, lambda: on_cpu.forward, on_cpu.supports, _CONTEST.slower(cpu.NAME))
 _OP.add(attention_cuda.FORWARD)
 _BACKWARD.add(attention_cuda.BACKWARD)
 

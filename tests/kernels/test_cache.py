@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion_fast.kernels import cache, tuning
+from diffusion_fast.kernels import cache, measurements
 from diffusion_fast.ops.cuda import build
 
 
@@ -33,7 +33,7 @@ def test_the_cache_folder_of_the_platform(
     assert cache.cache_folder() == expected / "diffusion_fast"
     monkeypatch.setenv("DIFFUSION_FAST_CACHE", "/chosen")
     assert cache.cache_folder() == Path("/chosen")
-    assert build.cache_folder is tuning.cache_folder is cache.cache_folder
+    assert build.cache_folder is measurements.cache_folder is cache.cache_folder
 
 
 def test_building_needs_no_package_for_the_folder() -> None:

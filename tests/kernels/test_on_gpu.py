@@ -13,7 +13,7 @@ from kernel_checks import DEVICE, same_bits
 from torch import Tensor
 
 from diffusion_fast import ops
-from diffusion_fast.kernels import tuning
+from diffusion_fast.kernels import measurements, tuning
 from diffusion_fast.ops.dispatch import measured
 from diffusion_fast.ops.sampler_step import COLUMNS
 
@@ -232,8 +232,8 @@ def test_a_norm_over_more_elements_than_32_bits_count(layout: torch.memory_forma
 def test_tuning_measures_and_keeps(tmp_path: object) -> None:
     call, values = cases()["group_norm_silu_fused"]
     file = tuning.cache_file(torch.device("cuda", torch.cuda.current_device()))
-    tuning._chosen.clear()
-    tuning._loaded.clear()
+    measurements.chosen.clear()
+    measurements.loaded.clear()
     call(**values)
     assert "group_norm_silu" in file.read_text()
 
@@ -273,7 +273,7 @@ def test_products_repeat_and_replay_bit_for_bit(name: str, backend: str) -> None
 
 def test_the_faster_product_is_kept_on_disk() -> None:
     file = tuning.cache_file(torch.device("cuda", torch.cuda.current_device()))
-    for cache in (tuning._chosen, tuning._loaded, measured._answers):
+    for cache in (measurements.chosen, measurements.loaded, measured._answers):
         cache.clear()
     with torch.no_grad():
         products()["conv2d"]()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion_fast.kernels import launch, tuning
+from diffusion_fast.kernels import launch, measurements, tuning
 
 CUDA = torch.device("cuda", 0)
 CONFIGS = ("first", "slow", "best")
@@ -35,8 +35,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def forget() -> None:
     """As in a new process."""
-    tuning._chosen.clear()
-    tuning._loaded.clear()
+    measurements.chosen.clear()
+    measurements.loaded.clear()
 
 
 def choose(shape_class: tuple[object, ...] = (1,), configs: tuple[str, ...] = CONFIGS) -> str:

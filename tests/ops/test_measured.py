@@ -14,6 +14,7 @@ from diffusion_fast import ops
 from diffusion_fast.ops import dispatch
 from diffusion_fast.ops.dispatch import measured, triton
 
+measurements = pytest.importorskip("diffusion_fast.kernels.measurements")
 tuning = pytest.importorskip("diffusion_fast.kernels.tuning")
 CUDA = torch.device("cuda", 0)
 X = torch.ones(4, 6)
@@ -42,8 +43,8 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> dict[str, Any]:
 def forget() -> None:
     """As in a new process."""
     measured._answers.clear()
-    tuning._chosen.clear()
-    tuning._loaded.clear()
+    measurements.chosen.clear()
+    measurements.loaded.clear()
 
 
 def ask(state: dict[str, Any], *args: Any) -> list[str]:

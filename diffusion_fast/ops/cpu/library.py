@@ -46,6 +46,7 @@ FLAGS = (
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/cpu counts them
 LATER = "it is compiled in the background; engines and trainers made from now on wait for it"
 
+_watchers = torch._C._len_torch_dispatch_stack
 _lock = threading.RLock()
 _building: Future[Path] | None = None
 _answer: list[str] | None = None  # why the library isn't used; empty: it is; None: not asked yet
@@ -83,10 +84,18 @@ def _compiler() -> str:
     return cxx
 
 
+def key() -> str:
+    """Of the kernels for this machine: another for other sources, flags or instructions."""
+    return _key(sources() / NAME, level())
+
+
+@cache
+def _key(folder: Path, instructions: str) -> str:
+    return key_of(folder.glob("*"), FLAGS, LEVELS[instructions], Path(_openmp() or "").name)
+
+
 def _target() -> Path:
-    files = sources() / NAME
-    key = key_of(files.glob("*"), FLAGS, LEVELS[level()], Path(_openmp() or "").name)
-    return cache_folder() / f"cpu_{level()}_{key}.so"
+    return cache_folder() / f"cpu_{level()}_{key()}.so"
 
 
 def machine() -> list[str]:
@@ -209,9 +218,9 @@ def function(name: str) -> Callable[..., None]:
 def _ready(op: str) -> list[str]:
     """Why a call is not for the kernels after all; decided once, as far as nobody waits."""
     global _answer
+    if requested(op) == NAME:
+        return settle()
     with _lock:
-        if requested(op) == NAME:
-            return settle()
         if _answer is None:
             _answer = [] if _target().exists() else [LATER]
             if not _answer:
@@ -237,7 +246,10 @@ def tensors_fit(args: tuple[Any, ...]) -> list[str]:
 
 
 def add(
-    op: Op, load: Callable[[], Callable[..., Any]], supports: Callable[..., list[str]] | None = None
+    op: Op,
+    load: Callable[[], Callable[..., Any]],
+    supports: Callable[..., list[str]] | None = None,
+    slower: Callable[..., list[str]] | None = None,
 ) -> None:
     """Give an op the backend ``"cpu"``.
 
@@ -245,19 +257,32 @@ def add(
         op: the op.
         load: returns the function that takes the op's arguments; asked once the library is loaded.
         supports: why a call is out of the kernel's reach, beyond device and dtype.
+        slower: why "auto" takes another way to a call.
     """
 
     def fits(*args: Any) -> list[str]:
         return tensors_fit(args) or ([] if supports is None else supports(*args))
 
+    def unless_slower(why: list[str], args: tuple[Any, ...]) -> list[str]:
+        return why or ([] if slower is None else slower(*args))
+
+    def seen() -> Callable[..., Any]:
+        run = load()
+
+        def call(*args: Any) -> Any:
+            # What watches PyTorch's operators (a counter, a recorder) must see this one.
+            return op.torch_op(*args) if _watchers() else run(*args)
+
+        return call
+
     op.add(
         Backend(
             NAME,
-            load,
+            seen,
             machine,
             fits,
-            ready=lambda *args: _ready(op.name),
-            foresee=lambda *args: _foresee(),
+            ready=lambda *args: unless_slower(_ready(op.name), args),
+            foresee=lambda *args: unless_slower(_foresee(), args),
         )
     )
 

@@ -1,0 +1,18 @@
+// The arguments of attention, as they cross from Python: keep in step with
+// diffusion_fast/ops/cpu/attention.py. Strides count elements; the last dimension's is 1.
+#pragma once
+
+#include <cstdint>
+
+struct Attention {
+  const void *q, *k, *v;  // [B, Sq, H, D], [B, Sk, H, D] twice, of one dtype
+  void* out;              // [B, Sq, H, D], contiguous
+  const float* bias;      // [B, H, Sq, Sk], or null
+  const int64_t* lengths; // [B], or null
+  int64_t q_strides[3], k_strides[3], v_strides[3];  // of B, S, H
+  int64_t bias_strides[4];
+  int64_t batch, heads, queries, keys, dim;
+  double scale;
+  int32_t dtype;  // 0 float32, 1 bfloat16, 2 float16
+  int32_t threads;
+};

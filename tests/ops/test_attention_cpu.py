@@ -1,0 +1,121 @@
+"""The C++ attention: values by the rule, for any shape, with a bias and lengths of keys."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from compilers import needs_cpu_kernels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import assert_close
+from torch import Tensor
+
+from diffusion_fast import ops
+
+pytestmark = needs_cpu_kernels
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, **given: Tensor | float | None) -> Tensor:
+    with ops.use_backend(attention="cpu"):
+        result = ops.attention(q, k, v, **given)
+    with ops.use_backend(attention="reference"):
+        plain = ops.attention(q, k, v, **given)
+        wide = {n: x.double() if n == "bias" and x is not None else x for n, x in given.items()}
+        truth = ops.attention(q.double(), k.double(), v.double(), **wide)
+    assert_close(result, truth, plain)
+    assert result.is_contiguous()
+    return result
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    queries=st.integers(1, 60),
+    keys=st.integers(1, 300),
+    dim=st.integers(1, 70),
+    dtype=st.sampled_from(DTYPES),
+    shared=st.booleans(),
+    sliced=st.booleans(),
+    bias=st.sampled_from(["none", "full", "keys", "queries", "masked"]),
+    lengths=st.booleans(),
+)
+def test_any_call(
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    dim: int,
+    dtype: torch.dtype,
+    shared: bool,
+    sliced: bool,
+    bias: str,
+    lengths: bool,
+) -> None:
+    def made(images: int, length: int) -> Tensor:
+        wide = torch.randn(images, length, heads, dim * 2 + 1).to(dtype)
+        return wide[..., 1 : dim + 1] if sliced else wide[..., :dim].contiguous()
+
+    q, k, v = (made(batch, queries), *(made(1 if shared else batch, keys) for _ in range(2)))
+    shapes = {"full": (batch, heads, queries, keys), "keys": (batch, 1, 1, keys)}
+    shapes |= {"queries": (heads, queries, 1), "masked": (queries, keys)}
+    added = None if bias == "none" else torch.randn(shapes[bias]).to(dtype)
+    if bias == "masked" and added is not None:
+        added = added.masked_fill(torch.rand(queries, keys) < 0.5, -math.inf)
+        added[0] = -math.inf  # a query that sees no key
+    few = torch.randint(1, keys + 1, (batch,)) if lengths else None
+    result = check(q, k, v, bias=added, key_lengths=few)
+    if bias == "masked":
+        assert not result[:, 0].any()
+
+
+@pytest.mark.parametrize("dim", [40, 64, 80, 160, 512])
+@pytest.mark.parametrize("keys", [77, 333])
+def test_head_widths_of_models(dim: int, keys: int) -> None:
+    q, k = torch.randn(2, 100, 2, dim), torch.randn(2, keys, 2, dim)
+    check(q, k, torch.randn_like(k))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_scores_of_any_size(scale: float) -> None:
+    q, k = torch.randn(1, 50, 2, 16) * 3, torch.randn(1, 200, 2, 16) * 3
+    check(q, k, torch.randn_like(k), scale=scale)
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    q, k = torch.randn(2, 150, 3, 40), torch.randn(1, 300, 3, 40)
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            with ops.use_backend(attention="cpu"):
+                found.append(ops.attention(q, k, k))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_a_nan_reaches_the_queries_that_see_it() -> None:
+    q, k, v = torch.randn(1, 20, 2, 8), torch.randn(1, 30, 2, 8), torch.randn(1, 30, 2, 8)
+    q[0, 3, 1, 2] = math.nan
+    with ops.use_backend(attention="cpu"):
+        out = ops.attention(q, k, v)
+        assert out[0, 3, 1].isnan().all()
+        assert out.isnan().sum() == 8
+        k[0, 25, 0] = math.nan
+        seen = ops.attention(q[:, :2], k, v, key_lengths=torch.tensor([25]))
+        assert not seen.isnan().any()
+        assert ops.attention(q[:, :2], k, v)[:, :, 0].isnan().all()
+
+
+def test_a_gradient_is_not_its_work() -> None:
+    q = torch.randn(1, 4, 1, 8, requires_grad=True)
+    with (
+        ops.use_backend(attention="cpu"),
+        pytest.raises(ops.BackendError, match="a gradient is needed"),
+    ):
+        ops.attention(q, q, q)
+    assert torch.autograd.grad(ops.attention(q, q, q).sum(), q)[0].isfinite().all()

@@ -1,0 +1,122 @@
+"""What a contest measures, keeps, and says; its times are made up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from compilers import needs_cpu_kernels
+
+from diffusion_fast import ops
+from diffusion_fast.kernels import measurements
+from diffusion_fast.ops.cpu import contest, library
+from diffusion_fast.ops.dispatch import known_ops
+
+pytestmark = needs_cpu_kernels
+Q = torch.randn(1, 300, 2, 64)
+PREPARE = contest.prepare  # before the other tests are kept from measuring
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, float]]:
+    """Seconds that each way takes, by its name; where nothing was ever measured."""
+    library.build()  # before the cache is another
+    monkeypatch.setattr(library, "settle", lambda: [])
+    monkeypatch.setattr(contest, "lookup", measurements.lookup)
+    monkeypatch.setenv("DIFFUSION_FAST_CACHE", str(tmp_path))
+    seconds, now = {"cpu": 2.0, "onednn": 3.0, "sdpa": 1.0}, [0.0]
+    op = known_ops["attention"]
+
+    def timed(name: str) -> object:
+        def run(*args: object) -> None:
+            now[0] += seconds[name]
+
+        return lambda: run
+
+    ways = [backend for backend in op.backends if backend.name in seconds]
+    for backend in ways:
+        monkeypatch.setitem(backend.__dict__, "load", timed(backend.name))
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    yield seconds
+    forget()
+
+
+def forget() -> None:
+    """As in a new process."""
+    measurements.chosen.clear()
+    measurements.loaded.clear()
+    known_ops["attention"].forget()
+
+
+def chosen(q: torch.Tensor = Q) -> str:
+    return ops.explain("attention", q, q, q).backend
+
+
+def test_the_fastest_is_taken_once_it_is_measured(clock: dict[str, float]) -> None:
+    assert chosen() == "cpu"
+    assert chosen(Q.bfloat16()) == "sdpa"  # the safer guess
+    PREPARE()
+    why = ops.explain("attention", Q, Q, Q)
+    assert why.backend == "sdpa"
+    assert why.rejected["cpu"] == "sdpa was measured faster for such calls here"
+    clock["sdpa"] = 5.0
+    PREPARE()
+    assert chosen() == "sdpa"  # nothing is measured twice
+    forget()
+    assert chosen() == "sdpa"  # nor in another process
+
+
+def test_the_first_way_stays_where_little_is_gained(clock: dict[str, float]) -> None:
+    clock["sdpa"] = 1.95
+    PREPARE()
+    assert chosen() == "cpu"
+
+
+def test_a_way_asked_for_by_name_needs_no_contest() -> None:
+    PREPARE()
+    with ops.use_backend(attention="cpu"):
+        assert chosen() == "cpu"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"attention": 3}'])
+def test_a_damaged_file_counts_as_missing(text: str, clock: dict[str, float]) -> None:
+    PREPARE()
+    (file,) = (library.cache_folder() / "tuning").iterdir()
+    file.write_text(text)
+    forget()
+    assert chosen() == "cpu"
+    PREPARE()
+    assert chosen() == "sdpa"
+    assert '"sdpa"' in file.read_text()
+
+
+def test_another_machine_or_number_of_threads_has_another_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    PREPARE()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        known_ops["attention"].forget()
+        assert chosen() == "cpu"
+    finally:
+        torch.set_num_threads(threads)
+    monkeypatch.setattr(contest, "processor", lambda: {"processor": "Another CPU"})
+    known_ops["attention"].forget()
+    assert chosen() == "cpu"
+
+
+def test_results_that_cannot_be_kept_are_used_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    (library.cache_folder() / "tuning").write_text("a file in its place")
+    with pytest.warns(UserWarning, match="not kept"):
+        PREPARE()
+    assert chosen() == "sdpa"
+
+
+def test_the_random_numbers_of_a_program_are_left_alone() -> None:
+    state = torch.get_rng_state()
+    PREPARE()
+    assert torch.equal(state, torch.get_rng_state())
