@@ -87,7 +87,9 @@ class BucketBatches(Batches):
             return batch
         x_0, context, *weight = batch
         factor = torch.tensor([joint / count if item >= 0 else 0.0 for item in items])
-        return x_0, context, factor * weight[0] if weight else factor
+        if weight:
+            factor = weight[0] * factor.view(-1, *(1,) * (weight[0].dim() - 1))
+        return x_0, context, factor
 
     def settings(self) -> dict[str, Any]:
         sizes = [len(items) for items in self._members]

@@ -18,7 +18,7 @@ from ..models.vae import AutoencoderKL
 from ..training.distributed import Processes
 from ..training.tensor_store import Tensors, fingerprint, place, read, write
 from .buckets import Fit
-from .captions import Captions, token_ids
+from .captions import Captions, Word, token_ids
 from .pictures import Picture, report
 
 OnMade = Callable[[int, int], object]  # done, all
@@ -62,6 +62,9 @@ class Examples(Dataset[Any]):
         sizes: whether the model takes ``time_ids``.
         flip: mirror half of the pictures.
         weights: factor of the loss of instance and of class images; None for 1.
+        grain: pixels of an image for one of its masks, which then belong to the weights; None for
+            no masks.
+        word: a word of its own in captions; None for none.
     """
 
     def __init__(
@@ -75,10 +78,12 @@ class Examples(Dataset[Any]):
         sizes: bool = False,
         flip: bool = False,
         weights: tuple[float, float] | None = None,
+        grain: int | None = None,
+        word: Word | None = None,
     ) -> None:
         self.examples, self.captions, self.tokenizers = list(examples), captions, list(tokenizers)
         self.latents, self.states, self.sizes = latents, states, sizes
-        self.flip, self.weights = flip, weights
+        self.flip, self.weights, self.grain, self.word = flip, weights, grain, word
         self.order = [i for i, e in enumerate(self.examples) for _ in range(e.picture.repeats)]
 
     def __len__(self) -> int:
@@ -95,7 +100,7 @@ class Examples(Dataset[Any]):
         else:
             x_0 = read(self.latents[number, flipped], "latents")["latents"].float()
         if self.states is None:
-            context: Tensors = {"tokens": token_ids(self.tokenizers, text)}
+            context: Tensors = {"tokens": token_ids(self.tokenizers, text, self.word)}
         else:
             context = {n: one.float() for n, one in read(self.states[text], "context").items()}
         if self.sizes:
@@ -103,9 +108,12 @@ class Examples(Dataset[Any]):
             if flipped:  # of the mirrored picture
                 left = how.scaled[1] - how.shape[1] - left
             context["time_ids"] = torch.tensor([*picture.size, top, left, *how.shape]).float()
-        if self.weights is None:
+        if self.weights is None and self.grain is None:
             return x_0, context
-        return x_0, context, torch.tensor(self.weights[picture.prior])
+        weight = torch.tensor(1.0 if self.weights is None else self.weights[picture.prior])
+        if self.grain is not None:
+            weight = weight * picture.weights(how, corner, flipped, self.grain)
+        return x_0, context, weight
 
 
 def cache_latents(

@@ -25,6 +25,8 @@ class Finetuned(nn.Module):
     Args:
         unet: the U-Net.
         text: its text encoders.
+        vectors: vectors [n, C] of a new word for each encoder, whose ids come behind those of the
+            vocabulary; None for none.
         clip_skip: layers to leave out at the text encoders' ends.
         gradient_checkpointing: keep the inputs of blocks alone, and compute the rest again in the
             backward pass (Chen et al. 2016, arXiv:1604.06174).
@@ -35,6 +37,7 @@ class Finetuned(nn.Module):
         unet: UNet2DCondition,
         text: TextEncoders,
         *,
+        vectors: nn.ParameterList | None = None,
         clip_skip: int = 0,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -42,6 +45,7 @@ class Finetuned(nn.Module):
         self.unet = unet
         for name, encoder in text.modules().items():
             self.add_module(name, encoder)
+        self.vectors = vectors
         self._text, self.clip_skip = [text], clip_skip  # in a list: its modules are ours already
         self._units: list[nn.Module] = []
         if gradient_checkpointing:
@@ -77,7 +81,8 @@ class Finetuned(nn.Module):
             time_ids: sizes and crops [B, 6] (SDXL).
         """
         if tokens is not None:
-            states = self._text[0].states(tokens.unbind(1), self.clip_skip)
+            with self._word_in_place(tokens) as ids:
+                states = self._text[0].states(ids, self.clip_skip)
             context, text_embeds = states.context, states.pooled
         dtype = self.unet.conv_in.weight.dtype
         given = {"context": context, "text_embeds": text_embeds}
@@ -85,6 +90,30 @@ class Finetuned(nn.Module):
         sizes = {} if time_ids is None else {"time_ids": time_ids}
         with _recomputed(self._units if torch.is_grad_enabled() else ()):
             return self.unet(x.to(dtype), t, **words, **sizes)
+
+    @contextlib.contextmanager
+    def _word_in_place(self, tokens: Tensor) -> Iterator[list[Tensor]]:
+        """The ids [B, L] for each encoder; while it lasts, vectors stand for those of the word."""
+        rows = list(tokens.unbind(1))
+        if self.vectors is None:
+            yield rows
+            return
+        with contextlib.ExitStack() as stack:
+            for i, (encoder, vectors) in enumerate(
+                zip(self._text[0].encoders, self.vectors, strict=True)
+            ):
+                table: Any = encoder.get_input_embeddings()  # type: ignore[operator]
+                places = rows[i] - table.num_embeddings  # [B, L], negative for other words
+                rows[i] = torch.where(places < 0, rows[i], 0)
+                handle = table.register_forward_hook(partial(_put, places, vectors))
+                stack.callback(handle.remove)
+            yield rows
+
+
+def _put(places: Tensor, vectors: Tensor, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+    """The embeddings of tokens [B, L, C] with vectors [n, C] at the places that are not below 0."""
+    own = vectors[places.clamp(min=0)].to(output)
+    return torch.where((places >= 0)[..., None], own, output)
 
 
 @contextlib.contextmanager

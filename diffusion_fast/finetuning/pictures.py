@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..files import read_text, visible_files
@@ -33,6 +33,8 @@ class Picture:
         size: height and width, upright.
         repeats: how often it is read in a pass.
         prior: it is a class image of DreamBooth.
+        mask: an image that is white where it counts; the picture itself for its transparency, None
+            where all counts.
     """
 
     file: Path
@@ -40,6 +42,24 @@ class Picture:
     size: Size
     repeats: int = 1
     prior: bool = False
+    mask: Path | None = None
+
+    def weights(self, how: Fit, corner: Size, flipped: bool, grain: int) -> Tensor:
+        """What of it counts in the loss, [1, H / grain, W / grain] in [0, 1], by its mask.
+
+        Raises:
+            ValueError: the mask can't be read; names it.
+        """
+        if self.mask is None:
+            whole = torch.ones(1, *how.shape)
+        else:
+            try:
+                mask = _alpha(self.mask) if self.mask == self.file else read_picture(self.mask, "L")
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{self.mask}: {error}") from error
+            whole = torch.from_numpy(np.array(_cut(mask, how, corner))).float()[None] / 255
+        small = torch.nn.functional.avg_pool2d(whole, grain)
+        return small.flip(-1) if flipped else small
 
     def pixels(self, how: Fit, corner: Size, flipped: bool) -> Tensor:
         """Its pixels [3, H, W] in [-1, 1], scaled, cut and mirrored.
@@ -47,10 +67,7 @@ class Picture:
         Raises:
             ValueError: it can't be read; names it.
         """
-        (height, width), (top, left) = how.shape, corner
-        picture = self._read()
-        scaled = picture.resize(how.scaled[::-1], Image.Resampling.LANCZOS)
-        part = scaled.crop((left, top, left + width, top + height))
+        part = _cut(self._read(), how, corner)
         pixels = torch.from_numpy(np.array(part)).permute(2, 0, 1).float() / 127.5 - 1
         return pixels.flip(-1) if flipped else pixels
 
@@ -63,6 +80,36 @@ class Picture:
             return read_picture(self.file)
         except ValueError as error:
             raise ValueError(f"{self.file}: {error}") from error
+
+
+def _cut(picture: Image.Image, how: Fit, corner: Size) -> Image.Image:
+    (height, width), (top, left) = how.shape, corner
+    scaled = picture.resize(how.scaled[::-1], Image.Resampling.LANCZOS)
+    return scaled.crop((left, top, left + width, top + height))
+
+
+def _alpha(file: Path) -> Image.Image:
+    """What is opaque in a picture, upright."""
+    with Image.open(file) as picture:
+        return ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")
+
+
+def with_masks(pictures: Sequence[Picture], masks: str) -> list[Picture]:
+    """Pictures with the masks in a folder, or with ``"alpha"`` their own; class images have none.
+
+    Raises:
+        ValueError: a picture without one; names it.
+    """
+    if masks == "alpha":
+        return [p if p.prior else replace(p, mask=p.file) for p in pictures]
+    root = Path(masks)
+    if not root.is_dir():
+        checks.fail("masks", "a folder, or alpha", masks)
+    found = {file.stem: file for file in visible_files(root, SUFFIXES)}
+    bare = [p.file for p in pictures if not p.prior and p.file.stem not in found]
+    if bare:
+        checks.fail("masks", f"one of its name in {root} for each image", some(bare, "without"))
+    return [p if p.prior else replace(p, mask=found[p.file.stem]) for p in pictures]
 
 
 def read_pictures(

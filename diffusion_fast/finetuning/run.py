@@ -7,10 +7,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..files import CheckpointError, read_json, staged
+from ..files import CheckpointError, read_json, staged, visible_files
+from ..images import save_picture
+from ..models.embeddings import pattern
 from ..ops import checks
 from ..pipelines import StableDiffusion
 from ..pipelines.loading import load
@@ -27,15 +30,18 @@ from ..training import (
     local_device,
 )
 from ..training.checkpoint import STATE
+from ..training.distributed import Processes
+from ..training.image_folder import SUFFIXES
 from ..training.tensor_store import fingerprint
 from ..training.watch import OnRead, show_progress
-from . import lora, lora_export
+from . import lora_export
 from .bucket_batches import BucketBatches
 from .buckets import best_fit, fit, shapes
-from .captions import Captions, is_cut
+from .captions import Captions, Word, is_cut
 from .examples import Encoding, Example, Examples, cache_latents, cache_states
+from .methods import TEMPLATES, WORD, Embedding, attach
 from .network import Finetuned
-from .pictures import checked, read_pictures
+from .pictures import checked, read_pictures, with_masks
 from .previews import Previews
 from .settings import DataFolder, Settings
 
@@ -61,27 +67,25 @@ class Finetuning:
         self.device = local_device() if settings.device == "cuda" else torch.device(settings.device)
         dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16}
         frozen = torch.float32  # FSDP takes weights of one dtype only
-        if settings.sharding == "ddp":
+        if settings.sharding == "ddp" and settings.method != "full":
             frozen = dtypes.get(settings.precision, torch.float32)
         self.parts = load(settings.model, dtype=frozen, device=self.device, safety_checker=False)
         if self.parts.inpainting:
             wanted = f"{settings.model}: expected a text-to-image model, got one for inpainting"
             raise CheckpointError(wanted)
         self._schedule()
-        self.examples = self._examples(settings.data)
+        self.examples = self._examples()
         text = self.parts.text
         self.base = fingerprint({"unet": self.parts.unet, **text.modules()})
         self._check_base()
         self.kind = lora_export.family(self.parts.unet.config, self.prediction_type)
-        self.caches_text = not settings.train_text and not settings.shuffle_captions
         torch.manual_seed(settings.seed)
-        networks = {"unet": self.parts.unet, **(text.modules() if settings.train_text else {})}
-        for one in (self.parts.unet, self.parts.vae, *text.encoders):
-            one.requires_grad_(False)
-        self.configs = lora.add_lora(networks, settings)
+        self.method = attach(self.parts, settings)
+        self.caches_text = not self.method.text and not settings.shuffle_captions
         self.network = Finetuned(
             self.parts.unet,
             text,
+            vectors=self.method.vectors,
             clip_skip=settings.clip_skip,
             gradient_checkpointing=settings.gradient_checkpointing,
         )
@@ -128,18 +132,17 @@ class Finetuning:
             f" {trained * per_weight / 2**30:.2f} GiB of gradients, moments and averages; and"
             " activations"
         )
+        if settings.class_prompt is not None:
+            there = sum(example.picture.prior for example in self.examples)
+            missing = max(0, settings.class_images - there)
+            lines.append(f"class images: {there}, {missing} more to be drawn")
         lines += self._notes()
         lines.append(f"writes: {', '.join(map(str, self.files()))}")
         return lines
 
     def files(self) -> list[Path]:
         """What the run leaves in its folder."""
-        out, names = self.settings.out, []
-        if self.settings.format in ("peft", "both"):
-            names.append(lora_export.PEFT_FILE)
-        if self.settings.format in ("kohya", "both"):
-            names.append(f"{out.absolute().name}.safetensors")
-        return [out / name for name in names]
+        return [self.settings.out / name for name in self.method.files()]
 
     def train(self, on_read: Sequence[OnRead] = (), progress: bool = False) -> list[float]:
         """Cache, train, and write the files.
@@ -168,6 +171,7 @@ class Finetuning:
     def trainer(self) -> Trainer:
         """The trainer of this run; computes what its cache lacks."""
         settings = self.settings
+        self._draw_class_images()
         weightings: dict[str, LossWeighting | None] = {
             "none": None,
             "min_snr": MinSNR(settings.snr_gamma),
@@ -176,12 +180,17 @@ class Finetuning:
         }
         about = {"base": self.base, "finetuning": settings.deciding(), "images": self._contents()}
         ratio = (settings.text_learning_rate or settings.rate) / settings.rate
+        validation = None
+        if settings.validation_data is not None:
+            held_out = self._examples((DataFolder(settings.validation_data),))
+            validation = self._batches(held_out, validation=True)
         return Trainer(
             self.network,
             self._batches(self.examples),
             self.parts.scheduler.schedule,
             seed=settings.seed,
             checkpoints=self._checkpoints,
+            validation=validation,
             about=about,
             rate_of=lambda name: ratio if name.startswith("text_encoder") else 1.0,
             optimizer=settings.optimizer,
@@ -207,17 +216,11 @@ class Finetuning:
         Raises:
             OSError: they can't be written; what was there before still is.
         """
-        settings, config = self.settings, self.parts.unet.config
-        layers = lora.parts(weights)
+        settings = self.settings
         pictures = [example.picture for example in self.examples]
         about = lora_export.header(settings, self.kind, self.base, settings.steps, pictures)
         with staged(settings.out) as folder:
-            for file in self.files():
-                if file.name == lora_export.PEFT_FILE:
-                    lora_export.save_peft(layers, self.configs, folder / file.name, about)
-                else:
-                    alphas = lora_export.alphas(layers, settings)
-                    lora_export.save_kohya(layers, alphas, folder / file.name, config, about)
+            self.method.write(folder, weights, about)
 
     def _schedule(self) -> None:
         """The noise schedule, with zero terminal SNR where it is asked for."""
@@ -233,10 +236,51 @@ class Finetuning:
         schedule = DiffusionSchedule.from_config(config)
         self.parts.scheduler = replace(scheduler, schedule=schedule, config=config)
 
-    def _examples(self, folders: Sequence[DataFolder]) -> list[Example]:
-        """The pictures of folders and the shapes that they are trained in."""
+    @property
+    def _class_folder(self) -> Path:
+        return self.settings.class_data or self.settings.out / "class"
+
+    def _draw_class_images(self) -> None:
+        """Fill the folder of class images up (Ruiz et al. 2022, arXiv:2208.12242, section 3.2).
+
+        What is trained changes nothing yet, so that they are the base's own.
+        """
+        settings, prompt = self.settings, self.settings.class_prompt
+        if prompt is None:
+            return
+        processes = Processes.join(self.device)
+        folder = self._class_folder
+        if processes.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            there = len(visible_files(folder, SUFFIXES))
+            pipe, size = StableDiffusion(self.parts), self._resolution()
+            for number in range(there, settings.class_images):
+                (picture,) = pipe(prompt, size=size, seed=settings.seed + number).images
+                save_picture(picture, folder / f"{number:05d}.png", {"prompt": prompt})
+                self._counter("class images")(number + 1, settings.class_images)
+        processes.wait()
+        self.examples = self._examples()
+
+    def _examples(self, folders: Sequence[DataFolder] | None = None) -> list[Example]:
+        """The pictures of folders, by default of the run's, and the shapes they are trained in."""
         settings = self.settings
-        pictures = read_pictures(folders, settings.prompt, settings.broken == "skip")
+        if folders is None:
+            folders = settings.data
+            prior = self._class_folder
+            if settings.class_prompt and prior.is_dir() and visible_files(prior, SUFFIXES):
+                folders = [*folders, DataFolder(prior, 1, settings.class_prompt, prior=True)]
+        prompt = settings.prompt
+        if prompt is None and settings.method == "embedding":
+            prompt = WORD
+        pictures = read_pictures(folders, prompt, settings.broken == "skip")
+        if settings.word is not None and settings.method == "embedding":
+            word = pattern([settings.word])
+            for one in pictures:
+                if not one.prior and WORD not in one.caption and not word.search(one.caption):
+                    wanted = f"the word {settings.word} (or {WORD}) in each caption"
+                    checks.fail("data", wanted, f"{one.caption!r} of {one.file}")
+        if settings.masks is not None:
+            pictures = with_masks(pictures, settings.masks)
         resolution, step = self._resolution(), settings.bucket_step
         if not settings.buckets:
             return [Example(one, fit(one.size, (resolution, resolution))) for one in pictures]
@@ -262,12 +306,30 @@ class Finetuning:
                 checks.fail(name, f"a multiple of {grain}", value)
         return resolution
 
-    def _batches(self, examples: list[Example]) -> BucketBatches:
-        """The batches of some pictures; computes what their cache lacks."""
+    def _weights(self, examples: Sequence[Example]) -> tuple[float, float] | None:
+        """Factors of the losses of instance and of class images, so that the mean over a pass is
+
+        L = mean over instances + prior_weight * mean over class images (Ruiz et al. 2022, eq. 2),
+        however many there are of each.
+        """
+        counts = [0, 0]
+        for example in examples:
+            counts[example.picture.prior] += example.picture.repeats
+        if not all(counts):
+            return None
+        return sum(counts) / counts[0], self.settings.prior_weight * sum(counts) / counts[1]
+
+    def _batches(self, examples: list[Example], validation: bool = False) -> BucketBatches:
+        """The batches of some pictures; computes what their cache lacks.
+
+        Args:
+            examples: the pictures.
+            validation: nothing of them is random, and all of them count alike.
+        """
         settings, text = self.settings, self.parts.text
         cache = settings.cache or settings.out / "cache"
         skip, latents, states = settings.broken == "skip", None, None
-        if settings.random_crop:
+        if settings.random_crop and not validation:
             examples = self._all_read(examples)
         else:
             report = self._counter("latents")
@@ -281,6 +343,18 @@ class Finetuning:
             )
         if not examples:
             checks.fail("data", "an image that can be read", "none")
+        word = None
+        if isinstance(self.method, Embedding):
+            tables: Any = [one.get_input_embeddings() for one in text.encoders]
+            first = tuple(table.num_embeddings for table in tables)
+            word = Word(str(settings.word), settings.vectors, first)
+        captions = Captions(
+            0.0 if validation else settings.caption_dropout,
+            settings.shuffle_captions and not validation,
+            settings.keep_tokens,
+            None if word is None else word.text,
+            TEMPLATES[:1] if validation else TEMPLATES,
+        )
         texts = list(dict.fromkeys(["", *(example.picture.caption for example in examples)]))
         if self.caches_text:
             report = self._counter("text states")
@@ -288,12 +362,15 @@ class Finetuning:
             states = cache_states(cache, text, texts, clip_skip=clip_skip, on_made=report)
         data = Examples(
             examples,
-            Captions(settings.caption_dropout, settings.shuffle_captions, settings.keep_tokens),
+            captions,
             text.tokenizers,
             latents=latents,
             states=states,
             sizes=self.parts.unet.config.addition_embed_type is not None,
-            flip=settings.flip,
+            flip=settings.flip and not validation,
+            weights=None if validation else self._weights(examples),
+            grain=None if validation or not settings.masks else self.parts.vae.downsampling,
+            word=word,
         )
         known = sorted({example.fit.shape for example in examples})
         return BucketBatches(
@@ -304,7 +381,7 @@ class Finetuning:
             workers=settings.workers,
             prepare=Encoding(
                 self.parts.vae if latents is None else None,
-                text if states is None and not settings.train_text else None,
+                text if states is None and not self.method.text else None,
                 settings.clip_skip,
             ),
         )
@@ -321,7 +398,7 @@ class Finetuning:
         if settings.random_crop:
             notes.append("latents are not cached, because crops are random")
         if not self.caches_text:
-            why = "text encoders are trained" if settings.train_text else "captions are shuffled"
+            why = "what they say is trained" if self.method.text else "captions are shuffled"
             notes.append(f"text states are not cached, because {why}")
         tokenizer = self.parts.text.tokenizers[0]
         long = [e.picture for e in self.examples if is_cut(tokenizer, e.picture.caption)]
@@ -377,6 +454,9 @@ class Finetuning:
         if board is not None:
             yield board
         if settings.validation_prompts:
+            if self.method.vectors is not None:
+                vectors = [one.detach() for one in self.method.vectors]  # which share their memory
+                self.parts.text.embeddings.put(str(settings.word), vectors)
             sharded = settings.sharding == "fsdp" and trainer.processes.count > 1
             yield Previews(
                 StableDiffusion(self.parts, rewrites="none" if sharded else "all"),

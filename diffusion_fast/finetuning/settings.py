@@ -20,7 +20,7 @@ from ..ops import checks
 from ..training.optimizers import OPTIMIZERS
 from ..training.options import PRECISIONS, SHARDINGS
 
-METHODS = ("lora",)
+METHODS = ("lora", "full", "embedding")
 FORMATS = ("peft", "kohya", "both")
 WEIGHTINGS = ("none", "min_snr", "p2", "debiased")
 TARGETS = ("attention", "transformer", "all")
@@ -69,6 +69,20 @@ class Settings:
     method: str = _option("lora", "What is trained.", choices=METHODS)
     # data
     prompt: str | None = _option(None, "Caption of images that have none.")
+    class_prompt: str | None = _option(
+        None, "DreamBooth: prompt of class images, for prior preservation."
+    )
+    class_data: Path | None = _option(
+        None, "DreamBooth: folder of class images, filled up by the model; OUT/class."
+    )
+    class_images: int = _option(100, "DreamBooth: class images to have.", least=1)
+    prior_weight: float = _option(1.0, "DreamBooth: weight of the prior's loss.", least=0.0)
+    masks: str | None = _option(
+        None, "What counts in the loss: a folder of masks with the images' names, or alpha."
+    )
+    validation_data: Path | None = _option(
+        None, "Folder of images for a validation loss, at checkpoints; the best one is kept."
+    )
     broken: str = _option("refuse", "Images that can't be read.", choices=("refuse", "skip"))
     resolution: int | None = _option(
         None, "Side of the square whose area images are scaled to; the model's own by default.",
@@ -110,7 +124,11 @@ class Settings:
         0.0, "LoRA: dropout of what it reads.", least=0.0, most=1.0, open=True
     )
     dora: bool = _option(False, "LoRA: learn magnitude and direction apart (DoRA).")
-    train_text: bool = _option(False, "Train the text encoders too.")
+    train_text: bool = _option(False, "Train the text encoders too (LoRA and full).")
+    # embedding
+    word: str | None = _option(None, "Embedding: the new word; {} in captions stands for it.")
+    init_word: str = _option("*", "Embedding: what its vectors begin as.")
+    vectors: int = _option(1, "Embedding: how many vectors stand for it.", least=1)
     format: str = _option("both", "LoRA: names of the tensors.", choices=FORMATS)
     # loss
     loss_weighting: str = _option("none", "How much each noise level counts.", choices=WEIGHTINGS)
@@ -168,6 +186,10 @@ class Settings:
             checks.fail("data", "at least one folder of images", "none")
         if self.keep_tokens and not self.shuffle_captions:
             checks.fail("keep_tokens", "0, because captions aren't shuffled", self.keep_tokens)
+        if self.method == "embedding" and self.train_text:
+            checks.fail("train_text", "False, because only vectors are trained", True)
+        if self.class_data is not None and self.class_prompt is None:
+            checks.fail("class_prompt", "a prompt, because of class_data", None)
         if not self.targets:
             checks.fail("targets", f"names of layers, or {', '.join(TARGETS)}", "none")
 
@@ -207,7 +229,8 @@ class Settings:
             *("method", "resolution", "buckets", "bucket_step", "random_crop", "flip"),
             *("caption_dropout", "shuffle_captions", "keep_tokens", "clip_skip"),
             *("rank", "alpha", "targets", "conv_rank", "conv_alpha", "lora_dropout", "dora"),
-            *("train_text", "text_learning_rate"),
+            *("train_text", "text_learning_rate", "word", "init_word", "vectors"),
+            *("prior_weight", "masks"),
         )
         values = {name: getattr(self, name) for name in names}
         return values | {"targets": list(self.targets)}

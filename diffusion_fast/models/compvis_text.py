@@ -28,13 +28,13 @@ _CONFIG: dict[str, Any] = {
 }
 _IGNORED = ("position_ids", "logit_scale", "attn_mask")
 _BESIDE = ("text_projection.", "visual_projection.", "vision_model.")  # not read by SD
-_OPEN_CLIP = {
+OPEN_CLIP = {
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
     "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
     "ln_final.weight": "text_model.final_layer_norm.weight",
     "ln_final.bias": "text_model.final_layer_norm.bias",
 }
-_OPEN_CLIP_LAYER = {
+OPEN_CLIP_LAYER = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
     "mlp.c_fc": "mlp.fc1",
@@ -89,7 +89,7 @@ def open_clip_tensors(tensors: Mapping[str, Stored], projected: bool) -> dict[st
         elif name == "text_projection" and projected:
             found["text_projection.weight"] = tensor.through(torch.t)
         elif not match and name not in (*_IGNORED, "text_projection"):
-            found[_OPEN_CLIP.get(name, name)] = tensor
+            found[OPEN_CLIP.get(name, name)] = tensor
     return found
 
 
@@ -101,7 +101,7 @@ def _layer(prefix: str, name: str, tensor: Stored) -> dict[str, Stored]:
             f"{prefix}self_attn.{letter}_proj.{kind}": tensor.through(partial(_third, i))
             for i, letter in enumerate("qkv")
         }
-    return {prefix + _OPEN_CLIP_LAYER.get(stem, stem) + dot + kind: tensor}
+    return {prefix + OPEN_CLIP_LAYER.get(stem, stem) + dot + kind: tensor}
 
 
 def _third(i: int, tensor: torch.Tensor) -> torch.Tensor:

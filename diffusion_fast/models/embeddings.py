@@ -70,6 +70,10 @@ class Embeddings:
         self._loaded[name] = tensors
         return name
 
+    def put(self, name: str, vectors: Sequence[Tensor]) -> None:
+        """Give a word vectors [n, C] for each encoder, in the place of those that it had."""
+        self._loaded[name] = list(vectors)
+
     def unload(self, name: str) -> None:
         """Forget a word. Raises ValueError: it isn't loaded."""
         checks.one_of("name", name, self._loaded)

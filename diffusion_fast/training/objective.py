@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,9 +75,10 @@ class Objective:
         network = self._parallel or model
         self._network = torch.compile(network) if options.compile else network
 
-    def backward(self, batch: Any) -> Tensor:
+    def backward(self, batch: Any, scale: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Add the batch's gradient to the parameters'; its loss, a scalar of this process.
 
+        ``scale`` makes of the loss what the gradient is taken of; None for the loss itself.
         Every process draws for the batch of all, and keeps its part: see :mod:`.distributed`.
         """
         x_0, context, emphasis = unpacked(batch, self.device)
@@ -115,7 +117,7 @@ class Objective:
                 loss = ops.weighted_mse(prediction, target, own_weight)
                 if len(parts) > 1:
                     loss = loss * (len(x) / len(x_0))
-                loss.backward()
+                (loss if scale is None else scale(loss)).backward()
             losses.append(loss.detach())
             if self.timestep_sampler.learns:
                 squares.append(image_mse(prediction, target))

@@ -14,7 +14,7 @@ from ..ops.add_noise import TARGETS
 from .optimizers import OPTIMIZERS
 from .weighting import LossWeighting
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "float16")
 SHARDINGS = ("ddp", "fsdp")
 
 
@@ -43,8 +43,10 @@ class TrainingOptions:
         input_perturbation: standard deviation of further noise in x_t that the target knows nothing
             of, against exposure bias (Ning et al. 2023, arXiv:2301.11706, algorithm 1): x_t =
             sqrt(abar) x_0 + sqrt(1 - abar) (eps + input_perturbation * xi). 0.1 in the paper.
-        precision: ``"float32"``, or ``"bfloat16"`` for mixed precision: weights, their averages,
-            the optimizer and the loss stay float32, the model runs under autocast.
+        precision: ``"float32"``, or ``"bfloat16"`` or ``"float16"`` for mixed precision: weights,
+            their averages, the optimizer and the loss stay float32, the model runs under autocast.
+            With float16 the loss is scaled so that gradients don't vanish (Micikevicius et al.
+            2018, arXiv:1710.03740, section 3.2), and a step whose gradients overflow is left out.
         channels_last: keep images and convolutions with the channels innermost.
         compile: run the model through ``torch.compile``.
         sharding: what several processes share: ``"ddp"`` the batches, each with the whole model;
@@ -122,4 +124,4 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     """What the model's forward pass runs in."""
     if precision == "float32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    return torch.autocast(device.type, getattr(torch, precision))

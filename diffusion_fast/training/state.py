@@ -47,7 +47,7 @@ def load_optimizer_state(
         key, _, name = full_name.removesuffix(_NUMBER).partition(".")
         if key.startswith("group"):
             group = optimizer.param_groups[int(key.removeprefix("group"))]
-            group[name] = type(group[name])(value.item())
+            group[name] = type(group.get(name, 0.0))(value.item())  # some come with the first step
             continue
         parameter = parameters[name]
         if full_name.endswith(_NUMBER):

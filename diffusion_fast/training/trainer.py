@@ -129,6 +129,9 @@ class Trainer:
             self.options.learning_rate,
             self.options.weight_decay,
         )
+        self.scaler: torch.amp.GradScaler | None = None
+        if self.options.precision == "float16":
+            self.scaler = torch.amp.GradScaler(self.device.type)
         self.ema = EMA(model, decay) if (decay := self.options.ema_decay) is not None else None
         self._finite = {n for n, value in named_tensors(model).items() if is_finite(value)}
         self.validation, self.checkpoints = validation, checkpoints
@@ -260,10 +263,16 @@ class Trainer:
 
     def _step(self, batch: Any) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.objective.backward(batch)
+        loss = self.objective.backward(batch, self.scaler.scale if self.scaler else None)
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
         if self.options.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.options.gradient_clip)
-        self.optimizer.step()
+        if self.scaler:
+            self.scaler.step(self.optimizer)  # unless a gradient has overflowed
+            self.scaler.update()
+        else:
+            self.optimizer.step()
         self._rates.step()
         if self.ema is not None:
             self.ema.update()
@@ -373,6 +382,8 @@ class Trainer:
             **{"step": self.step, "steps": self.steps, "batches": self.batches},
             **{"threads": torch.get_num_threads(), "settings": self.settings()},
         }
+        if self.scaler is not None:
+            rest["scaler"] = self.scaler.state_dict()
         if self.ema is not None:
             groups["ema"], rest["ema_updates"] = self.ema.state_dict(), self.ema.updates
         return {name: whole(group, self.processes) for name, group in groups.items() if group}, rest
@@ -411,6 +422,8 @@ class Trainer:
         load_optimizer_state(self.model, self.optimizer, groups.get("optimizer", {}))
         load_random_state(self.processes, self.device, self.generator, groups["random"])
         sampler.load_state_dict(dict(groups.get("timesteps", {})))
+        if self.scaler is not None:
+            self.scaler.load_state_dict(rest["scaler"])
         self.losses, self.step = losses, numbers["step"]
         self.steps, self.batches = numbers["steps"], numbers["batches"]
 

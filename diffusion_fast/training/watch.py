@@ -65,10 +65,11 @@ def show_progress(
             now = time.perf_counter()
             rate = (progress.step - done) / max(now - start, 1e-9)
             left = round((steps - progress.step) / rate)
-            recent = progress.losses[-50:]
+            recent, images = progress.losses[-50:], rate * batch_size
             text = (
                 f"{progress.step}/{steps}  loss {sum(recent) / len(recent):.4f} "
-                f" {rate * batch_size:.0f} images/s, waiting for data {progress.waiting:.0%} "
+                f" {images:.{0 if images >= 10 else 2}f} images/s, waiting for data"
+                f" {progress.waiting:.0%} "
                 f" {left // 60}:{left % 60:02d} left"
             )
             bar.update(task, completed=progress.step, text=text)

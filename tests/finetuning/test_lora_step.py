@@ -36,8 +36,8 @@ class Theirs:
                 self.networks[name] = kind.from_pretrained(folder / name)
         for name, network in self.networks.items():
             network.requires_grad_(False)
-            if name in ours.configs:
-                settings = ours.configs[name]
+            if name in ours.method.configs:
+                settings = ours.method.configs[name]
                 network.add_adapter(
                     LoraConfig(
                         r=settings.r,

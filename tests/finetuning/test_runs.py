@@ -167,6 +167,81 @@ def test_folders_of_kohya(tmp_path: Path, tiny_folder: Tiny) -> None:
     assert found == {("a red cat", 3), ("a cat, red, number 0", 1)}
 
 
+def test_dreambooth(tiny_folder: Tiny, images: Path, tmp_path: Path) -> None:
+    """Class images are drawn, and count as equation 2 of the paper says, however many there are."""
+    options = {"class_prompt": "a cat", "class_images": 2, "prior_weight": 0.5, "steps": 2}
+    made = run(tiny_folder("sd15"), images, tmp_path / "out", **options)
+    assert "class images: 0, 2 more to be drawn" in made.plan()
+    data = made.trainer().dataloader.dataset
+    assert len(list((tmp_path / "out" / "class").glob("*.png"))) == 2
+    assert len(data) == 7
+    weights = [data[i][2].item() for i in range(7)]
+    losses = torch.rand(7, dtype=torch.float64)
+    mean = (torch.tensor(weights, dtype=torch.float64) * losses).mean()
+    assert abs(mean - (losses[:5].mean() + 0.5 * losses[5:].mean())) < 1e-6
+    again = run(tiny_folder("sd15"), images, tmp_path / "out", **options)
+    assert "class images: 2, 0 more to be drawn" in again.plan()
+    assert len(again.train()) == 2
+
+
+def test_masks(tiny_folder: Tiny, images: Path, tmp_path: Path) -> None:
+    """The loss is the mean over all of mask * error^2, with the mask cut as the picture is."""
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for file in sorted(images.glob("*.png")):
+        size = Image.open(file).size
+        mask = Image.new("L", size)
+        mask.paste(255, (0, 0, size[0] // 2, size[1]))  # the left half counts
+        mask.save(masks / file.name)
+    for flip in (False, True):
+        made = run(tiny_folder("sd15"), images, tmp_path / "out", masks=str(masks), flip=flip)
+        trainer = made.trainer()
+        found = []
+        for _, batch in zip(range(12), trainer.dataloader.starting_at(0), strict=False):
+            x_0, context, weight = batch
+            assert weight.shape == (len(x_0), 1, *x_0.shape[2:])
+            edge = weight[..., 0].mean((1, 2)).tolist()
+            found += [round(one) for one in edge]
+        assert set(found) == ({0, 1} if flip else {1})
+    generator = torch.Generator().manual_seed(3)
+    t = torch.randint(1000, (2,), generator=generator)[: len(x_0)]
+    noise = torch.randn((2, *x_0.shape[1:]), generator=generator)[: len(x_0)]
+    trainer = made.trainer()
+    loss = trainer.objective.backward(batch)
+    with torch.no_grad():
+        x_t = trainer.schedule.add_noise(x_0, t, noise)
+        error = (made.network(x_t, t, **context) - noise).double().square()
+    assert abs(loss.item() - (weight.double() * error).mean().item()) < 1e-6
+    (masks / "3.png").unlink()
+    with pytest.raises(ValueError, match=r"^masks: expected one of its name in .*3\.png$"):
+        run(tiny_folder("sd15"), images, tmp_path / "out", masks=str(masks))
+
+
+def test_validation_keeps_the_best(tiny_folder: Tiny, images: Path, tmp_path: Path) -> None:
+    held_out = write_images(tmp_path / "held out", ((64, 64), (96, 48)))
+    options = {"validation_data": held_out, "checkpoint_every": 1, "steps": 3, "keep": 1}
+    made = run(tiny_folder("sd15"), images, tmp_path / "out", caption_dropout=0.5, **options)
+    losses = [made.trainer().validation_loss() for _ in range(2)]
+    assert losses[0] == losses[1]
+    made.train()
+    assert made._checkpoints.best() in made._checkpoints.all()
+
+
+def test_half_precision(tiny_folder: Tiny, images: Path, tmp_path: Path) -> None:
+    """Frozen weights are of that precision, trained ones float32; a run goes on where it was."""
+    for precision in ("bfloat16", "float16"):
+        out = tmp_path / precision
+        options = {"precision": precision, "steps": 4, "checkpoint_every": 2, "targets": ("all",)}
+        made = run(tiny_folder("sdxl"), images, out, **options)
+        dtypes = {p.dtype for p in made.network.parameters()}
+        assert dtypes == {torch.float32}
+        assert made.parts.vae.encoder.conv_in.weight.dtype == getattr(torch, precision)
+        losses = made.train()
+        shutil.rmtree(out / "checkpoints" / "step_00000004")
+        resumed = run(tiny_folder("sdxl"), images, out, **options, resume=True)
+        assert resumed.train() == losses
+
+
 def test_in_python(tiny_folder: Tiny, images: Path, tmp_path: Path) -> None:
     small = {"bucket_step": 16, "steps": 1, "log": tmp_path / "log.csv", "random_crop": True}
     out = df.finetune(tiny_folder("sd21"), images, tmp_path / "out", "lora", **small)
