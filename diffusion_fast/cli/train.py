@@ -45,7 +45,7 @@ def train(
         str, typer.Option(help="Timesteps to train on: uniform, importance or logit_normal.")
     ] = "uniform",
     precision: Annotated[
-        str, typer.Option(help="float32, or bfloat16 for mixed precision.")
+        str, typer.Option(help="float32, or bfloat16 or float16 for mixed precision.")
     ] = "float32",
     compile_model: Annotated[
         bool, typer.Option("--compile", help="Run the network through torch.compile.")

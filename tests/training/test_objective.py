@@ -199,9 +199,9 @@ def test_the_optimizer_is_torchs(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimizer": "sgd"}, "optimizer: expected one of adamw, adam, got 'sgd'"),
+        ({"optimizer": "sgd"}, "optimizer: expected one of adamw, adam, adafactor, .*, got 'sgd'"),
         ({"accumulate": 0}, "accumulate: expected a positive integer"),
-        ({"precision": "float16"}, "precision: expected one of float32, bfloat16"),
+        ({"precision": "float8"}, "precision: expected one of float32, bfloat16, float16"),
         ({"loss_weighting": "p2"}, "loss_weighting: expected one such as MinSNR"),
         ({"validate_every": 0}, "validate_every: expected a positive integer"),
         ({"timestep_sampler": UniformSampler(49)}, "timestep_sampler: expected one for the 50"),

@@ -79,7 +79,7 @@ def test_ctrl_c_then_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (("--loss-weighting", "p3"), "--loss-weighting: expected one of none, p2, min_snr"),
         (("--timestep-sampling", "x"), "--timestep-sampling: expected one of uniform, importance"),
         (("--resume",), "--checkpoint-every: expected a number of steps, because of --resume"),
-        (("--precision", "float16"), "precision: expected one of float32, bfloat16"),
+        (("--precision", "float8"), "precision: expected one of float32, bfloat16, float16"),
         (("--sharding", "x"), "sharding: expected one of ddp, fsdp"),
         (("--data", "."), "expected images"),
     ],
