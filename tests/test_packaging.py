@@ -81,6 +81,13 @@ def test_the_wheel_holds_the_package_only(built: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"diffusion_fast"}
 
 
+def test_an_index_would_take_them(built: Path) -> None:
+    """Names, metadata and the README as a page."""
+    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, built.iterdir())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_it_works_installed_from_another_directory(built: Path, tmp_path: Path) -> None:
     (path,) = built.glob("*.whl")
     site = tmp_path / "site"

@@ -43,6 +43,10 @@ def bench(
         Path | None,
         typer.Option(help="Folder of older results: exit 1 if something became slower."),
     ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Append what was measured to this CSV file, a line for each variant."),
+    ] = None,
     check: Annotated[
         bool,
         typer.Option("--assert", help="Exit 1 below the speed expected on a CPU over diffusers."),
@@ -70,6 +74,9 @@ def bench(
         if not (compare / store.JSON).is_file():
             raise ValueError(f"--compare: expected a folder with {store.JSON}, got {compare}")
         old = store.Results(compare)
+    history = _part("models.history")
+    if record is not None:
+        history.read(record)  # a file that is no history is refused before anything is measured
     out = out or report.RESULTS / environment.folder_name()
     check_folder("--out", out)
     results = store.Results(out)
@@ -82,6 +89,8 @@ def bench(
     )
     report.show(results, wanted)
     typer.echo(_drawn(results, wanted))
+    if record is not None:
+        typer.echo(f"recorded {history.record(record, results, wanted)} new lines in {record}")
     problems = [] if old is None else _compared(versus, old, results, wanted)
     problems += versus.missed_floors(results, wanted) if check else []
     for problem in problems:

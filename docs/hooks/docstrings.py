@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from typing import Any
 
@@ -108,12 +109,12 @@ def _path_of(target: str, place: griffe.Object, pkg: griffe.Module) -> str:
         base = base[: len(base) - dots + 1]
         candidates = [".".join([*base, target.lstrip(".")])]
     else:
-        candidates = [target, *(f"{scope}.{target}" for scope in scopes)]
+        candidates = [*(f"{scope}.{target}" for scope in scopes), target]
     for path in candidates:
         first, _, rest = path.partition(".")
         if first != pkg.name:
-            if first in ("torch", "diffusers", "k_diffusion"):
-                return path
+            if importlib.util.find_spec(first) is not None:
+                return path  # of another package
             continue
         try:
             return pkg[rest].path if rest else pkg.path

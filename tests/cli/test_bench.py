@@ -56,8 +56,11 @@ def test_every_variant_computes_the_same(out: Path) -> None:
 def test_a_finished_part_is_kept(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work, "measure", None)
     before = store.Results(out).rows
-    done = bench(out, "--what", "unet", "--compare", out)
+    history = out.parent / "history.csv"
+    done = bench(out, "--what", "unet", "--compare", out, "--record", history)
     assert done.returncode == 0, done.stderr
+    assert "recorded 5 new lines" in done.stdout
+    assert history.read_text().count("unet") == 5
     assert "kept" in done.stderr
     assert "compared 5 rows" in done.stdout
     assert store.Results(out).rows == before
