@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 import torch
 
-from diffusion_fast.engine.rewrites.cost import Counter, DryRun
-from diffusion_fast.engine.rewrites.prepare import prepare
+from diffusion_fast.engine.rewrites.controlled import prepare
+from diffusion_fast.engine.rewrites.cost import DEVICE, Counter, DryRun
+from diffusion_fast.models import UNet2DCondition
 
 from ..lib.environment import GPU
 from ..lib.timing import copy_rate, product_rate
@@ -18,7 +19,9 @@ def step_cost(
     kind: Kind, dtype: torch.dtype, batch: int, rewrites: str | Iterable[str] = "all"
 ) -> Counter:
     """Launches, bytes and FLOPs of a step of ``batch`` images with guidance, by op."""
-    run = DryRun(kind.unet, dtype, 2 * batch, (kind.side, kind.side), TOKENS)
+    with DEVICE:
+        model = UNet2DCondition(kind.unet)
+    run = DryRun(model, dtype, 2 * batch, (kind.side, kind.side), TOKENS)
     plan = {"batch": batch, "halves": 2, "max_rows": 1, "rewrites": rewrites}
     return run.step(lambda twin: prepare(twin, **plan))
 

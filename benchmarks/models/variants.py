@@ -10,7 +10,7 @@ from torch import Tensor
 
 import diffusion_fast as df
 from diffusion_fast.engine.buffers import Clock
-from diffusion_fast.engine.rewrites.prepare import prepare
+from diffusion_fast.engine.rewrites.controlled import prepare
 from diffusion_fast.pipelines.parts import Parts
 from diffusion_fast.pipelines.stable_diffusion import StableDiffusion
 

@@ -97,6 +97,29 @@ def sample(
     strength: Annotated[
         float | None, typer.Option(help="How much to change the image, up to 1.")
     ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A ControlNet or T2I-Adapter: folder, file or hub id; as often as you like."
+        ),
+    ] = None,
+    control_image: Annotated[
+        list[Path] | None, typer.Option(help="What it reads; one for each --control, in order.")
+    ] = None,
+    control_scale: Annotated[
+        str | None,
+        typer.Option(help="How strongly it acts, default 1; one number or one each (1,0.5)."),
+    ] = None,
+    control_start: Annotated[
+        str | None, typer.Option(help="From which part of the steps on, 0 to 1; also one each.")
+    ] = None,
+    control_end: Annotated[
+        str | None, typer.Option(help="Until which part of the steps, 0 to 1; also one each.")
+    ] = None,
+    guess_mode: Annotated[
+        bool | None,
+        typer.Option("--guess-mode", help="ControlNets act on the half with the prompt alone."),
+    ] = None,
     lora: Annotated[
         list[str] | None, typer.Option(help="A LoRA, FILE or FILE=SCALE; as often as you like.")
     ] = None,
@@ -187,7 +210,9 @@ def _new(given: dict[str, Any]) -> Drawing:
     for name in given.keys() - fields:
         option = name.upper() if name == "prompt" else f"--{name.replace('_', '-')}"
         checks.fail(option, f"nothing for {kind.KIND} (model {folder})", given[name])
-    paths = {name: str(value) for name, value in given.items() if isinstance(value, Path)}
+    paths: dict[str, Any] = {n: str(value) for n, value in given.items() if isinstance(value, Path)}
+    if "control_image" in given:
+        paths["control_image"] = list(map(str, given["control_image"]))
     return kind(**{**given, **paths})
 
 

@@ -29,8 +29,9 @@ class PromptDrawing:
     """Settings of a picture: everything that decides its pixels.
 
     ``steps`` and ``guidance`` are texts, of one number or of a list, or None for the model's own
-    (a picture's settings hold the numbers); ``digests`` are those of the files ``image``, ``mask``,
-    ``lora`` and ``embedding`` when the picture was first made.
+    (a picture's settings hold the numbers), ``control_scale`` and so on those of one number or of
+    one for each control; ``digests`` are those of the files ``image``, ``mask``, ``control``,
+    ``control_image``, ``lora`` and ``embedding`` when the picture was first made.
     """
 
     KIND: ClassVar[str] = "prompts"
@@ -54,6 +55,12 @@ class PromptDrawing:
     image: str | None = None
     mask: str | None = None
     strength: float | None = None
+    control: list[str] = dataclasses.field(default_factory=list)
+    control_image: list[str] = dataclasses.field(default_factory=list)
+    control_scale: str | None = None
+    control_start: str | None = None
+    control_end: str | None = None
+    guess_mode: bool = False
     lora: list[str] = dataclasses.field(default_factory=list)
     embedding: list[str] = dataclasses.field(default_factory=list)
     vae: str | None = None
@@ -143,6 +150,17 @@ class PromptDrawing:
             )
             if path
         }
+        if len(self.control) != len(self.control_image):
+            expected = f"one for each --control ({len(self.control)})"
+            checks.fail("--control-image", expected, len(self.control_image))
+        if self.control:
+            hints = [_open("--control-image", path) for path in self.control_image]
+            pictures |= {"control_image": hints, "guess_mode": self.guess_mode}
+        for name in ("control_scale", "control_start", "control_end"):
+            text = getattr(self, name)
+            if text is not None:
+                numbers = _numbers(f"--{name.replace('_', '-')}", text)
+                pictures[name] = numbers[0] if len(numbers) == 1 else numbers
         return steps, guidance, None if self.size is None else _size(self.size), pictures
 
     def _digests(self) -> dict[str, str]:
@@ -150,6 +168,8 @@ class PromptDrawing:
         found = {}
         added = [(f"lora {path}", path) for path, _ in map(lora_of, self.lora)]
         added += [(f"embedding {path}", path) for path, _ in map(_named, self.embedding)]
+        added += [(f"control-image {path}", path) for path in self.control_image]
+        added += [(f"control {path}", path) for path in self.control if Path(path).is_file()]
         for name, path in (("image", self.image), ("mask", self.mask), *added):
             if path is not None and not Path(path).is_dir():
                 try:
@@ -183,6 +203,9 @@ class PromptDrawing:
             option = "--embedding"
             for path, name in map(_named, self.embedding):
                 pipe.embeddings.load(path, name or None)
+            option = "--control"
+            for i, path in enumerate(self.control):
+                pipe.load_control(path, f"{path} ({i + 1})")
         except ValueError as error:
             raise ValueError(f"{option}: {error}") from error
         return pipe

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..conditioning import Context, Model, bind
 from ..models import UNet2DCondition
+from ..models.controlled import ControlledUNet
 from ..ops import checks
 from .buffers import Clock
+from .rewrites.controlled import prepare
 from .rewrites.plan import REWRITES, Bypassed, RewriteReport
-from .rewrites.prepare import prepare
 
 
 class Predictor(Protocol):
@@ -118,7 +119,7 @@ def predictor_for(
         ValueError: rewrites asked for by name that don't exist, or that the model can't have.
     """
     why: str | None = None
-    if isinstance(model, UNet2DCondition) and rewrites != "none":
+    if isinstance(model, (UNet2DCondition, ControlledUNet)) and rewrites != "none":
         try:
             return prepare(model, batch=batch, halves=halves, max_rows=max_rows, rewrites=rewrites)
         except Bypassed as error:

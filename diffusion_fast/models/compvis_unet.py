@@ -95,27 +95,61 @@ def unet_config(shapes: Shapes, **fixed: Any) -> UNetConfig:
         if f"input_blocks.{i}.1.proj_in.weight" in shapes:
             inner = _numbers(shapes, f"input_blocks.{i}.1.transformer_blocks")
             levels[-1].transformers = 1 + max(inner)
+    if "out_channels" not in fixed:
+        fixed["out_channels"] = shapes["out.2.weight"][0]
+    names = "input_blocks.0.0", "middle_block.1", "label_emb.0.0"
+    return _config(shapes, levels, *names, fixed)
+
+
+def diffusers_unet_config(shapes: Shapes, **fixed: Any) -> UNetConfig:
+    """:func:`unet_config` of tensors in diffusers' names; ``out_channels`` is among ``fixed``."""
+    levels = []
+    for i in range(1 + max(_numbers(shapes, "down_blocks"))):
+        level, block = _Level(), f"down_blocks.{i}"
+        level.layers = 1 + max(_numbers(shapes, f"{block}.resnets"))
+        level.width = shapes[f"{block}.resnets.0.conv1.weight"][0]
+        if f"{block}.attentions.0.proj_in.weight" in shapes:
+            inner = _numbers(shapes, f"{block}.attentions.0.transformer_blocks")
+            level.transformers = 1 + max(inner)
+        levels.append(level)
+    return _config(
+        shapes, levels, "conv_in", "mid_block.attentions.0", "add_embedding.linear_1", fixed
+    )
+
+
+def _config(
+    shapes: Shapes, levels: list[_Level], first: str, mid: str, pooled: str, fixed: dict[str, Any]
+) -> UNetConfig:
+    """The config of some levels.
+
+    Args:
+        shapes: shapes of the U-Net's tensors by name.
+        levels: what they tell of each level.
+        first: name of the first convolution.
+        mid: name of the transformer at the bottom.
+        pooled: name of the first layer for pooled text.
+        fixed: fields of the config that shapes can't tell.
+    """
     widths = [level.width for level in levels]
     attention = [level.transformers > 0 for level in levels]
     depths = [max(level.transformers, 1) for level in levels]
     layers = [level.layers for level in levels]
-    linear = len(shapes["middle_block.1.proj_in.weight"]) == 2
+    linear = len(shapes[f"{mid}.proj_in.weight"]) == 2
     if linear and any(width % HEAD_DIM for width in widths):
         raise CheckpointError(f"expected levels of n * {HEAD_DIM} channels, got {widths}")
-    if "label_emb.0.0.weight" in shapes:
+    if f"{pooled}.weight" in shapes:
         fixed["addition_embed_type"] = "text_time"
         fixed["addition_time_embed_dim"] = TIME_ID_DIM
-        fixed["projection_class_embeddings_input_dim"] = shapes["label_emb.0.0.weight"][1]
+        fixed["projection_class_embeddings_input_dim"] = shapes[f"{pooled}.weight"][1]
     if "time_embed.cond_proj.weight" in shapes:
         fixed["time_cond_proj_dim"] = shapes["time_embed.cond_proj.weight"][1]
     return UNetConfig(
-        in_channels=shapes["input_blocks.0.0.weight"][1],
-        out_channels=shapes["out.2.weight"][0],
+        in_channels=shapes[f"{first}.weight"][1],
         down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
         up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in attention[::-1]),
         block_out_channels=tuple(widths),
         layers_per_block=_one_or_all(layers),
-        cross_attention_dim=shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
+        cross_attention_dim=shapes[f"{mid}.transformer_blocks.0.attn2.to_k.weight"][1],
         transformer_layers_per_block=_one_or_all(depths),
         attention_head_dim=tuple(width // HEAD_DIM for width in widths) if linear else HEADS,
         use_linear_projection=linear,

@@ -343,11 +343,11 @@ class UNetEncoder(Composite):
 
         if timestep_cond is not None:
             checks.tensor("timestep_cond", timestep_cond)
-            wanted = batch, config.time_cond_proj_dim
-            if config.time_cond_proj_dim is None:
+            width = config.time_cond_proj_dim
+            if width is None:
                 expected = "None: the model has no time_cond_proj_dim"
                 checks.fail("timestep_cond", expected, "a tensor")
-            checks.shape("timestep_cond", timestep_cond, wanted, "[B, time_cond_proj_dim]")
+            checks.shape("timestep_cond", timestep_cond, (batch, width), "[B, time_cond_proj_dim]")
             checks.same_dtype("timestep_cond", timestep_cond, "x", x)
             checks.same_device("timestep_cond", timestep_cond, "x", x)
 
@@ -442,6 +442,8 @@ class UNet2DCondition(UNetEncoder):
         time_ids: Tensor | None = None,
         timestep_cond: Tensor | None = None,
         context_lengths: Tensor | None = None,
+        residuals: Residuals = (),
+        features: Residuals = (),
     ) -> Tensor:
         """The model's output for noisy images.
 
@@ -458,6 +460,7 @@ class UNet2DCondition(UNetEncoder):
                 :func:`~.blocks.guidance_embedding`. A model that has them and is given none takes
                 no part of them.
             context_lengths: int64 [B], how many of the tokens each item sees; all by default.
+            residuals, features: what other networks add, see :meth:`denoise`.
 
         Returns:
             [B, out_channels, H, W]; channels_last if ``x`` is or the parameters are.
@@ -472,6 +475,8 @@ class UNet2DCondition(UNetEncoder):
             self.project_time(emb),
             self.project_context(self.embed_context(context)),
             context_lengths,
+            residuals,
+            features,
         )
 
     def blocks(self) -> list[Block]:

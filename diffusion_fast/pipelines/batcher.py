@@ -313,6 +313,9 @@ class Batcher:
     ) -> _Request:
         """All that can be refused at once, and all that needs no network."""
         pipe = self.pipe
+        if pipe.controls.names:
+            expected = "one without controls, which requests of a batch can't have"
+            checks.fail("pipe", expected, ", ".join(pipe.controls.names))
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             if not isinstance(text, str) and (name == "prompt" or text is not None):
                 raise TypeError(f"{name}: expected a string, got {type(text).__name__}")

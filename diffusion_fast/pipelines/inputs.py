@@ -127,20 +127,75 @@ def image_tensor(image: Any, size: Size | None, grain: int) -> Tensor:
     Raises:
         ValueError: another shape or size; TypeError: no image.
     """
-    if isinstance(image, Tensor):
-        checks.floating("image", image)
-        x = image[None] if image.dim() == 3 else image
-        if x.dim() != 4 or x.shape[1] != 3 or not len(x):
-            checks.fail("image", "shape [3, H, W] or [B, 3, H, W]", list(image.shape))
-        x = x.detach().float()
-        if not x.isfinite().all():
-            checks.fail("image", "finite numbers", "NaN or infinity")
-    else:
-        several = image if isinstance(image, (list, tuple)) else [image]
-        x = _joined("image", [_pixels(_scaled(_pil("image", one), size)) for one in several])
-        x = x * 2 - 1
+    x = _pictures("image", image, size)
+    x = x if isinstance(image, Tensor) else x * 2 - 1
     _check_sides("image", x, size, grain)
     return x
+
+
+def hint_tensor(name: str, image: Any, size: Size, count: int, grey: bool = False) -> Tensor:
+    """What a ControlNet or T2I-Adapter reads, [1 or B, 3, H, W] in [0, 1], float32.
+
+    Args:
+        name: the argument, for errors.
+        image: a PIL image, a list of them, or a tensor [3, H, W] or [B, 3, H, W] in [0, 1].
+        size: height and width to scale PIL images to (Lanczos); tensors must have them.
+        count: the number of images; B must be that, or 1.
+        grey: whether PIL images become grey ones.
+
+    Raises:
+        ValueError: another shape, size or range; TypeError: no image.
+    """
+    x = _pictures(name, image, size, "L" if grey else "RGB").expand(-1, 3, -1, -1)
+    check_batch(name, x, count)
+    _check_sides(name, x, size, 1)
+    low, high = x.min().item(), x.max().item()
+    if low < 0 or high > 1:
+        checks.fail(name, "values in [0, 1]", f"{low:g} to {high:g}")
+    return x
+
+
+def hint_size(image: Any, grain: int) -> Size | None:
+    """Height and width of images to draw with such a hint; None if it is too small or no image."""
+    from PIL import Image
+
+    one = image[0] if isinstance(image, (list, tuple)) and image else image
+    if isinstance(one, Image.Image):
+        height, width = one.height, one.width
+    elif isinstance(one, Tensor) and one.dim() >= 3:
+        height, width = one.shape[-2:]
+    else:
+        return None
+    size = height - height % grain, width - width % grain
+    return size if all(size) else None
+
+
+def one_each(name: str, value: Any, count: int, low: float, high: float) -> list[float]:
+    """A number for each of the controls, from one or a list of them."""
+    value = plain(value)
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
+    if len(values) != count:
+        checks.fail(name, f"one number, or one for each of {count} controls", len(values))
+    for one in values:
+        checks.finite(name, one)
+        if not low <= one <= high:
+            checks.fail(name, f"numbers in [{low:g}, {high:g}]", one)
+    return [float(one) for one in values]
+
+
+def _pictures(name: str, image: Any, size: Size | None, mode: str = "RGB") -> Tensor:
+    """A tensor as it is, of a batch; PIL images as [B, 3 or 1, H, W] in [0, 1]."""
+    if isinstance(image, Tensor):
+        checks.floating(name, image)
+        x = image[None] if image.dim() == 3 else image
+        if x.dim() != 4 or x.shape[1] != 3 or not len(x):
+            checks.fail(name, "shape [3, H, W] or [B, 3, H, W]", list(image.shape))
+        x = x.detach().float()
+        if not x.isfinite().all():
+            checks.fail(name, "finite numbers", "NaN or infinity")
+        return x
+    several = image if isinstance(image, (list, tuple)) else [image]
+    return _joined(name, [_pixels(_scaled(_pil(name, one, mode), size)) for one in several])
 
 
 def mask_tensor(mask: Any, original: Any, size: Size, count: int) -> Tensor:

@@ -14,16 +14,19 @@ from ..engine import Engine
 from ..engine.engine import Callback
 from ..engine.rewrites.decoder import FreshDecoder
 from ..files import AnyPath
+from ..models import UNet2DCondition
 from ..models.blocks import guidance_embedding
+from ..models.controlled import ControlledUNet
 from ..models.embeddings import Embeddings
 from ..models.lora import LoRAs
 from ..models.text import TextStates
 from ..models.vae import AutoencoderKL
 from ..ops import checks
 from ..prediction import PREDICTION_TYPES
-from ..samplers import SamplerOptions
+from ..samplers import SamplerOptions, table_of
 from ..schedule import DiffusionSchedule
 from . import inputs
+from .controls import Controls, Steering
 from .latents import Autoencoding
 from .loading import load
 from .parts import Parts
@@ -40,7 +43,8 @@ class StableDiffusion:
     networks (``text.modules()`` the text encoders under their names), ``loras`` switches LoRAs on
     them (:class:`~diffusion_fast.models.lora.LoRAs`), ``defaults`` are its card's steps and
     guidance, ``embeddings`` gives prompts new words
-    (:class:`~diffusion_fast.models.embeddings.Embeddings`). One engine is kept between calls, so
+    (:class:`~diffusion_fast.models.embeddings.Embeddings`), ``controls`` are the ControlNets and
+    T2I-Adapters that :meth:`load_control` read. One engine is kept between calls, so
     that prompts, seeds, samplers and guidance change without new buffers or graphs.
 
     Args:
@@ -56,6 +60,7 @@ class StableDiffusion:
         self.zero_empty, self.random_weights = parts.zero_empty, parts.random_weights
         self.defaults = parts.defaults
         self.scheduler = parts.scheduler
+        self.controls = Controls()
         self._graph, self._rewrites = graph, rewrites
         self._engine: Engine | None = None
         self._decode = FreshDecoder(self.vae, rewrites)
@@ -136,13 +141,38 @@ class StableDiffusion:
         """Textual inversion: words that stand for trained vectors."""
         return self.text.embeddings
 
+    def load_control(
+        self, path: AnyPath, name: str | None = None, *, variant: str | None = None
+    ) -> str:
+        """Read a ControlNet or T2I-Adapter; from then on calls take a ``control_image`` for it.
+
+        Several act together; ``controls.unload(name)`` takes one off.
+
+        Args:
+            path: a diffusers folder or hub id of either kind; or a ControlNet's single file.
+            name: what to call it; by default the path.
+            variant: which weights of a folder, such as ``"fp16"``.
+
+        Returns:
+            The name.
+
+        Raises:
+            CheckpointError: a damaged file, another kind of model (named), or one for another base;
+                nothing changes then.
+            ValueError: a name that is taken.
+        """
+        name = str(path) if name is None else name
+        self.controls.load(path, self.unet, self.vae.downsampling, name, variant)
+        return name
+
     @property
     def device(self) -> torch.device:
         return self.unet.conv_in.weight.device
 
     def to(self, *args: Any, **kwargs: Any) -> StableDiffusion:
         """Move or cast all networks, as ``nn.Module.to``."""
-        for part in (self.unet, self.vae, self.text, self.safety_checker):
+        networks = *self.controls.networks, self.unet, self.vae
+        for part in (*networks, self.text, self.safety_checker):
             if part is not None:
                 part.to(*args, **kwargs)
         return self
@@ -162,6 +192,11 @@ class StableDiffusion:
         image: Any = None,
         mask: Any = None,
         strength: float | None = None,
+        control_image: Any = None,
+        control_scale: float | Sequence[float] = 1.0,
+        control_start: float | Sequence[float] = 0.0,
+        control_end: float | Sequence[float] = 1.0,
+        guess_mode: bool = False,
         clip_skip: int = 0,
         output: str = "pil",
         callback: Callback | None = None,
@@ -187,12 +222,21 @@ class StableDiffusion:
             seed: random seed of the first image, the next ones have ``seed + 1`` and so on; or one
                 for each.
             size: (height, width) or one number for both, multiples of 8; by default what the model
-                was trained at, or the size of ``image``.
+                was trained at, or the size of ``image`` or of the first ``control_image``.
             image: image-to-image: start from this image (PIL, or a tensor [3, H, W] or
                 [B, 3, H, W] in [-1, 1]); one for all, or a list with one for each.
             mask: inpainting: where to draw (white, or 1) in ``image``, and what to keep.
             strength: how much of the image's noise schedule to run, in (0, 1]; 0.8 by default, and
                 1 with a mask. ``int(steps * strength)`` steps are run.
+            control_image: what the loaded controls read (see :meth:`load_control`): an image for
+                one, a list with an image for each of several, in the order of loading. PIL images
+                are scaled; a tensor [3, H, W] or [B, 3, H, W], with one for each image, is in
+                [0, 1].
+            control_scale: how strongly each control acts; a number, or a list with one for each.
+            control_start, control_end: between which parts of all steps each control acts, in
+                [0, 1].
+            guess_mode: ControlNets act on the conditional half of guidance alone, and less on fine
+                detail.
             clip_skip: layers to leave out at the text encoders' ends, for both prompts.
             output: ``"pil"``, ``"tensor"`` or ``"latent"``.
             callback: ``callback(step, t, latents)`` after each step, with a copy of the latents.
@@ -211,7 +255,12 @@ class StableDiffusion:
         checks.positive_int("batch", batch)
         checks.one_of("output", output, OUTPUTS)
         seeds = inputs.seed_list(seed, len(prompts) * batch)
+        steering = Steering(
+            self.controls, control_image, control_scale, control_start, control_end, guess_mode
+        )
         images, masks = self._pictures(image, mask, size, len(seeds))
+        if images is None and size is None:
+            size = steering.size(self.vae.downsampling)
         height, width = self._size(size) if images is None else images.shape[2:]
         options, strength, scale = self._options(
             *(steps, guidance_scale, sampler, strength),
@@ -222,12 +271,14 @@ class StableDiffusion:
             prompts, negatives, clip_skip, inputs.guided(options.guidance_scale)
         )
         shape = self._latent_shape(len(seeds), height, width)
-        beside = self._embedded_guidance(scale)
+        model, halves = self._steered(steering, options, (height, width), len(seeds))
+        embedded = self._embedded_guidance(scale)
+        beside = [{**embedded, **half} for half in halves]
         vae = self._autoencoding()
-        latents = self._engine_now(table, progress).sample(
+        latents = self._engine_now(model, table, progress).sample(
             shape,
-            self._context(positive, batch, (height, width), beside),
-            self._context(negative, batch, (height, width), beside),
+            self._context(positive, batch, (height, width), beside[0]),
+            self._context(negative, batch, (height, width), beside[1]),
             callback=callback,
             table=table,
             **self._start(vae, shape, images, masks, options.strength, seeds),
@@ -242,6 +293,7 @@ class StableDiffusion:
             **table,
             "guidance_scale": scale,
             "strength": strength,
+            **steering.settings(),
         }
         from ..images import to_pil  # imports Pillow
 
@@ -353,6 +405,16 @@ class StableDiffusion:
         embedded = guidance_embedding(torch.tensor([scale], dtype=torch.float64), width)
         return {"timestep_cond": embedded.to(self.unet.conv_in.weight)}
 
+    def _steered(
+        self, steering: Steering, options: SamplerOptions, size: inputs.Size, count: int
+    ) -> tuple[UNet2DCondition | ControlledUNet, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """The model that is sampled, and what steers both halves of its guidance."""
+        model = self.controls.over(self.unet, steering.guess_mode)
+        if model is self.unet:
+            return model, ({}, {})
+        timesteps = table_of(options, self.scheduler.schedule).timesteps
+        return model, steering.contexts(size, count, timesteps, self.unet.conv_in.weight)
+
     def _context(
         self, states: TextStates | None, batch: int, size: inputs.Size, beside: dict[str, Tensor]
     ) -> Tensor | dict[str, Tensor] | None:
@@ -362,7 +424,7 @@ class StableDiffusion:
             states: of the prompts.
             batch: images of each.
             size: height and width of the images.
-            beside: what else the U-Net takes by keyword.
+            beside: what else the model takes by keyword.
         """
         if states is None:
             return None
@@ -378,13 +440,13 @@ class StableDiffusion:
             **beside,
         }
 
-    def _engine_now(self, table: dict[str, Any], progress: bool) -> Engine:
-        """The engine of the U-Net as it is now."""
-        if self._engine is None or self._engine.model is not self.unet:
+    def _engine_now(
+        self, model: UNet2DCondition | ControlledUNet, table: dict[str, Any], progress: bool
+    ) -> Engine:
+        """The engine of the model as it is now."""
+        if self._engine is None or self._engine.model is not model:
             schedule = self.scheduler.schedule
-            self._engine = Engine(
-                self.unet, schedule, self._graph, rewrites=self._rewrites, **table
-            )
+            self._engine = Engine(model, schedule, self._graph, rewrites=self._rewrites, **table)
         self._engine.progress = progress
         return self._engine
 

@@ -14,7 +14,8 @@ from small_unets import pooled_text, small_config
 from torch import Tensor, nn
 
 from diffusion_fast.engine.buffers import Clock
-from diffusion_fast.engine.rewrites.prepare import PreparedUNet, prepare
+from diffusion_fast.engine.rewrites.controlled import prepare
+from diffusion_fast.engine.rewrites.prepare import PreparedUNet
 from diffusion_fast.models import UNet2DCondition, UNetConfig
 
 LEVELS = {torch.float64: 1e-9, torch.float32: 1e-5}

@@ -9,7 +9,7 @@ from diffusion_fast import ops
 from diffusion_fast.engine.rewrites.cost import DEVICE, Cost, Counter, DryRun
 from diffusion_fast.engine.rewrites.plan import REWRITES, RewritePlan
 from diffusion_fast.engine.rewrites.prepare import PreparedUNet
-from diffusion_fast.models import UNetConfig
+from diffusion_fast.models import UNet2DCondition, UNetConfig
 
 
 def counted(run: object, *shapes: tuple[int, ...]) -> dict[str, Cost]:
@@ -69,8 +69,10 @@ def test_ops_are_whole_on_the_meta_device_only() -> None:
 
 def test_sd15_has_the_flops_that_are_known_of_it() -> None:
     """1.607 TFLOP for both halves of one 512 x 512 image, 126 MB of concatenations."""
-    config, off = UNetConfig.preset("sd15"), dict.fromkeys(REWRITES, "")
-    run = DryRun(config, torch.bfloat16, 2, (64, 64), 77)
+    off = dict.fromkeys(REWRITES, "")
+    with DEVICE:
+        model = UNet2DCondition(UNetConfig.preset("sd15"))
+    run = DryRun(model, torch.bfloat16, 2, (64, 64), 77)
 
     def plan(off: dict[str, str]) -> RewritePlan:
         return RewritePlan(1, 2, 1, torch.bfloat16, DEVICE, off)

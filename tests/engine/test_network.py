@@ -30,13 +30,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import diffusion_fast as df
+from diffusion_fast.engine.rewrites.controlled import prepare
 from diffusion_fast.engine.rewrites.leaves import Leaf
-from diffusion_fast.engine.rewrites.plan import REWRITES
-from diffusion_fast.engine.rewrites.prepare import PreparedUNet, prepare
+from diffusion_fast.engine.rewrites.plan import CONTROL, REWRITES
+from diffusion_fast.engine.rewrites.prepare import PreparedUNet
 from diffusion_fast.models import UNet2DCondition, UNetConfig
 
 CHOICES: dict[str, str | Iterable[str]] = {
-    **{name: [name] for name in REWRITES},
+    **{name: [name] for name in REWRITES if name not in CONTROL},
     "all": "all",
     "none": "none",
     "every": REWRITES,

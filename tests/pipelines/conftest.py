@@ -8,7 +8,7 @@ import pytest
 
 from diffusion_fast.pipelines import StableDiffusion, make_tiny
 
-sys.path.append(str(Path(__file__).parents[1] / "models"))  # for compvis_files
+sys.path.append(str(Path(__file__).parents[1] / "models"))  # for compvis_files, control_parity
 
 
 @pytest.fixture(scope="session")

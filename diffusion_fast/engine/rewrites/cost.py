@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...models import UNet2DCondition, UNetConfig
+from ...models import UNet2DCondition
+from ...models.controlled import Control, ControlledUNet
+from ...models.controlnet import ControlNet
+from ...models.t2i_adapter import T2IAdapter
 from ..buffers import Clock
-from .plan import REWRITES, RewritePlan, RewriteReport
+from .plan import REWRITES, Rewritable, RewritePlan, RewriteReport, unet_of
 
 DEVICE = torch.device("meta")
 
@@ -104,11 +107,23 @@ def _tensors(value: Any) -> list[Tensor]:
     return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list)) else []
 
 
+def _twin(model: Rewritable) -> Rewritable:
+    """The same network without weights."""
+    unet = UNet2DCondition(unet_of(model).config)
+    if not isinstance(model, ControlledUNet):
+        return unet
+    controls = [
+        ControlNet(one.control_config) if isinstance(one, ControlNet) else T2IAdapter(one.config)
+        for one in cast("list[Control]", model.controls)
+    ]
+    return ControlledUNet(unet, controls, model.guess_mode)
+
+
 class DryRun:
     """Counts steps of predictors of a model, on a twin of its config without weights.
 
     Args:
-        config: the model's config.
+        model: the model.
         dtype: dtype of its parameters.
         batch: images in a call, all halves of guidance counted.
         size: height and width of its input.
@@ -116,15 +131,11 @@ class DryRun:
     """
 
     def __init__(
-        self,
-        config: UNetConfig,
-        dtype: torch.dtype,
-        batch: int,
-        size: tuple[int, int],
-        tokens: int,
+        self, model: Rewritable, dtype: torch.dtype, batch: int, size: tuple[int, int], tokens: int
     ) -> None:
+        config = unet_of(model).config
         with DEVICE:
-            self.twin = UNet2DCondition(config).to(dtype).eval()
+            self.twin = _twin(model).to(dtype).eval()
             self._x = torch.empty(batch, config.in_channels, *size, dtype=dtype)
             self._context = {"context": torch.empty(batch, dtype=torch.int64)}
             if config.num_classes is None:
@@ -135,12 +146,17 @@ class DryRun:
                 pooled = (config.projection_class_embeddings_input_dim or 0) - sizes * width
                 self._context["text_embeds"] = self._x.new_empty(batch, pooled)
                 self._context["time_ids"] = torch.empty(batch, sizes)
+            if isinstance(model, ControlledUNet):
+                count, sides = len(model.controls), (side * model.grain for side in size)
+                self._context["hints"] = self._x.new_empty(batch, count, 3, *sides)
+                self._context["scales"] = torch.empty(batch, count)
+                self._context["windows"] = torch.empty(batch, count, 2)
 
             if config.time_cond_proj_dim is not None:
                 guided = self._x.new_empty(batch, config.time_cond_proj_dim)
                 self._context["timestep_cond"] = guided
 
-    def step(self, prepare: Callable[[UNet2DCondition], Any]) -> Counter:
+    def step(self, prepare: Callable[[Any], Any]) -> Counter:
         """The cost of one call of the predictor that ``prepare`` makes for a model."""
         with DEVICE, torch.no_grad():
             predictor, clock = prepare(self.twin), Clock(DEVICE)
@@ -152,8 +168,8 @@ class DryRun:
 
 def explain(
     plan: RewritePlan,
-    config: UNetConfig,
-    build: Callable[[UNet2DCondition, RewritePlan], Any],
+    model: Rewritable,
+    build: Callable[[Any, RewritePlan], Any],
     size: tuple[int, int] | None,
     tokens: int,
 ) -> list[RewriteReport]:
@@ -161,12 +177,12 @@ def explain(
 
     Args:
         plan: the rewrites that are on, and the sizes they were planned for.
-        config: config of the U-Net.
-        build: makes the predictor of a U-Net and a plan.
+        model: the U-Net, alone or with what steers it.
+        build: makes the predictor of such a model and a plan.
         size: height and width of the U-Net's input; None leaves the savings open.
         tokens: number of tokens of the context.
     """
-    run = size and DryRun(config, plan.dtype, plan.halves * plan.batch, size, max(tokens, 1))
+    run = size and DryRun(model, plan.dtype, plan.halves * plan.batch, size, max(tokens, 1))
 
     def cost_of(on: Collection[str]) -> Cost:
         off = {name: "" for name in REWRITES if name not in on}

@@ -15,8 +15,12 @@ from torch import Tensor, nn
 
 from ...models import UNet2DCondition
 from ...models.blocks import ResBlock, hooked
+from ...models.controlled import ControlledUNet
+from ...models.controlnet import ControlNet
 from ...ops import checks
 from . import leaves
+
+Rewritable = UNet2DCondition | ControlledUNet
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,12 @@ REWRITES = {
         leaves.packed_weights,
     ),
     "removed_no_ops": Rewrite("no dropout, no pass that only pads", leaves.removed_no_ops),
+    "control_hint": Rewrite("what ControlNets and T2I-Adapters make of a hint alone once per run"),
+    "control_context": Rewrite("keys and values of ControlNets once per prompt"),
+    "control_prefix": Rewrite("ControlNets for one half of guidance until their cross-attention"),
+    "control_residuals": Rewrite("residuals scaled and added in one pass, where a skip is read"),
 }
+CONTROL = tuple(name for name in REWRITES if name.startswith("control_"))  # of a ControlledUNet
 TABLE_LIMIT = 2**28  # bytes of a time table; a larger one is not worth its memory
 
 
@@ -135,7 +144,7 @@ class Bypassed(ValueError):
 
 
 def make_plan(
-    model: UNet2DCondition,
+    model: Rewritable,
     *,
     batch: int,
     halves: int,
@@ -145,7 +154,7 @@ def make_plan(
     """The rewrites that a sampling loop uses for a U-Net.
 
     Args:
-        model: the plain U-Net.
+        model: the plain U-Net, or one with what steers it.
         batch: number of images, without the halves of guidance.
         halves: how many halves of guidance run in a call, 1 or 2.
         max_rows: the most rows of the sampler's tables to come.
@@ -165,7 +174,7 @@ def make_plan(
         raise Bypassed(place)
     off = {name: "not asked for" for name in REWRITES if name not in asked}
     off |= _inapplicable(model, batch, halves, max_rows)
-    weight = model.conv_in.weight
+    weight = unet_of(model).conv_in.weight
     if rewrites == "all":
         off = _unprofitable(weight.device) | off
     return RewritePlan(batch, halves, max_rows, weight.dtype, weight.device, off)
@@ -186,9 +195,15 @@ def asked_for(rewrites: str | Iterable[str], known: Iterable[str]) -> frozenset[
     return frozenset(names)
 
 
-def _inapplicable(model: UNet2DCondition, batch: int, halves: int, max_rows: int) -> dict[str, str]:
+def unet_of(model: Rewritable) -> UNet2DCondition:
+    """The U-Net itself."""
+    return model.unet if isinstance(model, ControlledUNet) else model
+
+
+def _inapplicable(model: Rewritable, batch: int, halves: int, max_rows: int) -> dict[str, str]:
     """Why rewrites can't be used on this model at this batch."""
-    config, off = model.config, {}
+    unet = unet_of(model)
+    config, off = unet.config, {}
     if halves == 1:
         off["shared_prefix"] = "one half of guidance runs"
     elif config.addition_embed_type is not None:
@@ -197,7 +212,15 @@ def _inapplicable(model: UNet2DCondition, batch: int, halves: int, max_rows: int
         off["shared_prefix"] = "the guidance scale enters the time embedding"
     if config.num_levels == 1:
         off["folded_upsample"] = "the model has one level"
-    weight = model.conv_in.weight
+    if not isinstance(model, ControlledUNet):
+        off |= dict.fromkeys(CONTROL, "no ControlNet, no T2I-Adapter")
+    elif not any(isinstance(control, ControlNet) for control in model.controls):
+        off |= dict.fromkeys(CONTROL[1:], "no ControlNet")
+    elif "shared_prefix" in off:
+        off["control_prefix"] = off["shared_prefix"]
+    elif model.guess_mode:
+        off["control_prefix"] = "guess mode runs them for one half of guidance alone"
+    weight = unet.conv_in.weight
     widths = [block.time_width for block in model.modules() if isinstance(block, ResBlock)]
     images = halves * batch if config.time_per_image else 1
     size = max_rows * images * sum(widths) * weight.element_size()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Hashable, Iterable, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Collection, Hashable, Mapping
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,16 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from ...conditioning import Context
 from ...models import UNet2DCondition
 from ...models.blocks import Composite, ResBlock, hooked
-from ...models.unet import ContextProjections, TimeProjections
+from ...models.unet import ContextProjections, Residuals, TimeProjections, UNetEncoder
 from ...ops import checks
 from ..buffers import Clock
 from ..graphs.policy import surroundings
 from . import cost
 from .leaves import Leaf, modules, plain_leaves
-from .plan import REWRITES, RewritePlan, RewriteReport, check_placement, make_plan
+from .plan import REWRITES, RewritePlan, RewriteReport, check_placement
 
 Network = TypeVar("Network", bound=nn.Module)
+Encoder = TypeVar("Encoder", bound=UNetEncoder)
 
 
 def rewritten(model: Network, on: Collection[str]) -> tuple[Network, list[Leaf]]:
@@ -79,7 +80,7 @@ class TimeTable:
         images: 1 where the time is the same for all images; else their number.
     """
 
-    def __init__(self, network: UNet2DCondition, max_rows: int, images: int) -> None:
+    def __init__(self, network: UNetEncoder, max_rows: int, images: int) -> None:
         self.network = network
         weight = network.conv_in.weight
         self.tables: TimeProjections = [
@@ -104,18 +105,18 @@ class TimeTable:
         return [[table[clock.row] for table in block] for block in self.tables]
 
 
-class PreparedUNet:
-    """A :class:`~diffusion_fast.engine.predictor.Predictor` that computes what its model computes.
+class PreparedNetwork(Generic[Encoder]):
+    """A U-Net, or the first half of one, with what does not depend on the image prepared.
 
     Parameters are shared with the model; what rewrites derive from them is computed at the start
     and by :meth:`refresh`, in place.
 
     Args:
-        model: the plain U-Net.
+        model: the plain network.
         plan: the rewrites that are on, and the sizes they were planned for.
     """
 
-    def __init__(self, model: UNet2DCondition, plan: RewritePlan) -> None:
+    def __init__(self, model: Encoder, plan: RewritePlan) -> None:
         self.model, self.plan = model, plan
         self.network, self._leaves = rewritten(model, plan.on)
         self.batch = plan.halves * plan.batch
@@ -133,9 +134,7 @@ class PreparedUNet:
             type(module).__module__.startswith(_KNOWN) for module in parts
         )
         self._last: tuple[Hashable, list[Tensor | None]] | None = None  # what was prepared for
-        self._size: tuple[int, int] | None = None  # of the last call
-        self._tokens = 0
-        self._explained: dict[tuple[object, int], list[RewriteReport]] = {}
+        self.tokens = 0  # of the context
 
     @torch.no_grad()
     def prepare(self, context: Context, timesteps: Tensor) -> None:
@@ -174,7 +173,7 @@ class PreparedUNet:
             return
         self._last = None  # until all is done
         context = context.expand(self.batch, *context.shape[1:])
-        self._tokens = 1 if context.dim() == 1 else context.shape[1]
+        self.tokens = 1 if context.dim() == 1 else context.shape[1]
         kv = self._project(context) if "cached_context" in self.plan.on else None
         if self.times is not None:
             n, each = len(timesteps), timesteps.repeat_interleave(self._images)
@@ -192,32 +191,29 @@ class PreparedUNet:
     def _project(self, context: Tensor) -> ContextProjections:
         return self.model.project_context(self.model.embed_context(context))
 
-    @torch.no_grad()
-    def __call__(self, x: Tensor, clock: Clock) -> Tensor:
-        """The model's output [halves * B, out, H, W] for x [halves * B, C, H, W].
-
-        With ``shared_prefix`` the halves of x must be equal: the first one is read.
+    def seen(self, x: Tensor) -> Tensor:
+        """What the blocks read of x [halves * B, C, H, W]: with ``shared_prefix`` the first half.
 
         Raises:
-            ValueError: another shape, dtype or device.
+            ValueError: another batch.
         """
-        self.model.check_image(x)
         if len(x) != self.batch:
             checks.fail("x", f"a batch of {self.batch}, as planned", len(x))
-        self._size = (x.shape[2], x.shape[3])
-        context, kv, lengths, additions = self.given
-        if kv is None:
-            kv = self._project(context)
-        if self.times is not None:
-            time = self.times.at(clock)
-        else:
-            t = clock.pick(self._grid).expand(self._images)
-            time = self.network.project_time(self.model.embed_time(t, *additions))
         if "shared_prefix" in self.plan.on:
             x = x[: self.plan.batch]
         if "packed_weights" in self.plan.on:
             x = x.contiguous(memory_format=torch.channels_last)
-        return self.network.denoise(x, time, kv, lengths)
+        return x
+
+    def conditions(self, clock: Clock) -> tuple[TimeProjections, ContextProjections, Any]:
+        """What the blocks take of time and context at the clock's row; the context's lengths."""
+        context, kv, lengths, additions = self.given
+        if kv is None:
+            kv = self._project(context)
+        if self.times is not None:
+            return self.times.at(clock), kv, lengths
+        t = clock.pick(self._grid).expand(self._images)
+        return self.network.project_time(self.model.embed_time(t, *additions)), kv, lengths
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -231,14 +227,44 @@ class PreparedUNet:
         for leaf in self._leaves:
             leaf.refresh()
 
+
+class PreparedUNet(PreparedNetwork[UNet2DCondition]):
+    """A :class:`~diffusion_fast.engine.predictor.Predictor` that computes what its model computes.
+
+    Args:
+        model: the plain U-Net.
+        plan: the rewrites that are on, and the sizes they were planned for.
+    """
+
+    def __init__(self, model: UNet2DCondition, plan: RewritePlan) -> None:
+        super().__init__(model, plan)
+        self.size: tuple[int, int] | None = None  # of the last call
+        self._explained: dict[tuple[object, int], list[RewriteReport]] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self, x: Tensor, clock: Clock, residuals: Residuals = (), features: Residuals = ()
+    ) -> Tensor:
+        """The model's output [halves * B, out, H, W] for x [halves * B, C, H, W].
+
+        With ``shared_prefix`` the halves of x must be equal: the first one is read.
+
+        Raises:
+            ValueError: another shape, dtype or device.
+        """
+        self.model.check_image(x)
+        self.size = (x.shape[2], x.shape[3])
+        x = self.seen(x)
+        return self.network.denoise(x, *self.conditions(clock), residuals, features)
+
     def explain(self) -> list[RewriteReport]:
         """A report of each rewrite, see :class:`RewriteReport`.
 
         Savings are per step at the size of the last call; before the first they are not known.
         """
-        key = self._size, self._tokens
+        key = self.size, self.tokens
         if key not in self._explained:
-            self._explained[key] = cost.explain(self.plan, self.model.config, PreparedUNet, *key)
+            self._explained[key] = cost.explain(self.plan, self.model, PreparedUNet, *key)
         return self._explained[key]
 
 
@@ -250,16 +276,3 @@ def _equal(these: list[Tensor | None], those: list[Tensor | None]) -> bool:
 
 
 _KNOWN = ("torch.nn.", __name__.partition(".")[0] + ".")
-
-
-def prepare(
-    model: UNet2DCondition,
-    *,
-    batch: int,
-    halves: int,
-    max_rows: int,
-    rewrites: str | Iterable[str] = "all",
-) -> PreparedUNet:
-    """A U-Net as a sampling loop runs it, see :func:`make_plan` for arguments and errors."""
-    plan = make_plan(model, batch=batch, halves=halves, max_rows=max_rows, rewrites=rewrites)
-    return PreparedUNet(model, plan)

@@ -1,0 +1,186 @@
+"""T2I-Adapter (Mou et al. 2023, arXiv:2302.08453): features of a hint join the way down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..files import AnyPath
+from ..ops import checks
+from .blocks import Composite, Conv2d
+from .config_json import json_values, own_fields
+from .pretrained import find_pretrained
+
+KIND = "T2IAdapter"
+TYPES = ("full_adapter", "full_adapter_xl", "light_adapter")
+
+
+@dataclass(frozen=True)
+class T2IAdapterConfig:
+    """Shape of a :class:`T2IAdapter`, in the names of diffusers' ``config.json``.
+
+    Args:
+        in_channels: channels of the hint: 3, or 1 for grey ones (sketch, canny).
+        channels: of the features of each level.
+        num_res_blocks: residual blocks of each level.
+        downscale_factor: pixels of the hint, in each direction, that make one of the first level.
+        adapter_type: ``"full_adapter"``, ``"full_adapter_xl"`` or ``"light_adapter"``.
+
+    Raises:
+        ValueError: a value that is out of range.
+    """
+
+    in_channels: int = 3
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    num_res_blocks: int = 2
+    downscale_factor: int = 8
+    adapter_type: str = "full_adapter"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channels", tuple(self.channels))
+        for name in ("in_channels", "num_res_blocks", "downscale_factor"):
+            checks.positive_int(name, getattr(self, name))
+        for width in self.channels or (0,):
+            checks.positive_int("channels", width)
+        if self.in_channels not in (1, 3):
+            checks.fail("in_channels", "1 or 3", self.in_channels)
+        checks.one_of("adapter_type", self.adapter_type, TYPES)
+
+    @property
+    def light(self) -> bool:
+        return self.adapter_type == "light_adapter"
+
+    @property
+    def grain(self) -> int:
+        """How many pixels of a hint, in each direction, are one of the latents."""
+        xl = self.adapter_type == "full_adapter_xl"  # its first features join the second level
+        return self.downscale_factor // (1 + xl)
+
+    def halves(self, level: int) -> bool:
+        """Whether a level's features have half the height and width of those before."""
+        return level == 2 if self.adapter_type == "full_adapter_xl" else level > 0
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of the features of each level."""
+        return (*self.channels, self.channels[-1]) if self.light else self.channels
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> T2IAdapterConfig:
+        """A config from the contents of a diffusers ``config.json``."""
+        return cls(**own_fields(cls, KIND, {}, values))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of a ``config.json`` that diffusers reads; JSON types only."""
+        return json_values(self, {})
+
+
+class AdapterResBlock(Composite):
+    """x + conv(relu(conv(x)))."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.block1 = Conv2d(channels, channels, 3, padding=1)
+        self.block2 = Conv2d(channels, channels, kernel, padding=kernel // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block2(F.relu(self.block1(x))) + x
+
+
+class AdapterLevel(Composite):
+    """One level: half the size or the same, other channels, residual blocks."""
+
+    def __init__(self, inner: tuple[int, int], out: int | None, blocks: int, halves: bool) -> None:
+        super().__init__()
+        wide, narrow = inner
+        self.halves = halves
+        self.in_conv = Conv2d(wide, narrow, 1) if out or wide != narrow else None
+        kernel = 3 if out else 1
+        self.resnets = nn.ModuleList(AdapterResBlock(narrow, kernel) for _ in range(blocks))
+        self.out_conv = Conv2d(narrow, out, 1) if out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.avg_pool2d(x, 2, ceil_mode=True) if self.halves else x
+        x = x if self.in_conv is None else self.in_conv(x)
+        for block in self.resnets:
+            x = block(x)
+        return x if self.out_conv is None else self.out_conv(x)
+
+
+class AdapterBody(Composite):
+    """Pixels in blocks as channels, then level by level."""
+
+    def __init__(self, config: T2IAdapterConfig) -> None:
+        super().__init__()
+        self.config = config
+        wide = config.in_channels * config.downscale_factor**2
+        self.conv_in = None if config.light else Conv2d(wide, config.channels[0], 3, padding=1)
+        before = (wide if config.light else config.channels[0], *config.widths[:-1])
+        self.body = nn.ModuleList(
+            AdapterLevel(
+                (width, out // 4 if config.light else out),
+                out if config.light else None,
+                config.num_res_blocks,
+                config.halves(level),
+            )
+            for level, (width, out) in enumerate(zip(before, config.widths, strict=True))
+        )
+
+    def forward(self, hint: Tensor) -> list[Tensor]:
+        x = F.pixel_unshuffle(hint, self.config.downscale_factor)
+        x = x if self.conv_in is None else self.conv_in(x)
+        features = []
+        for level in self.body:
+            x = level(x)
+            features.append(x)
+        return features
+
+
+class T2IAdapter(Composite):
+    """Features of a hint, for each level of a U-Net's way down; they depend on no step.
+
+    Parameters have the names and shapes of diffusers' ``T2IAdapter``.
+
+    Args:
+        config: the shape, see :class:`T2IAdapterConfig`.
+    """
+
+    def __init__(self, config: T2IAdapterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.adapter = AdapterBody(config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: AnyPath,
+        *,
+        variant: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> T2IAdapter:
+        """An adapter with the weights of a diffusers folder or hub id, in eval mode.
+
+        Args:
+            path: the folder with ``config.json`` and the weights, or ``owner/name``.
+            variant: which files of a folder to read, such as ``"fp16"``.
+            dtype: dtype of the parameters; None for that of the files.
+            device: device of the parameters.
+
+        Raises:
+            CheckpointError: a missing or damaged file, or an unsupported config.
+        """
+        source = find_pretrained(path, "adapter", T2IAdapterConfig.from_dict, variant)
+        return source.build(cls, dtype, device)
+
+    def forward(self, hint: Tensor) -> list[Tensor]:
+        """Features [B, C, h, w] of a hint [B, 3, H, W] in [0, 1].
+
+        An adapter for grey hints reads the first channel.
+        """
+        return self.adapter(hint[:, : self.config.in_channels])
