@@ -17,21 +17,22 @@ import diffusion_fast as df
 
 PROMPTS = (
     "a red apple",
-    "a blue apple",
-    "a green cat face, noto style",
     "tiger face, 3d style",
     "a yellow rose, flat style",
-    "pizza, 3d style",
-    "a purple heart",
     "rocket, noto style",
-    "octopus, flat style",
-    "a green octopus",
-    "crescent moon, 3d style",
-    "snowman",
-    "a pink car",
+    "a purple heart",
     "cactus, noto style",
     "penguin, 3d style",
     "birthday cake, flat style",
+    # No picture that it was trained on shows these.
+    "a purple fox",
+    "a blue squid",
+    "a pink pizza",
+    "a purple peach",
+    "a green helicopter",
+    "a yellow whale",
+    "a blue chipmunk",
+    "a purple motorcycle",
 )
 GUIDANCE_SCALES = (1.0, 2.0, 3.0, 5.0, 7.5, 12.0, 20.0)
 GUIDED = ("a red apple", "tiger face", "a blue heart", "cupcake", "rocket")
