@@ -28,7 +28,8 @@ class Denoiser(nn.Module):
     """A model of this package as ``model(x, sigma, **extra) -> denoised``.
 
     Args:
-        model: called as ``model(x, t, **extra)`` with x of unit variance and float t.
+        model: a module or function, called as ``model(x, t, **extra)`` with x of unit variance
+            and float t.
         schedule: what it was trained with.
         prediction_type: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
 
@@ -40,7 +41,10 @@ class Denoiser(nn.Module):
     log_sigmas: Tensor
 
     def __init__(
-        self, model: nn.Module, schedule: DiffusionSchedule, prediction_type: str = "epsilon"
+        self,
+        model: Callable[..., Tensor],
+        schedule: DiffusionSchedule,
+        prediction_type: str = "epsilon",
     ) -> None:
         super().__init__()
         checks.one_of("prediction_type", prediction_type, PREDICTION_TYPES)
@@ -95,7 +99,8 @@ class Denoiser(nn.Module):
         sigma = sigma.expand(len(x)) if sigma.dim() == 0 else sigma
         wide = sigma.to(x).view(shape)
         signal = torch.rsqrt(wide.square() + 1)
-        dtype = next((p.dtype for p in self.inner_model.parameters()), x.dtype)
+        parameters = getattr(self.inner_model, "parameters", tuple)  # a function has none
+        dtype = next((p.dtype for p in parameters()), x.dtype)
         out = self.inner_model((x * signal).to(dtype), self.sigma_to_t(sigma), **extra).to(x)
         if self.prediction_type == "epsilon":
             return x - wide * out

@@ -142,6 +142,12 @@ def test_denoised_is_x0_of_the_prediction() -> None:
         torch.testing.assert_close(got, wanted)
 
 
+def test_a_function_is_a_model_too() -> None:
+    x, sigma = torch.randn(2, 1, 4, 4), torch.full((2,), 3.0)
+    got = k.Denoiser(lambda x, t: torch.zeros_like(x), SCHEDULE)(x, sigma)
+    assert torch.equal(got, x)
+
+
 def test_sigma_and_t_are_inverse() -> None:
     denoiser = k.Denoiser(torch.nn.Identity(), SCHEDULE)
     t = torch.cat((torch.linspace(0, 999, 77), torch.tensor([0.5, 998.5])))
