@@ -208,3 +208,16 @@ def test_bad_input(change: dict[str, object], message: str) -> None:
     call = {"q": torch.ones(2, 5, 2, 8), "k": torch.ones(2, 7, 2, 8), "v": torch.ones(2, 7, 2, 8)}
     with pytest.raises(ValueError, match=message):
         ops.attention(**(call | change))
+
+
+def test_training_on_a_cpu_takes_the_definition_for_short_sequences() -> None:
+    def ran(queries: int, keys: int, **leaf: bool) -> str | None:
+        q, k = torch.randn(1, queries, 1, 8, **leaf), torch.randn(1, keys, 1, 8, **leaf)
+        ops.attention(q, k, k)
+        return ops.explain("attention").last_ran
+
+    assert ran(64, 64, requires_grad=True) == "reference"
+    assert ran(256, 20, requires_grad=True) == "sdpa"
+    assert ran(64, 64) != "reference"
+    with ops.use_backend(attention="sdpa"):
+        assert ran(64, 64, requires_grad=True) == "sdpa"
