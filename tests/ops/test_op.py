@@ -28,7 +28,7 @@ PUBLIC = (
 
 @pytest.fixture
 def qkv() -> tuple[torch.Tensor, ...]:
-    return tuple(torch.randn(3, 2, 5, 3, 8))
+    return tuple(torch.randn(3, 2, 5, 3, 8, dtype=torch.float64))  # SDPA's own on a CPU
 
 
 def test_every_public_op_has_a_torch_operator() -> None:
@@ -41,7 +41,7 @@ def test_every_public_op_has_a_torch_operator() -> None:
 def test_auto_takes_the_first_that_can_run(qkv: tuple[torch.Tensor, ...]) -> None:
     ops.attention(*qkv)
     assert ops.explain("attention").last_ran == "sdpa"
-    ops.attention(*qkv, bias=torch.randn(5))
+    ops.attention(*qkv, bias=torch.randn(5, dtype=torch.float64))
     assert ops.explain("attention").last_ran == "sdpa"
 
 
