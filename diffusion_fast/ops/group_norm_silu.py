@@ -350,5 +350,5 @@ def _group_fits(x: Tensor, num_groups: int, weight: Tensor, *_: Any) -> list[str
 
 triton.add(_OP, _kernels, _group_fits)
 triton.add(_BACKWARD, _backward_kernels, lambda grad, *args: _group_fits(*args))
-cpu.add(_OP, lambda: on_cpu.forward)
+cpu.add(_OP, lambda: on_cpu.forward, slower=on_cpu.slower)
 cpu.add(_BACKWARD, lambda: on_cpu.backward, cpu.first_order)

@@ -25,7 +25,7 @@ import json, os, sys
 import torch, warnings
 from diffusion_fast import ops
 from diffusion_fast.ops.cpu import library
-x = torch.ones(1, 8, 4, 4)
+x = torch.ones(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
 CALL = x, 4, x[0, :, 0, 0], x[0, :, 0, 0]
 def ran():
     ops.group_norm_silu(*CALL)

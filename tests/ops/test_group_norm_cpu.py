@@ -160,6 +160,20 @@ def test_what_the_kernels_leave_to_pytorch() -> None:
     assert ops.group_norm_silu(x[:0], 4, weight, weight).shape == (0, 8, 4, 4)
 
 
+def test_small_contiguous_images_are_left_to_pytorch() -> None:
+    weight = torch.ones(8)
+
+    def ran(size: int, form: torch.memory_format, gradient: bool = False) -> str | None:
+        x = torch.randn(1, 8, size, size).contiguous(memory_format=form)
+        ops.group_norm_silu(x.requires_grad_(gradient), 4, weight, weight)
+        return ops.explain("group_norm_silu").last_ran
+
+    assert ran(4, torch.channels_last) == ran(4, torch.channels_last, True) == "cpu"
+    assert ran(4, torch.contiguous_format) == "reference"
+    assert ran(64, torch.contiguous_format) == "cpu"
+    assert ran(64, torch.contiguous_format, True) == "reference"
+
+
 def test_the_gradient_of_a_gradient_is_pytorchs_own() -> None:
     x = torch.randn(1, 4, 6, 6).contiguous(memory_format=torch.channels_last)
 

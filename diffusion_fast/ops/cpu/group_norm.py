@@ -10,9 +10,25 @@ import torch
 from torch import Tensor
 
 from ...kernels.layout import format_of
+from ..dispatch import checks
+from ..dispatch.backend import requested
 from .library import DTYPES, function
 
 _POINTER, _INT, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+
+# Elements of contiguous images from which the kernels are faster than PyTorch's own, which are good
+# there: without and with a gradient. In channels_last the kernels always are.
+LEAST, LEAST_WITH_GRADIENT = 2**14, 2**20
+
+
+def slower(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, *rest: Any) -> list[str]:
+    """Why "auto" leaves a call to PyTorch."""
+    if requested("group_norm_silu") != "auto" or format_of(x) == torch.channels_last:
+        return []
+    tensors = (value for value in rest if isinstance(value, Tensor))
+    least = LEAST_WITH_GRADIENT if checks.needs_gradient(x, weight, bias, *tensors) else LEAST
+    return [f"fewer than {least:,} elements, not in channels_last"] if x.numel() < least else []
 
 
 class _Arguments(ctypes.Structure):
