@@ -17,6 +17,7 @@ from .sample import sample
 from .serve import serve
 from .train import train
 from .vae_check import vae_check
+from .warm import warm
 
 app = typer.Typer(
     help="Train and sample diffusion models, and see what runs on this machine.\n\n"
@@ -37,7 +38,7 @@ def options(
     """What every command shares; ``--debug`` itself is read in :func:`main`."""
 
 
-for command in (train, finetune, sample, serve, bench, vae_check, doctor):
+for command in (train, finetune, sample, serve, bench, warm, vae_check, doctor):
     app.command()(command)
 
 
