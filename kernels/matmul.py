@@ -29,6 +29,8 @@ from .geglu import _phi
 
 GROUP = 8  # rows of tiles that are walked together, so that they share w in L2
 PARTS = 16  # partial sums, at most
+CUTS = (2, 3, 4, 6)  # numbers of parts that are measured for every tile
+CROWD = 2.3  # blocks of a multiprocessor, at most, that parts may make
 
 
 @triton.jit
@@ -285,7 +287,8 @@ def configs(p):
         large, small = Config(128, 64, 64, 8, 3), Config(64, 64, 64, 4, 3)
     narrow = Config(128, 64, 64, 4, 3)
     sm = launch.multiprocessors(p.x.device)
-    tiles = {c: triton.cdiv(p.shape[0], c.m) * triton.cdiv(p.shape[1], c.n) for c in (large, small)}
+    every = (large, narrow, small)
+    tiles = {c: triton.cdiv(p.shape[0], c.m) * triton.cdiv(p.shape[1], c.n) for c in every}
     found = [large, narrow, small] if tiles[large] >= sm else [small, narrow, large]
     if p.geglu:
         return list(dict.fromkeys(found))
@@ -295,7 +298,11 @@ def configs(p):
         found.insert(0, small._replace(parts=parts))
         wide = min(PARTS, sm // tiles[large], steps(p, large.k) // 8)
         found.append(large._replace(parts=max(wide, 2)))
-    return found
+    # Parts that leave a multiprocessor one to two blocks or so may win where whole tiles do not.
+    for config in every:
+        most = min(CROWD * sm / tiles[config], steps(p, config.k) / 8)
+        found += [config._replace(parts=n) for n in CUTS if n <= most]
+    return list(dict.fromkeys(found))
 
 
 def run(name, p):

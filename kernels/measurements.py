@@ -33,8 +33,13 @@ def _read(file: Path) -> dict[str, str]:
     """The file's entries; none if it is missing or damaged (then it is measured again)."""
     try:
         entries = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except OSError:
         return {}
+    except ValueError:
+        entries = None
+    if not isinstance(entries, dict) or not all(isinstance(v, str) for v in entries.values()):
+        told = f"{file}: expected tuning results, got something else; what lacks is measured again"
+        warnings.warn(told, stacklevel=2)
     known = entries.items() if isinstance(entries, dict) else ()
     return {k: v for k, v in known if isinstance(v, str)}
 

@@ -140,3 +140,9 @@ def test_candidates_differ_and_fit_the_shape() -> None:
     assert found(8192, 2560, 320, False)[0] == matmul.Config(128, 128, 64, 8, 3)
     assert found(128, 1280, 5120, False)[0].parts > 1
     assert all(c.parts == 1 for c in found(128, 5120, 1280, True))
+    # The convolutions of 16x16 and 32x32 pixels: too few tiles for 132 multiprocessors.
+    for rows, columns, inner in ((512, 1280, 11520), (2048, 640, 5760)):
+        configs = found(rows, columns, inner, False)
+        tiles = -(-rows // 128) * -(-columns // 128)
+        parts = {c.parts for c in configs if (c.m, c.n) == (128, 128)}
+        assert {n for n in (2, 3, 4, 6) if n * tiles <= 2.3 * 132} <= parts
