@@ -343,11 +343,11 @@ class UNetEncoder(Composite):
 
         if timestep_cond is not None:
             checks.tensor("timestep_cond", timestep_cond)
-            width = config.time_cond_proj_dim
-            if width is None:
+            if config.time_cond_proj_dim is None:
                 expected = "None: the model has no time_cond_proj_dim"
                 checks.fail("timestep_cond", expected, "a tensor")
-            checks.shape("timestep_cond", timestep_cond, (batch, width), "[B, time_cond_proj_dim]")
+            wanted = batch, config.time_cond_proj_dim
+            checks.shape("timestep_cond", timestep_cond, wanted, "[B, time_cond_proj_dim]")
             checks.same_dtype("timestep_cond", timestep_cond, "x", x)
             checks.same_device("timestep_cond", timestep_cond, "x", x)
 
