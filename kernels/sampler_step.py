@@ -2,9 +2,9 @@
 
     m   = u + g (c - u)                            (times a factor per image, when rescaling)
     x0  = clamp(a x + b m, -clip, clip)
-    x'  = c_x x + c_0 x0 + c_1 h1 + c_2 h2 + c_y y + c_m m + s z
-    y'  = d_x x + d_0 x0 + d_1 h1 + d_2 h2 + d_y y
-    h2, h1 <- h1, e_x x + e_0 x0 + e_m m   (they stay where all three are 0)
+    x'  = c_x x + c_0 x0 + c_1 h1 + c_2 h2 + c_3 h3 + c_y y + c_m m + c_u u + s z
+    y'  = d_x x + d_0 x0 + d_1 h1 + d_2 h2 + d_3 h3 + d_y y + d_u u
+    h3, h2, h1 <- h2, h1, e_x x + e_0 x0 + e_m m + e_u u   (they stay where all four are 0)
     model input <- x' (both halves);   peak[step] <- max |m|
 
 The row comes by a counter on the device, one for all images or one for each, or as launch arguments
@@ -25,8 +25,8 @@ from . import launch, philox, statistics
 from .columns import COLUMNS as NAMES
 
 (
-    A, B, CLIP, C_X, C_0, C_1, C_2, C_Y, C_M, S_Z, D_X, D_0, D_1, D_2, D_Y, E_X, E_0, E_M,
-    GUIDANCE, RESCALE
+    A, B, CLIP, C_X, C_0, C_1, C_2, C_3, C_Y, C_M, C_U, S_Z, D_X, D_0, D_1, D_2, D_3, D_Y, D_U,
+    E_X, E_0, E_M, E_U, GUIDANCE, RESCALE
 ) = (tl.constexpr(i) for i in range(len(NAMES)))  # fmt: skip
 BLOCK = 1024
 PARTS = 16  # of an image, whose statistics are made apart
@@ -39,7 +39,7 @@ def _term(coefficient, value):
 
 @triton.jit
 def _guided(output, image, batch, c, s, valid, guidance, DTYPE: tl.constexpr, HALVES: tl.constexpr):
-    """(guided, conditional) output at channel c and place s of an image."""
+    """(guided, conditional, unconditional) output at channel c and place s of an image."""
     m_ptr, strides, cond_ptr, uncond_ptr = output
     place = c.to(tl.int64) * strides[1] + s.to(tl.int64) * strides[2]
     if cond_ptr is not None:
@@ -47,7 +47,7 @@ def _guided(output, image, batch, c, s, valid, guidance, DTYPE: tl.constexpr, HA
         cond = tl.load(m_ptr + row * strides[0] + place, mask=valid, other=0.0).to(DTYPE)
         first = tl.load(m_ptr + other * strides[0] + place, mask=valid, other=0.0).to(DTYPE)
         m = tl.where(row == other, cond, first + guidance * (cond - first))
-        return m, cond
+        return m, cond, first
     first = tl.load(m_ptr + image * strides[0] + place, mask=valid, other=0.0).to(DTYPE)
     if HALVES == 2:
         m_ptr += (image + batch) * strides[0]
@@ -55,7 +55,7 @@ def _guided(output, image, batch, c, s, valid, guidance, DTYPE: tl.constexpr, HA
         m = first + guidance * (cond - first)
     else:
         m, cond = first, first
-    return m, cond
+    return m, cond, first
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def _deviations(
         index = start + tl.arange(0, BLOCK)
         valid = index < last
         c, s = index // space, index % space
-        m, cond = _guided(output, image, batch, c, s, valid, g, DTYPE, 2)
+        m, cond, _ = _guided(output, image, batch, c, s, valid, g, DTYPE, 2)
         n = tl.full((), tl.minimum(last - start, BLOCK), DTYPE)
         share = n / (count + n)
         tile_mean = tl.sum(m, 0) / n
@@ -174,17 +174,22 @@ def _sampler_step(
     c_0: tl.float64,
     c_1: tl.float64,
     c_2: tl.float64,
+    c_3: tl.float64,
     c_y: tl.float64,
     c_m: tl.float64,
+    c_u: tl.float64,
     s_z: tl.float64,
     d_x: tl.float64,
     d_0: tl.float64,
     d_1: tl.float64,
     d_2: tl.float64,
+    d_3: tl.float64,
     d_y: tl.float64,
+    d_u: tl.float64,
     e_x: tl.float64,
     e_0: tl.float64,
     e_m: tl.float64,
+    e_u: tl.float64,
     guidance: tl.float64,
     rescale: tl.float64,
     batch,
@@ -195,6 +200,7 @@ def _sampler_step(
     HALVES: tl.constexpr,
     INPUT_HALVES: tl.constexpr,
     NOISE: tl.constexpr,  # "none", "memory" or "philox"
+    UNCONDITIONAL: tl.constexpr,  # a row may read u
     STATE_ON_DEVICE: tl.constexpr,
     EACH: tl.constexpr,  # image has a step of its own
     STREAMS: tl.constexpr,  # image has a Philox stream of its own
@@ -203,7 +209,7 @@ def _sampler_step(
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    x_ptr, y_ptr, h1_ptr, h2_ptr, z_ptr = state
+    x_ptr, y_ptr, h1_ptr, h2_ptr, h3_ptr, z_ptr = state
     image = (tl.program_id(0) // chunks).to(tl.int64)
     size = channels * space
     index = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
@@ -220,7 +226,7 @@ def _sampler_step(
         step = tl.load(step_ptr)
 
     g = _row(table_ptr, step_ptr, guidance, COLUMNS, GUIDANCE, DTYPE)
-    m, _ = _guided(output, image, batch, c, s, valid, g, DTYPE, HALVES)
+    m, _, u = _guided(output, image, batch, c, s, valid, g, DTYPE, HALVES)
     if parts_ptr is not None:
         rescale = _row(table_ptr, step_ptr, rescale, COLUMNS, RESCALE, DTYPE)
         m = m * _factor(parts_ptr, image, rescale, PARTS)
@@ -232,6 +238,8 @@ def _sampler_step(
         h1 = tl.load(h1_ptr + here, mask=valid, other=0.0)
     if h2_ptr is not None:
         h2 = tl.load(h2_ptr + here, mask=valid, other=0.0)
+    if h3_ptr is not None:
+        h3 = tl.load(h3_ptr + here, mask=valid, other=0.0)
     if y_ptr is not None:
         y = tl.load(y_ptr + here, mask=valid, other=0.0)
     # Below, an element may be written by another thread than the one that has read it.
@@ -254,13 +262,25 @@ def _sampler_step(
     if h2_ptr is not None:
         x_next += _term(_row(table_ptr, step_ptr, c_2, COLUMNS, C_2, DTYPE), h2)
         y_next += _term(_row(table_ptr, step_ptr, d_2, COLUMNS, D_2, DTYPE), h2)
+    if h3_ptr is not None:
+        x_next += _term(_row(table_ptr, step_ptr, c_3, COLUMNS, C_3, DTYPE), h3)
+        y_next += _term(_row(table_ptr, step_ptr, d_3, COLUMNS, D_3, DTYPE), h3)
+    if UNCONDITIONAL:
+        x_next += _term(_row(table_ptr, step_ptr, c_u, COLUMNS, C_U, DTYPE), u)
+        y_next += _term(_row(table_ptr, step_ptr, d_u, COLUMNS, D_U, DTYPE), u)
     if h1_ptr is not None:
         of_x = _row(table_ptr, step_ptr, e_x, COLUMNS, E_X, DTYPE)
         of_x0 = _row(table_ptr, step_ptr, e_0, COLUMNS, E_0, DTYPE)
         of_m = _row(table_ptr, step_ptr, e_m, COLUMNS, E_M, DTYPE)
         stays = (of_x == 0.0) & (of_x0 == 0.0) & (of_m == 0.0)
-        moves = valid & (stays == 0)
         newest = _term(of_x, x) + _term(of_x0, x0) + _term(of_m, m)
+        if UNCONDITIONAL:
+            of_u = _row(table_ptr, step_ptr, e_u, COLUMNS, E_U, DTYPE)
+            stays = stays & (of_u == 0.0)
+            newest += _term(of_u, u)
+        moves = valid & (stays == 0)
+        if h3_ptr is not None:
+            tl.store(h3_ptr + here, h2, mask=moves)
         if h2_ptr is not None:
             tl.store(h2_ptr + here, h1, mask=moves)
         tl.store(h1_ptr + here, newest, mask=moves)
@@ -301,10 +321,12 @@ def sampler_step(
     y=None,
     h1=None,
     h2=None,
+    h3=None,
     model_input=None,
     peak=None,
     stream=None,
     rescale=True,
+    unconditional=True,
     cond=None,
     uncond=None,
     row=(),
@@ -321,6 +343,7 @@ def sampler_step(
     dtype = {"DTYPE": launch.accumulator(x.dtype), "COLUMNS": len(NAMES), "PARTS": PARTS}
     dtype["EACH"] = cond is not None
     pick = table, step
+    reads = numbers["c_u"] or numbers["d_u"] or numbers["e_u"]
     if launch.image_strides(_image(model_output)) is None:
         model_output = model_output.contiguous()
     output = model_output, launch.image_strides(_image(model_output)), cond, uncond
@@ -351,6 +374,8 @@ def sampler_step(
     launch.launch(
         _sampler_step,
         (batch * chunks,),
+        (x, y, h1, h2, h3, noise),
+        *output,
         (x, y, h1, h2, noise),
         output,
         model_input,
@@ -371,6 +396,7 @@ def sampler_step(
         HALVES=halves,
         INPUT_HALVES=1 if model_input is None else model_input.shape[0] // batch,
         NOISE=kind,
+        UNCONDITIONAL=bool(reads) if on_host else unconditional,
         STATE_ON_DEVICE=source[3],
         STREAMS=streams,
         BLOCK=BLOCK,

@@ -63,7 +63,7 @@ def _norm(x: Tensor, x2: Tensor, weight: Tensor, bias: Tensor, add: Tensor) -> T
 
 def _step(device: str, like: Tensor, philox: ops.Philox) -> Call:
     rows = torch.rand(4, len(COLUMNS), dtype=torch.float64, device=device)
-    state = {name: like.float() for name in ("x", "y", "h1", "h2")}
+    state = {name: like.float() for name in ("x", "y", "h1", "h2", "h3")}
     output = torch.cat((like, like))
     peak = torch.zeros(4, device=device)
     step = torch.ones(1, dtype=torch.int64, device=device)

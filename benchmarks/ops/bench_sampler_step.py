@@ -48,9 +48,9 @@ def build(batch: int, side: int, device: str) -> Problem:
         if device != "cuda" or not torch.cuda.is_current_stream_capturing():
             now.copy_(x)
             before.copy_(h1)
-        ops.sampler_step(
-            now, model_output, rows, step, h1=before, model_input=model_input, rescale=False
-        )
+        promised = {"rescale": False, "unconditional": False}
+        more = {"h1": before, "model_input": model_input}
+        ops.sampler_step(now, model_output, rows, step, **more, **promised)
         return now, before, model_input
 
     kept: list[Tensor] = []

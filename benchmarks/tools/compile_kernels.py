@@ -161,7 +161,7 @@ def _latent_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]
                 "sampler_step",
                 kind,
                 lambda x=x, m=both, z=noise, s=stream, p=peak: sampler_step.sampler_step(
-                    x, m, rows, step, z, x, x, x, m, p, s
+                    x, m, rows, step, z, x, x, x, None, m, p, s, unconditional=False
                 ),
             )
         images = torch.empty(1, dtype=torch.int64, device="meta")
@@ -172,15 +172,22 @@ def _latent_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]
                 "sampler_step",
                 kind,
                 lambda x=x, m=both, z=noise, s=stream, p=peak, i=images: sampler_step.sampler_step(
-                    x, m, rows, i, z, x, x, x, x.bfloat16(), p, s, cond=i, uncond=i
+                    x, m, rows, i, z, x, x, x, None, x.bfloat16(), p, s, True, False, i, i
                 ),
             )
-        row = (0.5,) * len(COLUMNS)
+        yield (
+            "sampler_step",
+            f"{model} 1x4x{side}x{side} all columns",
+            lambda x=x, m=both, z=x, p=peak: sampler_step.sampler_step(
+                x, m, rows, step, z, x, x, x, x, m, p
+            ),
+        )
+        row = tuple(0.0 if name.endswith("_u") else 0.5 for name in COLUMNS)
         yield (
             "sampler_step",
             f"{model} 1x4x{side}x{side} host row",
             lambda x=x, m=both, p=peak, row=row: sampler_step.sampler_step(
-                x, m, None, None, x, x, x, x, m, p, row=row, index=3
+                x, m, None, None, x, x, x, x, None, m, p, row=row, index=3
             ),
         )
 

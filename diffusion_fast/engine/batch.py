@@ -269,10 +269,10 @@ class Batch:
             return torch.zeros(*size, dtype=dtype, device=device)
 
         self._input = empty(count, shape[0] + extra, *shape[1:], dtype=slots.model_dtype)
-        # x, y, h1, h2, noise; and what a mask keeps: an image, its noise, how much of it
+        # x, y, h1 to h3, noise; and what a mask keeps: an image, its noise, how much of it
         self._state = {
             name: empty(count, *shape)
-            for name in ("x", "y", "h1", "h2", "noise", "image", "start", "weight")
+            for name in ("x", "y", "h1", "h2", "h3", "noise", "image", "start", "weight")
         }
         self._row = torch.full((count,), slots.idle, dtype=torch.int64, device=device)
         self._advance = torch.zeros_like(self._row)
@@ -293,7 +293,7 @@ class Batch:
         job, table, at = seat.job, seat.job.table, len(self.seats)
         state = {name: value[at] for name, value in self._state.items()}
         x = state["x"].copy_(job.x_T[0])
-        for name in ("y", "h1", "h2", "noise", "image", "start", "weight"):
+        for name in ("y", "h1", "h2", "h3", "noise", "image", "start", "weight"):
             state[name].zero_()
         if job.mask is not None and job.x_0 is not None:
             state["image"].copy_(job.x_0[0])
@@ -337,8 +337,8 @@ class Batch:
         at, row = self.seats.index(seat), seat.row - 1
         if row < 0:
             return self._state["x"][at : at + 1].clone()
-        kept = seat.rows.table.rows[row, [INDEX[name] for name in ("e_x", "e_0", "e_m")]]
-        if kept.tolist() == [0.0, 1.0, 0.0]:
+        kept = seat.rows.table.rows[row, [INDEX[name] for name in ("e_x", "e_0", "e_m", "e_u")]]
+        if kept.tolist() == [0.0, 1.0, 0.0, 0.0]:
             return self._state["h1"][at : at + 1].clone()
         signal = max(float(seat.rows.table.next_levels[row, 0]), 1e-3)
         return self._state["x"][at : at + 1] / signal
@@ -433,6 +433,7 @@ class Batch:
             y=state["y"],
             h1=state["h1"],
             h2=state["h2"],
+            h3=state["h3"],
             model_input=latents,
             peak=slots.peak,
             rescale=arranged.key[4],

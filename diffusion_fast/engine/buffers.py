@@ -96,7 +96,7 @@ class Buffers:
     """The state of a sampler (see :mod:`diffusion_fast.ops.sampler_step`) and the model's input.
 
     Attributes:
-        x, y, h1, h2, noise: the state, [B, ...]; ``scratch`` four tensors more of that shape.
+        x, y, h1, h2, h3, noise: the state, [B, ...]; ``scratch`` four tensors more of that shape.
         model_input: [halves * B, C + extra, ...] in the model's dtype. It is ``x`` itself where
             the model takes one half of guidance in the state's dtype.
         next_input: where a step writes x for the model; None if ``model_input`` is ``x``.
@@ -112,7 +112,8 @@ class Buffers:
 
         shape = layout.shape
         self.layout = layout
-        self.x, self.y, self.h1, self.h2, self.noise = (empty(*shape) for _ in range(5))
+        self.x, self.y, self.noise = (empty(*shape) for _ in range(3))
+        self.h1, self.h2, self.h3 = (empty(*shape) for _ in range(3))
         self.scratch = tuple(empty(*shape) for _ in range(4))
         self.model_input, self.next_input = self.x, None
         if layout.halves > 1 or layout.extra or layout.dtype != layout.model_dtype:
@@ -164,7 +165,7 @@ class Buffers:
 
     def start(self) -> None:
         """Begin a run from ``x``: the kept tensors start at zero."""
-        for kept in (self.y, self.h1, self.h2, self.peak):
+        for kept in (self.y, self.h1, self.h2, self.h3, self.peak):
             kept.zero_()
         self.write_input()
 

@@ -238,7 +238,9 @@ class Prepared:
         Args:
             masked: whether an image is kept outside of a mask.
         """
-        loop, buffers, rescales = self.loop, self.loop.buffers, self.rows.table.rescales
+        loop, buffers, table = self.loop, self.loop.buffers, self.rows.table
+        rescales, unconditional = table.rescales, table.reads_unconditional
+        h3 = buffers.h3 if table.needs_h3 else None
 
         def captured(noise: str) -> None:
             state = {
@@ -246,16 +248,18 @@ class Prepared:
                 "y": buffers.y,
                 "h1": buffers.h1,
                 "h2": buffers.h2,
+                "h3": h3,
                 "model_input": buffers.next_input,
                 "peak": buffers.peak,
                 "rescale": rescales,
+                "unconditional": unconditional,
             }
             with loop.clock.on_device():
                 step(loop, Given(buffers.table, state, masked))
 
         return Capturable(
             owner=loop,
-            baked=(self.baked, masked, rescales),
+            baked=(self.baked, masked, rescales, unconditional, h3 is None),
             device=buffers.layout.device,
             rows=len(self.rows),
             draws=any(self.rows.draws),
@@ -311,9 +315,7 @@ class Run:
         drawn = buffers.noise if any(rows.draws) else None
         state: dict[str, Any] = {
             "noise": buffers.philox if isinstance(start.generator, Philox) else drawn,
-            "y": buffers.y if table.needs_y else None,
-            "h1": buffers.h1 if table.needs_h1 else None,
-            "h2": buffers.h2 if table.needs_h2 else None,
+            **{name: getattr(buffers, name) for name in table.kept},
             "model_input": buffers.next_input,
             "peak": buffers.peak[: len(rows)],
             "scratch": buffers.scratch,

@@ -219,8 +219,7 @@ def _sample(
     rows, draws = table.folded().tolist(), table.draws.tolist()
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     state = x.to(dtype, copy=True) / math.hypot(1, levels[0])
-    needed = table.needs_y, table.needs_h1, table.needs_h2
-    y, h1, h2 = (torch.zeros_like(state) if one else None for one in needed)
+    kept = {name: torch.zeros_like(state) for name in table.kept}
     for row, sigma in enumerate(table.timesteps.tolist()):  # the grid was given sigmas as times
         step = int(table.step_of_row[row])
         if step == len(levels) - 1:
@@ -237,7 +236,7 @@ def _sample(
             callback(
                 {"x": wide, "i": step, "sigma": level, "sigma_hat": level, "denoised": denoised}
             )
-        sampler_step(state, denoised.to(dtype), rows, row, noise=noise, y=y, h1=h1, h2=h2)
+        sampler_step(state, denoised.to(dtype), rows, row, noise=noise, **kept)
     return (state * math.hypot(1, levels[-1])).to(x.dtype)
 
 

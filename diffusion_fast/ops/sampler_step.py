@@ -4,10 +4,11 @@ With a fixed time grid every sampler is linear in what it keeps, so a step is on
 
     m   = m_uncond + guidance * (m_cond - m_uncond)
     x0  = clamp(a * x + b * m, -clip, clip)
-    x'  = c_x * x + c_0 * x0 + c_1 * h1 + c_2 * h2 + c_y * y + c_m * m + s * z
-    y'  = d_x * x + d_0 * x0 + d_1 * h1 + d_2 * h2 + d_y * y
-    (h2, h1) <- (h1, e_x * x + e_0 * x0 + e_m * m)    # they stay if e_x = e_0 = e_m = 0
+    x'  = c_x * x + c_0 * x0 + c_1 * h1 + c_2 * h2 + c_3 * h3 + c_y * y + c_m * m + c_u * u + s * z
+    y'  = d_x * x + d_0 * x0 + d_1 * h1 + d_2 * h2 + d_3 * h3 + d_y * y + d_u * u
+    (h3, h2, h1) <- (h2, h1, e_x * x + e_0 * x0 + e_m * m + e_u * u)    # they stay if all e are 0
 
+u is m_uncond as the model returned it; with one half of guidance it is m.
 A term whose coefficient is 0 is not read: 0 * NaN would be NaN. ``samplers/`` computes the rows.
 
 A row is a sampler's step, so images of one batch need not share one: with a step for each image,
@@ -44,10 +45,12 @@ def sampler_step(
     y: Tensor | None = None,
     h1: Tensor | None = None,
     h2: Tensor | None = None,
+    h3: Tensor | None = None,
     model_input: Tensor | None = None,
     peak: Tensor | None = None,
     scratch: Sequence[Tensor] | None = None,
     rescale: bool = True,
+    unconditional: bool = True,
     cond: Tensor | None = None,
     uncond: Tensor | None = None,
 ) -> None:
@@ -67,7 +70,7 @@ def sampler_step(
             :class:`~diffusion_fast.ops.Philox`, whose offset ``step`` is added to, one for all
             images or, with a row for each image, one for each (:meth:`~.Philox.for_images`).
         y: the kept sample, like ``x``; becomes y'. None if no row uses it.
-        h1, h2: the history, like ``x``: mostly the last two x0; shifted. None if no row uses them.
+        h1, h2, h3: the history, like ``x``: mostly the last x0; shifted. None if no row uses it.
         model_input: [B, ...] or [2B, ...], any floating dtype and memory format; x' is written to
             it (to both halves).
         peak: [N], of the dtype of ``x``, zero before the step; peak[step] becomes max |m|, or NaN
@@ -76,6 +79,7 @@ def sampler_step(
         scratch: four tensors like ``x``, so that the reference allocates nothing.
         rescale: False promises that no row of a table on the device rescales guidance, which saves
             a kernel the statistics.
+        unconditional: False promises that no row of a table on the device reads u.
         cond, uncond: int64 [B]: where in ``model_output``, now [R, ...] with any R, image i has its
             conditional and unconditional output. Where both are one, m is that output. They go
             together, and with a row for each image; that they name outputs is the caller's duty.
@@ -89,7 +93,7 @@ def sampler_step(
     """
     rows = len(table)
     noise, stream = (None, noise.state) if isinstance(noise, Philox) else (noise, None)
-    tensors = noise, y, h1, h2, model_input, peak, stream
+    tensors = noise, y, h1, h2, h3, model_input, peak, stream
     if not isinstance(step, Tensor):
         if not isinstance(step, numbers.Integral) or not 0 <= step < rows:
             checks.fail("step", f"an index in [0, {rows})", step)
@@ -102,13 +106,13 @@ def sampler_step(
                 checks.fail("peak", f"{x.dtype} [N] = [{rows}]", f"{peak.dtype} {list(peak.shape)}")
             _check_noise_rows(noise, rows, x)
             row = table[step].tolist() if isinstance(table, Tensor) else table[step]
-            more = rescale, cond, uncond, row, int(step), scratch or ()
+            more = rescale, unconditional, cond, uncond, row, int(step), scratch or ()
             return _OP(x, model_output, None, None, *tensors, *more)
         # In a trace the row would become a constant of the graph.
         step = torch.full((1,), step, dtype=torch.int64, device=x.device)
     if not isinstance(table, Tensor):
         table = torch.tensor(table, dtype=torch.float64)
-    more = rescale, cond, uncond, (), 0, ()
+    more = rescale, unconditional, cond, uncond, (), 0, ()
     return _OP(x, model_output, table.to(x.device), step, *tensors, *more)
 
 
@@ -121,10 +125,12 @@ def _check(
     y: Any,
     h1: Any,
     h2: Any,
+    h3: Any,
     model_input: Any,
     peak: Any,
     stream: Any,
     rescale: bool,
+    unconditional: bool,
     cond: Any,
     uncond: Any,
     row: Sequence[float],
@@ -145,11 +151,14 @@ def _check(
         if stream.dim() > 1 and (cond is None or stream.shape != (len(x), 2)):
             expected = "one Philox, or one for each image beside a step for each"
             checks.fail("noise", expected, f"those of {len(stream)} images")
-    for name, value in (("y", y), ("h1", h1), ("h2", h2), ("noise", noise)):
+    for name, value in (("y", y), ("h1", h1), ("h2", h2), ("h3", h3), ("noise", noise)):
         if value is not None:
             checks.tensor(name, value)
             of_rows = name == "noise" and value.dim() == x.dim() + 1
             checks.like(name, value[0] if of_rows else value, "x", x)
+    for name, value, before in (("h2", h2, h1), ("h3", h3, h2)):
+        if value is not None and before is None:
+            checks.fail(name, f"None, because h{int(name[1]) - 1} is", "a tensor")
     if peak is not None and peak.dtype != x.dtype:
         checks.fail("peak", f"{x.dtype} [N]", f"{peak.dtype} {list(peak.shape)}")
     if table is None:
@@ -218,10 +227,12 @@ def _check_row(
     y: Any,
     h1: Any,
     h2: Any,
+    h3: Any,
     model_input: Any,
     peak: Any,
     stream: Any,
     rescale: bool,
+    unconditional: bool,
     cond: Any,
     uncond: Any,
     row: Sequence[float],
@@ -231,9 +242,10 @@ def _check_row(
     if not row:
         return
     drawn = stream if noise is None else noise
-    given = {"noise": (drawn, "s"), "y": (y, "c_y"), "h1": (h1, "c_1"), "h2": (h2, "c_2")}
+    given = {"noise": (drawn, "s"), "y": (y, "c_y")}
+    given |= {"h1": (h1, "c_1"), "h2": (h2, "c_2"), "h3": (h3, "c_3")}
     if y is not None:  # else y' is not computed
-        given |= {"h1": (h1, "c_1 d_1"), "h2": (h2, "c_2 d_2")}
+        given |= {"h1": (h1, "c_1 d_1"), "h2": (h2, "c_2 d_2"), "h3": (h3, "c_3 d_3")}
     for name, (value, columns) in given.items():
         if value is None and any(row[COLUMNS.index(column)] for column in columns.split()):
             checks.fail(name, "a tensor, because this row of the table reads it", None)
@@ -261,10 +273,12 @@ def reference(
     y: Tensor | None,
     h1: Tensor | None,
     h2: Tensor | None,
+    h3: Tensor | None,
     model_input: Tensor | None,
     peak: Tensor | None,
     stream: Tensor | None,
     rescale: bool,
+    unconditional: bool,
     cond: Tensor | None,
     uncond: Tensor | None,
     row: Sequence[float],
@@ -288,7 +302,10 @@ def reference(
         stream = None
     z = _noise(x, at, noise, stream)
     outputs = None if cond is None or uncond is None else (uncond, cond)
-    _step(x, model_output, coefficients, at, z, y, h1, h2, model_input, peak, scratch, outputs)
+    _step(
+        *(x, model_output, coefficients, at, z, y, h1, h2, h3, model_input, peak, unconditional),
+        *(scratch, outputs),
+    )
 
 
 def _step(
@@ -300,13 +317,15 @@ def _step(
     y: Tensor | None,
     h1: Tensor | None,
     h2: Tensor | None,
+    h3: Tensor | None,
     model_input: Tensor | None,
     peak: Tensor | None,
+    unconditional: bool,
     scratch: Sequence[Tensor],
     outputs: tuple[Tensor, Tensor] | None,
 ) -> None:
-    a, b, clip, c_x, c_0, c_1, c_2, c_y, c_m, s, d_x, d_0, d_1, d_2, d_y = row[:15]
-    e_x, e_0, e_m, g, rescale = row[15:]
+    a, b, clip, c_x, c_0, c_1, c_2, c_3, c_y, c_m, c_u, s = row[:12]
+    d_x, d_0, d_1, d_2, d_3, d_y, d_u, e_x, e_0, e_m, e_u, g, rescale = row[12:]
     on_host = isinstance(step, int)
     accumulate: Callable[..., None] = _accumulate if on_host else _accumulate_on_device
     if not scratch:
@@ -314,14 +333,17 @@ def _step(
     m_buffer, x0, y_next, newest = scratch
 
     m = model_output
+    u = m[: len(x)]
     if outputs is not None:
         first, second = (m.index_select(0, places).to(x.dtype) for places in outputs)
+        u = first
         m = _guided(first, second, g, rescale, m_buffer)
         one = (outputs[0] == outputs[1]).view(-1, *(1,) * (x.dim() - 1))
         m = torch.where(one, second, m)
     elif m.shape != x.shape:
         first, second = m.to(x.dtype).chunk(2)
         m = _guided(first, second, g, rescale, m_buffer)
+    alone = u if on_host or unconditional else None
     if peak is not None:
         torch.abs(m if m.dtype == x.dtype else m.to(x.dtype), out=x0)
         if outputs is not None:
@@ -340,24 +362,26 @@ def _step(
             x0.clamp_(-clip, clip)
 
     if y is not None:
-        accumulate(y_next, (d_x, x), (d_0, x0), (d_1, h1), (d_2, h2), (d_y, y))
-    stays = on_host and not (e_x or e_0 or e_m)
+        accumulate(
+            y_next, (d_x, x), (d_0, x0), (d_1, h1), (d_2, h2), (d_3, h3), (d_y, y), (d_u, alone)
+        )
+    stays = on_host and not (e_x or e_0 or e_m or e_u)
     if h1 is not None and not stays:
-        accumulate(newest, (e_x, x), (e_0, x0), (e_m, m))
+        accumulate(newest, (e_x, x), (e_0, x0), (e_m, m), (e_u, alone))
     # x' takes the place of x, so the term that reads x comes first.
-    accumulate(x, (c_x, x), (c_0, x0), (c_1, h1), (c_2, h2), (c_y, y), (c_m, m), (s, noise))
+    history = (c_1, h1), (c_2, h2), (c_3, h3)
+    accumulate(x, (c_x, x), (c_0, x0), *history, (c_y, y), (c_m, m), (c_u, alone), (s, noise))
 
     if y is not None:
         y.copy_(y_next)
     if h1 is not None and not stays:
-        older = h1
+        places = [h for h in (h1, h2, h3) if h is not None]
+        entering: list[Tensor] = [newest, *places[:-1]]
         if not on_host:
-            kept = torch.stack([torch.as_tensor(e) for e in (e_x, e_0, e_m)]).eq(0).all(0)
-            newest = torch.where(kept, h1, newest)
-            older = older if h2 is None else torch.where(kept, h2, h1)
-        if h2 is not None:
-            h2.copy_(older)
-        h1.copy_(newest)
+            kept = torch.stack([torch.as_tensor(e) for e in (e_x, e_0, e_m, e_u)]).eq(0).all(0)
+            entering = [torch.where(kept, *pair) for pair in zip(places, entering, strict=True)]
+        for place, value in reversed(list(zip(places, entering, strict=True))):
+            place.copy_(value)
     if model_input is not None:
         for half in model_input.split(len(x)):
             half.copy_(x)
@@ -417,7 +441,7 @@ _OP = Op(
     public=sampler_step,
     check=_check,
     values=_check_row,
-    mutates=("x", "y", "h1", "h2", "model_input", "peak"),
+    mutates=("x", "y", "h1", "h2", "h3", "model_input", "peak"),
     data=3,
 )
 
@@ -437,6 +461,7 @@ def _kernel_supports(
     y: Tensor | None,
     h1: Tensor | None,
     h2: Tensor | None,
+    h3: Tensor | None,
     model_input: Tensor | None,
     peak: Tensor | None,
     *_: Any,
@@ -447,7 +472,7 @@ def _kernel_supports(
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     if not (last or x.is_contiguous()):
         return ["x is neither contiguous nor channels_last"]
-    for name, value in (("noise", noise), ("y", y), ("h1", h1), ("h2", h2)):
+    for name, value in (("noise", noise), ("y", y), ("h1", h1), ("h2", h2), ("h3", h3)):
         if value is not None:
             one = value[0] if value.dim() > x.dim() else value
             strides = zip(one.stride(), x.stride(), x.shape, strict=True)

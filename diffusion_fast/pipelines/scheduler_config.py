@@ -39,7 +39,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "solver_order": 2,
         "solver_type": "midpoint",
     },
-    "PNDMScheduler": {"timestep_spacing": "leading", "set_alpha_to_one": False},
+    "PNDMScheduler": {
+        "timestep_spacing": "leading",
+        "set_alpha_to_one": False,
+        "skip_prk_steps": False,
+    },
+    "DEISMultistepScheduler": {"solver_order": 2},
+    "SASolverScheduler": {"algorithm_type": "data_prediction"},
 }
 for _name in ("LCMScheduler", "TCDScheduler"):
     _DEFAULTS[_name] = {
@@ -85,13 +91,19 @@ _READS: dict[str, tuple[str, ...]] = {
         *("algorithm_type", "solver_order", "solver_type", *_PLACED),
         *("final_sigmas_type", "lambda_min_clipped"),
     ),
+    "PNDMScheduler": ("set_alpha_to_one", "skip_prk_steps"),
+    "LMSDiscreteScheduler": _PLACED,
+    "DEISMultistepScheduler": ("solver_order", *_PLACED, "lower_order_final"),
+    "SASolverScheduler": (
+        *("algorithm_type", "predictor_order", "corrector_order", *_PLACED),
+        *("lower_order_final", "lambda_min_clipped"),
+    ),
     "LCMScheduler": (_ZERO_SNR, "clip_sample", "clip_sample_range"),
     "TCDScheduler": (_ZERO_SNR,),
 }
 _ALL_READ = {*_BETAS, "prediction_type", "timestep_spacing", "steps_offset"}.union(*_READS.values())
 # Options that change nothing where the others have the values that are allowed.
 _WITHOUT_EFFECT = {
-    "skip_prk_steps",
     "dynamic_thresholding_ratio",
     "sample_max_value",
     "flow_shift",
@@ -102,6 +114,7 @@ _WITHOUT_EFFECT = {
 # Options that we don't have, with the values that switch them off.
 _OFF: dict[str, tuple[Any, ...]] = {
     "thresholding": (False, None),
+    "tau_func": (None,),
     "use_dynamic_shifting": (False, None),
     "shift_terminal": (None,),
     "timestep_type": ("discrete",),
@@ -118,6 +131,10 @@ _SAME = {
     },
     "UniPCMultistepScheduler": {
         "solver_type": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2"),
+    },
+    "DEISMultistepScheduler": {
+        "algorithm_type": dict.fromkeys(("dpmsolver", "dpmsolver++"), "deis"),
+        "solver_type": dict.fromkeys(("midpoint", "heun", "bh1", "bh2"), "logrho"),
     },
 }
 
@@ -204,7 +221,8 @@ def read_scheduler(config: Mapping[str, Any]) -> SchedulerSettings:
         **config,
     }
     for key, replaced in _SAME.get(name, {}).items():
-        full[key] = replaced.get(full[key], full[key])
+        if key in full:
+            full[key] = replaced.get(full[key], full[key])
     if name == _SINGLESTEP:  # it has no other
         full |= {"timestep_spacing": "linspace", "steps_offset": 0}
     _refuse(name, full)
@@ -251,6 +269,9 @@ def _refuse(name: str, config: Mapping[str, Any]) -> None:
     checks.one_of(
         "final_sigmas_type", config.get("final_sigmas_type") or "zero", ("zero", "sigma_min")
     )
+    if name == "PNDMScheduler" and not config["skip_prk_steps"]:
+        expected = "True (PNDM's Runge-Kutta steps at the start are no rows of one table)"
+        checks.fail("skip_prk_steps", expected, False)
     variances = (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
     if config.get("variance_type") not in variances:
         checks.fail("variance_type", "a fixed one", repr(config["variance_type"]))

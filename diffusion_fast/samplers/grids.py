@@ -167,6 +167,12 @@ class Grid:
         t = float(_time_of(np.array([sigma]), self.levels)[0])
         return round(t) if self.whole else t
 
+    def level_of(self, t: float) -> float:
+        """The noise level at a timestep, interpolated in log sigma; t itself without a schedule."""
+        if self.levels is None:
+            return t
+        return float(np.exp(np.interp(t, np.arange(len(self.levels)), np.log(self.levels))))
+
     @property
     def sigma(self) -> FloatArray:
         """S / A at the start of each step; infinite at zero SNR."""

@@ -32,7 +32,7 @@ A1111_SCHEDULES = {
 }
 # Settings that a class of diffusers has by default.
 USUAL: dict[str, tuple[Any, ...]] = {
-    "algorithm_type": ("dpmsolver++",),
+    "algorithm_type": ("dpmsolver++", "data_prediction"),
     "solver_order": (2,),
     "solver_type": ("midpoint", "bh2"),
     "predict_x0": (True,),

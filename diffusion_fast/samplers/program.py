@@ -40,9 +40,10 @@ class Sum:
         return self + other * -1.0
 
 
-# The state; the model's x_0 and epsilon = (x - x_0) / sigma; x_0 of the calls before; what was
-# kept; and noise.
-X, X0, EPS, H1, H2, Y, Z = (Sum({name: 1.0}) for name in ("x", "x0", "eps", "h1", "h2", "y", "z"))
+# The state; the model's x_0 and epsilon = (x - x_0) / sigma; the history, mostly x_0 of the calls
+# before; what was kept; and noise.
+X, X0, EPS, Y, Z = (Sum({name: 1.0}) for name in ("x", "x0", "eps", "y", "z"))
+H1, H2, H3 = HISTORY = tuple(Sum({name: 1.0}) for name in ("h1", "h2", "h3"))
 
 
 class Program:
@@ -66,12 +67,21 @@ class Program:
         self._rows: list[FloatArray] = []
         self._points: list[tuple[float, ...]] = []
 
-    def call(self, step: int, sigma: float, after: float, x: Sum, y: Sum | None = None) -> None:
+    def call(
+        self,
+        step: int,
+        sigma: float,
+        after: float,
+        x: Sum,
+        y: Sum | None = None,
+        history: Sum | None = X0,
+    ) -> None:
         """A model call at noise level ``sigma``, which leads to the state x at level ``after``.
 
         Args:
             step: the step that the call belongs to.
             y: what to keep; None for nothing.
+            history: what enters the history; None for nothing, which leaves it as it is.
         """
         signal, signal_after = 1 / math.hypot(1, sigma), 1 / math.hypot(1, after)
         noise, row = sigma * signal, coefficients(1)[0]
@@ -81,6 +91,10 @@ class Program:
         kept = {} if y is None else _lowered(y, sigma, {"x": 1 / sigma, "x0": -1 / sigma})
         for name, value in kept.items():
             row[INDEX[_KEPT[name]]] += value / (signal if name == "x" else 1.0)
+        row[INDEX["e_0"]] = 0.0
+        entering = {} if history is None else _lowered(history, sigma, self._epsilon(signal, noise))
+        for name, value in entering.items():
+            row[INDEX[_ENTERING[name]]] += value / (signal if name == "x" else 1.0)
         self._rows.append(row)
         t = self._times.get(sigma)
         t = self.grid.time_of(sigma) if t is None else t
@@ -95,12 +109,11 @@ class Program:
         )
         return {"x": float(e_x[0]) * signal, "m": float(e_m[0])}
 
-    def calls(self) -> Calls:
-        """All calls so far."""
+    def calls(self, draws: np.ndarray | None = None) -> Calls:
+        """All calls so far; ``draws`` as in :class:`~.sampler.Calls`."""
         step, *levels = np.array(self._points).T
-        return Calls(
-            np.stack(self._rows), step.astype(np.int64), *map(np.ascontiguousarray, levels)
-        )
+        arrays = map(np.ascontiguousarray, levels)
+        return Calls(np.stack(self._rows), step.astype(np.int64), *arrays, draws=draws)
 
     def steps(self) -> Iterator[tuple[int, float, float]]:
         """(number, noise level at the start, at the end) of each step.
@@ -115,9 +128,11 @@ class Program:
 
 
 _COLUMNS = {
-    **{"x": "c_x", "x0": "c_0", "m": "c_m", "h1": "c_1", "h2": "c_2", "y": "c_y", "z": "s"},
+    **{"x": "c_x", "x0": "c_0", "m": "c_m", "h1": "c_1", "h2": "c_2", "h3": "c_3"},
+    **{"y": "c_y", "z": "s"},
 }
-_KEPT = {"x": "d_x", "x0": "d_0", "h1": "d_1", "h2": "d_2", "y": "d_y"}
+_KEPT = {"x": "d_x", "x0": "d_0", "h1": "d_1", "h2": "d_2", "h3": "d_3", "y": "d_y"}
+_ENTERING = {"x": "e_x", "x0": "e_0", "m": "e_m"}
 
 
 def _lowered(total: Sum, sigma: float, epsilon: Mapping[str, float]) -> dict[str, float]:

@@ -24,8 +24,11 @@ from . import (
     euler,
     extrapolation,
     heun,
+    linear_multistep,
     midpoint,
+    pndm,
     restart,
+    sa_solver,
     singlestep,
     unipc,
 )
@@ -36,7 +39,7 @@ from .table import INDEX, StepTable
 
 FAMILIES = (
     *(ddpm, ddim, dpm_solver, euler, heun, unipc, midpoint, singlestep, extrapolation, restart),
-    *(consistency, dpm_solver_noise),
+    *(consistency, dpm_solver_noise, linear_multistep, pndm, sa_solver),
 )
 SAMPLERS = MappingProxyType({one.name: one for family in FAMILIES for one in family.SAMPLERS})
 
@@ -141,6 +144,7 @@ def _table(sampler: Sampler, grid: Grid, options: SamplerOptions) -> StepTable:
         ("rescale", guidance.rescale[calls.step]),
     ):
         rows[:, INDEX[name]] = values
+    draws = rows[:, INDEX["s"]] != 0 if calls.draws is None else calls.draws
     return StepTable(
         sampler=sampler.name,
         rows=torch.from_numpy(rows),
@@ -152,4 +156,5 @@ def _table(sampler: Sampler, grid: Grid, options: SamplerOptions) -> StepTable:
         halves=guidance.halves,
         levels=torch.from_numpy(np.stack((calls.signal, calls.noise), axis=1)),
         next_levels=torch.from_numpy(np.stack((calls.next_signal, calls.next_noise), axis=1)),
+        draws=torch.from_numpy(draws),
     )

@@ -34,6 +34,10 @@ class SamplerOptions(GridOptions):
             no use for it.
         eta: in [0, 1], the noise of a step as a part of the posterior's; 0 is deterministic, and
             None is 0 for DDIM, 0.3 for TCD and 1 for the others that have it.
+        order: 1 to 4, at how many calls a linear multistep sampler looks; None for 4, and 3 for
+            DEIS.
+        predictor_order, corrector_order: 1 to 4, those of SA-Solver; None for 3 and 4, and 2 and 2
+            as diffusers has it.
         s_noise: a factor of the noise that a step adds; None for 1.
         clip_sample: clamp x_0 to [-1, 1] (True) or to [-c, c] (a number c > 0).
         clipped_direction: whether the epsilon of DDIM's direction follows from the clipped x_0
@@ -54,6 +58,9 @@ class SamplerOptions(GridOptions):
     variance: str | None = None
     eta: float | None = None
     s_noise: float | None = None
+    order: int | None = None
+    predictor_order: int | None = None
+    corrector_order: int | None = None
     clip_sample: bool | float = False
     clipped_direction: bool | None = None
     lower_order_final: bool | None = None
@@ -128,6 +135,8 @@ class Calls:
         timesteps: t of each call, float64 [N].
         signal, noise: A and S of the state that each call sees, [N].
         next_signal, next_noise: A and S of the state after each call, [N].
+        draws: whether a call takes noise from the generator, bool [N]; None where those do that
+            read it.
     """
 
     coefficients: FloatArray
@@ -137,6 +146,7 @@ class Calls:
     noise: FloatArray
     next_signal: FloatArray
     next_noise: FloatArray
+    draws: np.ndarray | None = None
 
     @classmethod
     def one_per_step(cls, grid: Grid, **columns: float | FloatArray) -> Calls:
@@ -249,11 +259,18 @@ def _indices(name: str, value: Any) -> None:
         checks.whole_between(name, step, 0)
 
 
+def _order(name: str, value: Any) -> None:
+    checks.whole_between(name, value, 1, 4)
+
+
 OFF = {"s_noise": 1}  # values that ask for nothing, beside False, 0 and none
 # The options that not every sampler has, and the checks of their values.
 SPECIFIC: dict[str, Callable[[str, Any], object]] = {
     "eta": _eta,
     "s_noise": checks.not_negative,
+    "order": _order,
+    "predictor_order": _order,
+    "corrector_order": _order,
     "variance": _variance,
     "clipped_direction": _flag,
     "lower_order_final": _flag,

@@ -45,6 +45,8 @@ class StepTable:
         halves: which halves of guidance run: "conditional", "unconditional" or "both".
         next_levels: float64 [N, 2], A and S of the state after each row: where an image must be
             noised to, to take the place of the state there.
+        draws: bool [N], the rows that take noise from the generator: those that read it, and where
+            a sampler has others draw some too, those.
 
     The state is in the variance-preserving form (A^2 + S^2 = 1) for every sampler, so that the
     model sees the state itself as its input.
@@ -63,6 +65,7 @@ class StepTable:
     halves: str
     levels: Tensor
     next_levels: Tensor
+    draws: Tensor
 
     def __post_init__(self) -> None:
         n = len(self.rows)
@@ -71,6 +74,7 @@ class StepTable:
         checks.shape("rows", self.rows, (n, len(COLUMNS)), "[N, len(COLUMNS)]")
         checks.shape("timesteps", self.timesteps, (n,), "[N]")
         checks.shape("step_of_row", self.step_of_row, (n,), "[N]")
+        checks.shape("draws", self.draws, (n,), "[N]")
         checks.shape("levels", self.levels, (n, 2), "[N, 2]")
         checks.shape("next_levels", self.next_levels, (n, 2), "[N, 2]")
         for name, value, dtype in (
@@ -79,6 +83,7 @@ class StepTable:
             ("levels", self.levels, torch.float64),
             ("next_levels", self.next_levels, torch.float64),
             ("step_of_row", self.step_of_row, torch.int64),
+            ("draws", self.draws, torch.bool),
         ):
             if value.dtype != dtype or value.device.type != "cpu":
                 checks.fail(name, f"{dtype} on the CPU", f"{value.dtype} on {value.device}")
@@ -120,11 +125,6 @@ class StepTable:
         return int(self.step_of_row[-1]) + 1
 
     @property
-    def draws(self) -> Tensor:
-        """bool [N]: the rows that read noise. The others draw none from the generator."""
-        return self.rows[:, INDEX["s"]] != 0
-
-    @property
     def ends_step(self) -> Tensor:
         """bool [N]: the rows that are the last of their step."""
         last = torch.tensor([-1])
@@ -141,8 +141,13 @@ class StepTable:
         return bool((self.timesteps == self.timesteps.round()).all())
 
     @property
+    def kept(self) -> tuple[str, ...]:
+        """The tensors that a run keeps beside x: those of y, h1, h2 and h3 that a row reads."""
+        return tuple(name for name in ("y", "h1", "h2", "h3") if getattr(self, f"needs_{name}"))
+
+    @property
     def needs_y(self) -> bool:
-        return self._any("c_y", "d_x", "d_0", "d_1", "d_2", "d_y")
+        return self._any("c_y", "d_x", "d_0", "d_1", "d_2", "d_3", "d_y", "d_u")
 
     @property
     def needs_h1(self) -> bool:
@@ -150,7 +155,16 @@ class StepTable:
 
     @property
     def needs_h2(self) -> bool:
-        return self._any("c_2", "d_2")
+        return self._any("c_2", "d_2") or self.needs_h3
+
+    @property
+    def needs_h3(self) -> bool:
+        return self._any("c_3", "d_3")
+
+    @property
+    def reads_unconditional(self) -> bool:
+        """Whether any row reads the unconditional output by itself."""
+        return self._any("c_u", "d_u", "e_u")
 
     def _any(self, *columns: str) -> bool:
         return bool((self.rows[:, [INDEX[c] for c in columns]] != 0).any())

@@ -56,7 +56,7 @@ def by_hand(
     """The recurrence of ops.sampler_step, straight from the unfolded table, in float64."""
     table = make_table(schedule=SCHEDULE, **options)
     x = x_T.double() * table.initial_scale
-    y, h1, h2 = (torch.zeros_like(x) for _ in range(3))
+    kept = {name: torch.zeros_like(x) for name in table.kept}
     for i in range(len(table)):
         t = torch.full(x.shape[:1], table.timesteps[i].item())
         if table.halves == "both":
@@ -66,7 +66,7 @@ def by_hand(
             chosen = context if table.halves == "conditional" else null_context
             out = model(x, t, chosen)
         noise = torch.randn(x.shape, generator=generator).double() if table.draws[i] else None
-        ops.sampler_step(x, out, table.rows, i, noise=noise, y=y, h1=h1, h2=h2)
+        ops.sampler_step(x, out, table.rows, i, noise=noise, **kept)
     return x
 
 

@@ -52,12 +52,12 @@ def inpainted(model: Model, x_0: Tensor, mask: Tensor, z: Tensor, **options: Any
     x = z * table.initial_scale
     if options.get("strength") is not None:
         x = table.signal * x_0 + table.noise * z
-    y, h1, h2 = (torch.zeros_like(x) for _ in range(3))
+    kept = {name: torch.zeros_like(x) for name in table.kept}
     noise = seeded(7)
     for i in range(len(table)):
         t = torch.full(x.shape[:1], table.timesteps[i].item())
         drawn = torch.randn(x.shape, generator=noise, dtype=x.dtype) if table.draws[i] else None
-        ops.sampler_step(x, model(x, t), table.rows, i, noise=drawn, y=y, h1=h1, h2=h2)
+        ops.sampler_step(x, model(x, t), table.rows, i, noise=drawn, **kept)
         step = table.step_of_row[i]
         if i + 1 == len(table):
             x = mask * x + (1 - mask) * x_0

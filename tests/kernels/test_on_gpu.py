@@ -151,7 +151,7 @@ def test_one_captured_step_serves_every_step() -> None:
 
     def state() -> dict[str, Tensor]:
         torch.manual_seed(2)
-        values = {n: torch.randn(shape, device=device) for n in ("x", "y", "h1", "h2")}
+        values = {n: torch.randn(shape, device=device) for n in ("x", "y", "h1", "h2", "h3")}
         output = torch.randn(4, *shape[1:], device=device).bfloat16()
         return values | {
             "model_output": output.contiguous(memory_format=torch.channels_last),

@@ -42,7 +42,7 @@ def tensors(
 ) -> dict[str, Tensor]:
     """Everything a step can have; the model's tensors in the other layout than the state's."""
     last = torch.channels_last
-    values = {n: torch.randn(SHAPE, dtype=dtype) for n in ("x", "noise", "y", "h1", "h2")}
+    values = {n: torch.randn(SHAPE, dtype=dtype) for n in ("x", "noise", "y", "h1", "h2", "h3")}
     output = torch.randn(halves * SHAPE[0], *SHAPE[1:]).to(model)
     if layout == "channels_last":
         values = {n: v.contiguous(memory_format=last) for n, v in values.items()}
@@ -142,7 +142,8 @@ def test_shapes(shape: tuple[int, ...]) -> None:
 def test_a_term_with_coefficient_zero_is_not_read(on_device: bool, name: str) -> None:
     """Everything but the term's own tensor is NaN, and the sum is finite."""
     source = {"a": "x", "b": "model_output", "s": "noise", "x": "x", "1": "h1", "2": "h2"}
-    read = (source | {"y": "y", "m": "model_output"}).get(name[-1])
+    source |= {"3": "h3", "y": "y", "m": "model_output", "u": "model_output"}
+    read = source.get(name[-1])
     values = tensors(torch.float32, torch.float32, halves=1)
     values = {n: torch.full_like(v, NAN) for n, v in values.items() if n != "peak"}
     if read is not None:
@@ -163,7 +164,15 @@ def test_the_history_stays_where_nothing_enters_it(on_device: bool) -> None:
 @pytest.mark.parametrize("on_device", [False, True])
 def test_only_what_is_needed_is_given(on_device: bool) -> None:
     values = tensors(torch.float32, torch.float32)
-    for kept in ((), ("y",), ("h1",), ("h1", "h2"), ("model_input",), ("peak",)):
+    for kept in (
+        (),
+        ("y",),
+        ("h1",),
+        ("h1", "h2"),
+        ("h1", "h2", "h3"),
+        ("model_input",),
+        ("peak",),
+    ):
         names = {"x", "model_output", *kept}
         check(table(a=0.4, b=0.3, c_x=1.0, c_0=0.5), on_device, {n: values[n] for n in names})
 
@@ -274,15 +283,15 @@ def test_rescaling_a_large_image() -> None:
 
 def test_operator() -> None:
     values = tensors(torch.float64, torch.float64)
-    names = ("noise", "y", "h1", "h2", "model_input", "peak")
+    names = ("noise", "y", "h1", "h2", "h3", "model_input", "peak")
     rows, where = table(**full_row(0.4)).to(DEVICE), torch.tensor([1], device=DEVICE)
     args = (values["x"], values["model_output"], rows, where, *(values[n] for n in names))
     op = torch.ops.diffusion_fast.sampler_step.default
     checks = ("test_schema", "test_faketensor")  # the others need values that may run twice
     with ops.use_backend("triton"):
-        rest = None, True, None, None, [], 0, []
+        rest = None, True, True, None, None, [], 0, []
         torch.library.opcheck(op, (*args, *rest), test_utils=checks)
-        torch.library.opcheck(op, (*args[:4], *[None] * 6, *rest), test_utils=checks)
+        torch.library.opcheck(op, (*args[:4], *[None] * 7, *rest), test_utils=checks)
 
 
 @pytest.mark.parametrize("philox", [False, True])
@@ -336,7 +345,13 @@ def test_what_the_kernel_cannot_do_is_refused(change: dict[str, Tensor], reason:
 
 @pytest.mark.parametrize(
     ("name", "column", "given"),
-    [("noise", "s", ()), ("h1", "c_1", ()), ("y", "c_y", ()), ("h2", "d_2", ("y", "h1"))],
+    [
+        ("noise", "s", ()),
+        ("h1", "c_1", ()),
+        ("y", "c_y", ()),
+        ("h2", "d_2", ("y", "h1")),
+        ("h3", "c_3", ("h1", "h2")),
+    ],
 )
 def test_a_row_that_reads_what_is_missing(name: str, column: str, given: tuple[str, ...]) -> None:
     """The kernel refuses what the reference refuses."""

@@ -116,7 +116,7 @@ def test_explain_without_arguments_covers_every_op() -> None:
 # op -> the arguments of a call of its public function
 X, W, IMAGE = torch.randn(4, 8), torch.randn(6, 8), torch.randn(2, 4, 6, 6)
 T, TABLES = torch.tensor([0, 2]), torch.rand(2, 3)
-ROW = [[0.5] * 20]
+ROW = [[0.5] * 25]
 CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "add_noise": ((IMAGE, IMAGE, T, *TABLES), {"target": "sample"}),
     "attention": (tuple(torch.randn(3, 2, 5, 2, 8)), {"key_lengths": torch.tensor([5, 1])}),
@@ -127,7 +127,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "linear": ((X, W), {"bias": W[:, 0], "residual": torch.zeros(4, 6)}),
     "residual": ((X, X), {"scale": 0.5}),
     "row_statistics": ((X,), {}),
-    "sampler_step": ((X, X, ROW, 0), {"noise": X, "y": X, "h1": X, "h2": X}),
+    "sampler_step": ((X, X, ROW, 0), {"noise": X, "y": X, "h1": X, "h2": X, "h3": X}),
     "weighted_mse": ((X, X), {"weight": X[:, 0]}),
 }
 

@@ -15,7 +15,8 @@ from diffusion_fast.ops.sampler_step import COLUMNS
 
 OP = torch.ops.diffusion_fast.sampler_step.default
 SHAPE = (3, 2, 5, 4)
-STATE = ("noise", "y", "h1", "h2")
+NAN = float("nan")
+STATE = ("noise", "y", "h1", "h2", "h3")
 
 
 def table(**row: float) -> Tensor:
@@ -40,6 +41,7 @@ def expected(row: dict[str, float], now: dict[str, Tensor], output: Tensor) -> d
     """The formula of the module's docstring, in float64."""
     r, s = row, {k: v.double().clone() for k, v in now.items()}
     m = output.double()
+    u = m[: len(s["x"])]
     if m.shape[0] == 2 * s["x"].shape[0]:
         uncond, cond = m.chunk(2)
         m = uncond + r["guidance"] * (cond - uncond)
@@ -48,10 +50,12 @@ def expected(row: dict[str, float], now: dict[str, Tensor], output: Tensor) -> d
         m = r["rescale"] * rescaled + (1 - r["rescale"]) * m
     x0 = (r["a"] * s["x"] + r["b"] * m).clamp(-r["clip"], r["clip"])
     x = r["c_x"] * s["x"] + r["c_0"] * x0 + r["c_1"] * s["h1"] + r["c_2"] * s["h2"]
-    x = x + r["c_y"] * s["y"] + r["c_m"] * m + r["s"] * s["noise"]
+    x = x + r["c_3"] * s["h3"] + r["c_y"] * s["y"] + r["c_m"] * m + r["s"] * s["noise"]
     y = r["d_x"] * s["x"] + r["d_0"] * x0 + r["d_1"] * s["h1"] + r["d_2"] * s["h2"]
-    h1 = r["e_x"] * s["x"] + r["e_0"] * x0 + r["e_m"] * m
-    return {"x": x, "y": y + r["d_y"] * s["y"], "h1": h1, "h2": s["h1"], "peak": m.abs().max()}
+    y = y + r["d_3"] * s["h3"] + r["d_y"] * s["y"] + r["d_u"] * u
+    h1 = r["e_x"] * s["x"] + r["e_0"] * x0 + r["e_m"] * m + r["e_u"] * u
+    history = {"h1": h1, "h2": s["h1"], "h3": s["h2"]}
+    return {"x": x + r["c_u"] * u, "y": y, **history, "peak": m.abs().max()}
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -78,8 +82,8 @@ def test_a_full_row(
     ops.sampler_step(x, output, table(**row), step, **now, model_input=model_input, peak=peak)
     for name, value in {"x": x, "peak": peak[1], **now}.items():
         if name != "noise":
-            # One rounding per term of a sum of seven: plain PyTorch does the same.
-            assert_close(value, truth[name], truth[name].to(dtype), factor=8)
+            # One rounding per term of a sum of nine: plain PyTorch does the same.
+            assert_close(value, truth[name], truth[name].to(dtype), factor=10)
     assert torch.equal(model_input, torch.cat([x] * halves).to(model_dtype))
     assert model_input.is_contiguous(memory_format=torch.channels_last)
     assert peak[0] == -1
@@ -90,7 +94,7 @@ def test_a_full_row(
 def test_a_term_with_coefficient_zero_is_not_read(on_device: bool, name: str) -> None:
     """Every other tensor is NaN and still the sum is finite."""
     source = {"a": "x", "b": "m", "s": "noise", "x": "x", "0": "x0", "1": "h1", "2": "h2"}
-    source |= {"y": "y", "m": "m"}
+    source |= {"3": "h3", "y": "y", "m": "m", "u": "m"}
     read = source[name[-1]]
     if read == "x0":
         return  # x0 is computed, not read
@@ -119,6 +123,17 @@ def test_the_history_stays_where_nothing_enters_it(on_device: bool) -> None:
     ops.sampler_step(now.pop("x"), torch.randn(SHAPE).double(), rows, step, **now)
     assert torch.equal(now["h1"], before["h1"])
     assert torch.equal(now["h2"], before["h2"])
+    assert torch.equal(now["h3"], before["h3"])
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_the_unconditional_output_is_read_before_guidance(on_device: bool) -> None:
+    output = torch.cat((torch.full(SHAPE, 2.0), torch.full(SHAPE, NAN)))
+    x, h1 = torch.zeros(SHAPE), torch.zeros(SHAPE)
+    step = torch.tensor([1]) if on_device else 1
+    ops.sampler_step(x, output, table(c_u=3.0, e_0=0.0, e_u=-1.0), step, h1=h1)
+    assert (x == 6.0).all()
+    assert (h1 == -2.0).all()
 
 
 def test_a_constant_image_survives_rescaling() -> None:
@@ -188,9 +203,9 @@ def test_operator() -> None:
     output = torch.randn(2 * SHAPE[0], *SHAPE[1:], dtype=torch.float64)
     args = [now["x"], output, table(**full_row()), torch.tensor([1])]
     args += [now[name] for name in STATE] + [torch.empty_like(output), torch.zeros(2).double()]
-    rest = None, True, None, None, [], 0, []
+    rest = None, True, True, None, None, [], 0, []
     torch.library.opcheck(OP, (*args, *rest))
-    torch.library.opcheck(OP, (*args[:4], *[None] * 6, *rest))
+    torch.library.opcheck(OP, (*args[:4], *[None] * 7, *rest))
 
 
 @pytest.mark.parametrize(
@@ -209,9 +224,11 @@ def test_operator() -> None:
         ({"y": torch.ones(SHAPE).double()}, "y: expected the dtype of x"),
         ({"h1": torch.ones(3, 2, 5, 5)}, "h1: expected shape of x"),
         ({"h2": torch.ones(SHAPE, device="meta")}, "h2: expected the device of x"),
+        ({"h2": torch.ones(SHAPE)}, "h2: expected None, because h1 is"),
+        ({"h1": torch.ones(SHAPE), "h3": torch.ones(SHAPE)}, "h3: expected None, because h2 is"),
         ({"model_input": torch.ones(3, 1, 5, 4)}, r"model_input: expected shape \[3, 2, 5, 4\]"),
         ({"peak": torch.ones(1)}, r"peak: expected torch.float32 \[N\] = \[2\]"),
-        ({"table": torch.ones(2, 3).double()}, r"table: expected float64 \[N, 20\]"),
+        ({"table": torch.ones(2, 3).double()}, r"table: expected float64 \[N, 25\]"),
         ({"table": table().float()}, r"table: expected float64"),
         ({"table": table().to("meta")}, "table: expected a table on the host for an int step"),
         ({"step": 2}, r"step: expected an index in \[0, 2\), got 2"),

@@ -29,6 +29,7 @@ SD = {**BETAS, "timestep_spacing": "leading", "steps_offset": 1}
 
 NOISE = {**SD, "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
 SINGLE = {**BETAS, "lower_order_final": True, "final_sigmas_type": "sigma_min"}
+V = "v_prediction"
 BH1 = {**SD, "solver_type": "bh1", "final_sigmas_type": "sigma_min"}  # NaN in diffusers without
 
 
@@ -133,6 +134,19 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("DPMSolverSinglestepScheduler", {**SINGLE, "solver_order": 3, "solver_type": "heun"}),
     ("LCMScheduler", {}),
     ("LCMScheduler", {"prediction_type": "v_prediction", "clip_sample": True}),
+    ("PNDMScheduler", {**SD, "skip_prk_steps": True}),
+    (
+        "PNDMScheduler",
+        {**BETAS, "skip_prk_steps": True, "set_alpha_to_one": True, "prediction_type": V},
+    ),
+    ("LMSDiscreteScheduler", BETAS),
+    ("LMSDiscreteScheduler", {**SD, "use_karras_sigmas": True, "prediction_type": V}),
+    ("DEISMultistepScheduler", {}),
+    ("DEISMultistepScheduler", {**SD, "solver_order": 3, "use_exponential_sigmas": True}),
+    ("DEISMultistepScheduler", {**SD, "solver_order": 1, "algorithm_type": "dpmsolver++"}),
+    ("SASolverScheduler", {}),
+    ("SASolverScheduler", {**SD, "predictor_order": 3, "corrector_order": 4}),
+    ("SASolverScheduler", {**SD, "algorithm_type": "noise_prediction"}),
     ("TCDScheduler", {}),
     ("TCDScheduler", {**BETAS, "prediction_type": "sample"}),
     ("UniPCMultistepScheduler", SD),
@@ -180,7 +194,7 @@ def test_any_sampler_can_be_asked_for(sampler: str) -> None:
     assert table["sampler"] == sampler
     assert (table["timestep_spacing"], table["steps_offset"]) == ("leading", 1)
     assert table["prediction_type"] == "v_prediction"
-    assert table.get("final_alpha", "one") == ("first" if sampler == "ddim" else "one")
+    assert table.get("final_alpha", "one") == ("first" if sampler in ("ddim", "pndm") else "one")
     make_table(schedule=settings.schedule, steps=5, **table)
     karras = settings.table("DPM++ 2M Karras")
     assert karras["sampler"] == "DPM++ 2M Karras"
@@ -192,9 +206,8 @@ def test_any_sampler_can_be_asked_for(sampler: str) -> None:
 @pytest.mark.parametrize(
     ("name", "sampler"),
     [
-        ("PNDMScheduler", "dpmpp_2m"),
-        ("LMSDiscreteScheduler", "dpmpp_2m"),
-        ("DEISMultistepScheduler", "dpmpp_2m"),
+        ("DDIMParallelScheduler", "dpmpp_2m"),
+        ("DPMSolverMultistepInverseScheduler", "dpmpp_2m"),
     ],
 )
 def test_another_scheduler_is_replaced_with_a_warning(name: str, sampler: str) -> None:
@@ -227,14 +240,12 @@ def test_the_file_of_sd15() -> None:
         "trained_betas": None,
         "clip_sample": False,
     }
-    with pytest.warns(UserWarning, match="PNDMScheduler is not available here") as caught:
-        settings = read_scheduler(config)
-    assert len(caught) == 1
-    assert settings.table() == {
-        "sampler": "dpmpp_2m",
+    assert read_quietly(config).table() == {
+        "sampler": "pndm",
         "timestep_spacing": "leading",
         "steps_offset": 1,
         "prediction_type": "epsilon",
+        "final_alpha": "first",
     }
 
 
@@ -272,6 +283,7 @@ def test_what_is_left_out_is_named(name: str, options: dict[str, Any], message: 
         ),
         ({"_class_name": "DDIMScheduler", "beta_schedule": "laplace"}, "beta_schedule: expected"),
         ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "variance_type"),
+        ({"_class_name": "PNDMScheduler", **BETAS}, "skip_prk_steps: expected True"),
         ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
         ({"_class_name": "UniPCMultistepScheduler", "solver_order": "2"}, "solver_order"),
         ({"_class_name": "DDIMScheduler", "num_train_timesteps": -1}, "timesteps: expected"),

@@ -39,7 +39,7 @@ CORE = tuple(
     for name, sampler in SAMPLERS.items()
     if sampler.diffusers
     and (sampler.calls_per_step == 1 or name == "heun")
-    and name not in ("lcm", "tcd")
+    and name not in ("lcm", "tcd", "lms", "pndm", "deis_1", "deis_2", "deis_3")
     and "Singlestep" not in sampler.diffusers[0].scheduler
     and sampler.diffusers[0].settings.get("algorithm_type", "++").endswith("++")
 )
@@ -197,18 +197,15 @@ def run_table(
 ) -> list[Tensor]:
     """The state before each model call and at the end.
 
-    ``buffers`` fills y, h1 and h2 at the start; no result may depend on it.
+    ``buffers`` fills what is kept at the start; no result may depend on it.
     """
     x = x.clone()
-    y, h1, h2 = (
-        torch.full_like(x, buffers) if needed else None
-        for needed in (table.needs_y, table.needs_h1, table.needs_h2)
-    )
+    kept = {name: torch.full_like(x, buffers) for name in table.kept}
     generator = torch.Generator().manual_seed(seed)
     trace, draws = [x.clone()], table.draws.tolist()
     for i, t in enumerate(table.timesteps.tolist()):
         noise = torch.randn(x.shape, generator=generator).to(x.dtype) if draws[i] else None
-        sampler_step(x, model(x, t), table.rows, i, noise=noise, y=y, h1=h1, h2=h2)
+        sampler_step(x, model(x, t), table.rows, i, noise=noise, **kept)
         trace.append(x.clone())
     return trace
 

@@ -5,6 +5,7 @@ The formulas are written out here as loops over x = x_0 + sigma z; the tables kn
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import quad
 from torch import Tensor
 
 from diffusion_fast.ops import sampler_step
@@ -256,7 +258,127 @@ def restart(x, sigmas, draw, eta, s_noise):
     return x
 
 
+def lagrange(nodes, k, u):
+    return math.prod((u - b) / (nodes[k] - b) for j, b in enumerate(nodes) if j != k)
+
+
+def multistep(order, weights, first_order_end=True):
+    """x' = x + sum of weights times slopes; weights of (levels, newest first; the next one)."""
+
+    def run(x, sigmas, draw, eta, s_noise):
+        slopes: list[Tensor] = []
+        for i, (start, end) in enumerate(itertools.pairwise(sigmas)):
+            slopes.insert(0, (x - denoised(x, start)) / start)
+            last = sigmas[max(i - order + 1, 0) : i + 1][::-1]
+            if first_order_end and not end:
+                last = last[:1]
+            if len(last) == 1:
+                x = x + (end - start) * slopes[0]
+            else:
+                pairs = zip(weights(last, end), slopes, strict=False)
+                x = x + sum(w * slope for w, slope in pairs)
+        return x
+
+    return run
+
+
+def integrals(time):
+    def weights(last, end):
+        nodes = [time(sigma) for sigma in last]
+
+        def integral(k):
+            return quad(lambda s: lagrange(nodes, k, time(s)), last[0], end, epsabs=1e-14)[0]
+
+        return [integral(k) for k in range(len(nodes))]
+
+    return weights
+
+
+def adams_bashforth(last, end):
+    table = {2: [3 / 2, -1 / 2], 3: [23 / 12, -16 / 12, 5 / 12]}
+    table[4] = [55 / 24, -59 / 24, 37 / 24, -9 / 24]
+    return [(end - last[0]) * w for w in table[len(last)]]
+
+
+def ipndm_v(last, end):
+    a, b, c, d = [end - last[0], *(-np.diff(last)), *([1.0] * 4)][:4]
+    w = [1 + a / b / 2, -a / b / 2, 0.0, 0.0]
+    if len(last) > 2:
+        two = (1 - a / (3 * (a + b)) * (a * (a + b)) / (b * (b + c))) / 2
+        w = [w[0] + two, w[1] - (1 + b / c) * two, two * b / c, 0.0]
+    if len(last) > 3:
+        three = (1 - a / (3 * (a + b))) / 2 + (1 - a / (2 * (a + b))) * a / (6 * (a + b + c))
+        three *= a * (a + b) * (a + b + c) / (b * (b + c) * (b + c + d))
+        far = b * (b + c) / (c * (c + d))
+        w[0] += three
+        w[1] -= (1 + b / c + far) * three
+        w[2] += (b / c + far * (1 + c / d)) * three
+        w[3] -= three * far * b / c
+    return [a * v for v in w[: len(last)]]
+
+
+def vp_time(sigma):
+    """t of a linear schedule whose sigma is 0.002 at t = 0.001 and 80 at t = 1."""
+    low, high = math.log(1 + 0.002**2), math.log(1 + 80**2)
+    rise = 2 * (low / 1e-3 - high) / (1e-3 - 1)
+    base = high - rise / 2
+    return (math.sqrt(base**2 + 2 * rise * math.log(1 + sigma**2)) - base) / rise
+
+
+LEVELS = np.geomspace(0.03, 15.0, 1000)  # of a schedule
+
+
+def sa_solver(again: bool):
+    low, high = (float(np.exp(np.log(LEVELS[0]) + p * np.log(500))) for p in (0.2, 0.8))
+
+    def weights(last, start, end, tau):
+        p, total = 1 + tau**2, math.log(start / end)
+        nodes = [math.log(start / s) for s in last]
+
+        def integral(k):
+            def f(v):
+                return p * math.exp(p * (v - total)) * lagrange(nodes, k, v)
+
+            return quad(f, 0, total, epsabs=1e-14)[0]
+
+        return [integral(k) for k in range(len(last))]
+
+    def run(x, sigmas, draw, eta, s_noise):
+        n, seen = len(sigmas) - 1, []
+        ahead, tau, noise = x, 0.0, 0.0
+        for i, (start, end) in enumerate(itertools.pairwise(sigmas)):
+            seen.insert(0, denoised(ahead, start))
+            order = min(4, len(seen), n - i)
+            if i == 0 or (end == 0 and not again):
+                x = ahead
+            else:
+                before = sigmas[i - 1]
+                w = weights(sigmas[i - order + 1 : i + 1][::-1], before, start, tau)
+                decay = math.exp(-(tau**2) * math.log(before / start))
+                x = start / before * decay * x + noise
+                x = x + sum(a * b for a, b in zip(w, seen, strict=False))
+                if again:
+                    seen[0] = denoised(x, start)
+            if end == 0:
+                return seen[0]
+            tau = eta if low <= end <= high else 0.0
+            order = min(3, len(seen), n - 1 - i)
+            w = weights(sigmas[i - order + 1 : i + 1][::-1], start, end, tau)
+            h = math.log(start / end)
+            noise = s_noise * end * math.sqrt(1 - math.exp(-2 * tau**2 * h)) * draw() if tau else 0
+            ahead = end / start * math.exp(-(tau**2) * h) * x + noise
+            ahead = ahead + sum(a * b for a, b in zip(w, seen, strict=False))
+
+    return run
+
+
 REFERENCES = {
+    "lms": multistep(4, integrals(lambda sigma: sigma), first_order_end=False),
+    "ipndm": multistep(4, adams_bashforth),
+    "ipndm_v": multistep(4, ipndm_v),
+    "deis": multistep(3, integrals(vp_time)),
+    "sa_solver": sa_solver(again=False),
+    "sa_solver_pece": sa_solver(again=True),
     "euler_ancestral": euler_ancestral,
     "dpm_2": dpm_2,
     "dpm_2_ancestral": dpm_2,
@@ -291,16 +413,16 @@ def epsilon(x: Tensor, sigma: float) -> Tensor:
 def run_on(name: str, sigmas: list[float], x: Tensor, draw: Draw, **options) -> Tensor:
     """One of ours on given levels, from x = x_0 + sigma z and back to it."""
     levels = np.array(sigmas)
-    table = table_from_grid(name, Grid.from_sigmas(levels, levels[:-1]), **options)
+    grid = dataclasses.replace(Grid.from_sigmas(levels, levels[:-1]), levels=LEVELS)
+    grid = grid if name.startswith("sa_") else dataclasses.replace(grid, levels=None)
+    table = table_from_grid(name, grid, **options)
     state = x / math.hypot(1, sigmas[0])
-    y, h1, h2 = (torch.full_like(x, math.nan) for _ in range(3))
-    kept = zip((y, h1, h2), (table.needs_y, table.needs_h1, table.needs_h2), strict=True)
-    y, h1, h2 = (one if needed else None for one, needed in kept)
+    kept = {name: torch.full_like(x, math.nan) for name in table.kept}
     model = epsilon if options["prediction_type"] == "epsilon" else denoised
     for i, sigma in enumerate(table.timesteps.tolist()):
         noise = draw() if table.draws[i] else None
         output = model(state / table.levels[i, 0], sigma)
-        sampler_step(state, output, table.rows, i, noise=noise, y=y, h1=h1, h2=h2)
+        sampler_step(state, output, table.rows, i, noise=noise, **kept)
     return state / table.next_levels[-1, 0]
 
 

@@ -243,13 +243,10 @@ def test_the_device_path_of_the_op_gives_the_same(sampler):
     table = make_table(sampler, DiffusionSchedule(), 8, timestep_spacing="trailing")
     x = torch.randn(1, 5, dtype=torch.float64)
     expected = run_table(table, toy_model, x)
-    y, h1, h2 = (
-        torch.full_like(x, math.nan) if needed else None
-        for needed in (table.needs_y, table.needs_h1, table.needs_h2)
-    )
+    kept = {name: torch.full_like(x, math.nan) for name in table.kept}
     generator = torch.Generator().manual_seed(0)
     for i, t in enumerate(table.timesteps.tolist()):
         z = torch.randn(x.shape, generator=generator).double() if table.draws[i] else None
         step = torch.tensor([i])
-        sampler_step(x, toy_model(x, t), table.rows, step, noise=z, y=y, h1=h1, h2=h2)
+        sampler_step(x, toy_model(x, t), table.rows, step, noise=z, **kept)
         torch.testing.assert_close(x, expected[i + 1], rtol=1e-10, atol=1e-12)

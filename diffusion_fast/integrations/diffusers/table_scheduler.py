@@ -29,7 +29,6 @@ Generators = torch.Generator | list[torch.Generator] | None
 Rows = tuple[StepTable, list[list[float]]]
 
 SIGMA_SPACINGS = ("karras", "exponential", "beta")
-KEPT = ("y", "h1", "h2")
 NO_LIMIT = 1e30  # rows that clip x_0, but to nothing: thresholding does it
 
 
@@ -74,7 +73,7 @@ class Progress:
     Attributes:
         row: the row of the next step.
         start: the row of the first step.
-        state: what the sampler keeps: y, h1, h2.
+        state: what the sampler keeps: y, h1, h2, h3.
     """
 
     row: int
@@ -198,7 +197,7 @@ class TableScheduler:
         point = (row + self.order - 1) // self.order
         t = torch.from_numpy(grid.timesteps[point]).to(self.timesteps_dtype)
         table = self._made(grid.part(max(len(grid) - 3, 0)), len(grid), 0, {})[0]
-        alone = not (table.needs_y or table.needs_h1)
+        alone = not table.kept
         self._plan = Plan(schedule, grid, point, t.to(device), t.tolist(), alone)
         self._progress = self._begin_index = None
         self.timesteps = self._plan.timesteps
@@ -290,10 +289,10 @@ class TableScheduler:
         x, m = sample.to(dtype, copy=True), model_output
         progress = self._progress
         if progress is None:
-            state = {name: torch.zeros_like(x) for name in KEPT if getattr(table, f"needs_{name}")}
+            state = {name: torch.zeros_like(x) for name in table.kept}
             progress = Progress(row, start, state)
         noise = variance_noise
-        if noise is None and coefficients[INDEX["s"]]:
+        if noise is None and table.draws[row - start]:
             noise = randn_tensor(m.shape, generator, m.device, self.noise_dtype or m.dtype)
         noise = None if noise is None else noise.to(dtype)
         x0 = _x0(x, m.to(dtype), coefficients)
@@ -301,8 +300,7 @@ class TableScheduler:
             x0 = self._threshold_sample(x0)  # type: ignore[attr-defined]
             coefficients, noise = _beside(coefficients, m.to(dtype), noise)
             m = x0
-        y, h1, h2 = (progress.state.get(name) for name in KEPT)
-        sampler_step(x, m, [coefficients], 0, noise=noise, y=y, h1=h1, h2=h2)
+        sampler_step(x, m, [coefficients], 0, noise=noise, **progress.state)
         x0 = self.predicted(
             sample.to(dtype), x0, coefficients, float(table.next_levels[row - start, 0])
         )
@@ -391,7 +389,7 @@ def in_sigma_form(table: StepTable) -> StepTable:
     before, after = table.levels[:, 0], table.next_levels[:, 0]
     for name in ("a", "c_x", "d_x", "e_x"):
         rows[:, INDEX[name]] *= before
-    for name in ("c_x", "c_0", "c_1", "c_2", "c_y", "c_m", "s"):
+    for name in ("c_x", "c_0", "c_1", "c_2", "c_3", "c_y", "c_m", "s"):
         rows[:, INDEX[name]] /= after
     return dataclasses.replace(table, rows=rows)
 
