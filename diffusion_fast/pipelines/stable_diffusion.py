@@ -23,7 +23,7 @@ from ..models.text import TextStates
 from ..models.vae import AutoencoderKL
 from ..ops import checks
 from ..prediction import PREDICTION_TYPES
-from ..samplers import SamplerOptions, table_of
+from ..samplers import SamplerOptions, reads_unconditional, table_of
 from ..schedule import DiffusionSchedule
 from . import inputs
 from .controls import Controls, Steering
@@ -267,9 +267,8 @@ class StableDiffusion:
             *(images is not None, masks is not None, negative_prompt, more),
         )
         table = {one.name: getattr(options, one.name) for one in fields(options)}
-        positive, negative = self._states(
-            prompts, negatives, clip_skip, inputs.guided(options.guidance_scale)
-        )
+        both = reads_unconditional(options) or inputs.guided(options.guidance_scale)
+        positive, negative = self._states(prompts, negatives, clip_skip, both)
         shape = self._latent_shape(len(seeds), height, width)
         model, halves = self._steered(steering, options, (height, width), len(seeds))
         embedded = self._embedded_guidance(scale)
@@ -356,7 +355,7 @@ class StableDiffusion:
             inputs.absent("strength", strength, "image")
         elif strength is None:
             strength = 1.0 if masked else 0.8
-        told = inputs.guidance(guidance_scale)
+        told = guidance_scale
         if self.embeds_guidance:
             inputs.check_embedded(guidance_scale, negative_prompt, more)
             told = 1.0
@@ -366,6 +365,12 @@ class StableDiffusion:
             guidance_scale=told,
             strength=None if masked and strength == 1 else strength,  # pure noise
         )
+        if not reads_unconditional(options):
+            told = inputs.guidance(told)
+            options = options.replace(guidance_scale=told)
+        elif self.embeds_guidance:
+            expected = "one without CFG++, because the model takes the guidance scale as an input"
+            checks.fail("sampler", expected, sampler)
         return options, strength, guidance_scale if self.embeds_guidance else told
 
     def _size(self, size: Any) -> inputs.Size:

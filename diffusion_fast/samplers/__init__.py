@@ -6,7 +6,14 @@ share: prediction type, clipping, guidance, image-to-image (:mod:`.registry`).
 """
 
 from .grids import Grid
-from .registry import SAMPLERS, make_table, of_diffusers, table_from_grid, table_of
+from .registry import (
+    SAMPLERS,
+    make_table,
+    of_diffusers,
+    reads_unconditional,
+    table_from_grid,
+    table_of,
+)
 from .sampler import Sampler, SamplerOptions
 from .table import StepTable
 
@@ -18,6 +25,7 @@ __all__ = [
     "StepTable",
     "make_table",
     "of_diffusers",
+    "reads_unconditional",
     "table_from_grid",
     "table_of",
 ]

@@ -8,37 +8,50 @@ import numpy as np
 
 from ..schedule import FloatArray
 from .grids import Grid, sigma_grid
-from .program import EPS, H1, H2, X0, Program, X, Y, Z, ancestral_step
+from .program import EPS, H1, H2, U0, U_EPS, X0, Program, X, Y, Z, ancestral_step
 from .sampler import Calls, Sampler, SamplerOptions
 
 
-def res_multistep(grid: Grid, options: SamplerOptions) -> Calls:
-    """RES of second order (Zhang et al. 2023, arXiv:2308.02157), ancestral with eta > 0."""
+def res_multistep(grid: Grid, options: SamplerOptions, *, cfg_pp: bool = False) -> Calls:
+    """RES of second order (Zhang et al. 2023, arXiv:2308.02157), ancestral with eta > 0.
+
+    Args:
+        cfg_pp: step along the unconditional output; see :mod:`.cfg_pp`.
+    """
+    value, slope = (U0, U_EPS) if cfg_pp else (X0, EPS)
     program, before = Program(grid, options), None
     for i, sigma, after in program.steps():
         down, up = ancestral_step(sigma, after, program.eta)
         noise = program.s_noise * up * Z if after else 0.0 * Z
         if down == 0 or before is None:
-            program.call(i, sigma, after, X + (down - sigma) * EPS + noise)
+            state = X0 + down * slope if cfg_pp else X + (down - sigma) * EPS
+            program.call(i, sigma, after, state + noise, history=value)
         else:
             h = math.log(sigma / down)
             c_2 = math.log(before / program.sigmas[i - 1]) / h
             phi_1 = -math.expm1(-h) / h
             phi_2 = (1 - phi_1) / h
             old = phi_2 / c_2 if c_2 else 0.0
-            linear = math.exp(-h) * X + h * ((phi_1 - old) * X0 + old * H1)
-            program.call(i, sigma, after, linear + noise)
+            linear = math.exp(-h) * (X + X0 - value) + h * ((phi_1 - old) * value + old * H1)
+            program.call(i, sigma, after, linear + noise, history=value)
         before = down
     return program.calls()
 
 
-def gradient_estimation(grid: Grid, options: SamplerOptions, gamma: float = 2.0) -> Calls:
-    """Euler, its slope moved on by its last change (Permenter & Yuan 2024, arXiv:2306.04848)."""
-    program = Program(grid, options)
+def gradient_estimation(
+    grid: Grid, options: SamplerOptions, gamma: float = 2.0, *, cfg_pp: bool = False
+) -> Calls:
+    """Euler, its slope moved on by its last change (Permenter & Yuan 2024, arXiv:2306.04848).
+
+    Args:
+        cfg_pp: step along the unconditional output; see :mod:`.cfg_pp`.
+    """
+    program, slope = Program(grid, options), U_EPS if cfg_pp else EPS
     for i, sigma, after in program.steps():
-        slope = EPS if i == 0 else gamma * EPS - (gamma - 1) * Y
-        state = X + (after - sigma) * slope if after else X0
-        program.call(i, sigma, after, state, y=EPS)
+        state = X0 + after * slope if cfg_pp else X + (after - sigma) * slope
+        if i:
+            state = state + (gamma - 1) * (after - sigma) * (slope - Y)
+        program.call(i, sigma, after, state if after else X0, y=slope)
     return program.calls()
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from ..prediction import epsilon_coefficients
+from ..prediction import epsilon_coefficients, x0_coefficients
 from ..schedule import FloatArray
 from .grids import Grid
 from .sampler import Calls, SamplerOptions
@@ -41,8 +41,9 @@ class Sum:
 
 
 # The state; the model's x_0 and epsilon = (x - x_0) / sigma; the history, mostly x_0 of the calls
-# before; what was kept; and noise.
+# before; what was kept; and noise. U0 and U_EPS are those of the unconditional half alone.
 X, X0, EPS, Y, Z = (Sum({name: 1.0}) for name in ("x", "x0", "eps", "y", "z"))
+U0, U_EPS = (Sum({name: 1.0}) for name in ("u0", "u_eps"))
 H1, H2, H3 = HISTORY = tuple(Sum({name: 1.0}) for name in ("h1", "h2", "h3"))
 
 
@@ -85,15 +86,17 @@ class Program:
         """
         signal, signal_after = 1 / math.hypot(1, sigma), 1 / math.hypot(1, after)
         noise, row = sigma * signal, coefficients(1)[0]
-        for name, value in _lowered(x, sigma, self._epsilon(signal, noise)).items():
+        unconditional = self._unconditional(signal, noise)
+        for name, value in _lowered(x, self._epsilon(signal, noise), unconditional).items():
             row[INDEX[_COLUMNS[name]]] += signal_after * value / (signal if name == "x" else 1.0)
         # epsilon of what is kept goes by way of x_0: a row keeps no model output
-        kept = {} if y is None else _lowered(y, sigma, {"x": 1 / sigma, "x0": -1 / sigma})
+        by_x0 = {"x": 1 / sigma, "x0": -1 / sigma}
+        kept = {} if y is None else _lowered(y, by_x0, unconditional)
         for name, value in kept.items():
             row[INDEX[_KEPT[name]]] += value / (signal if name == "x" else 1.0)
         row[INDEX["e_0"]] = 0.0
-        entering = {} if history is None else _lowered(history, sigma, self._epsilon(signal, noise))
-        for name, value in entering.items():
+        entering = Sum({}) if history is None else history
+        for name, value in _lowered(entering, self._epsilon(signal, noise), unconditional).items():
             row[INDEX[_ENTERING[name]]] += value / (signal if name == "x" else 1.0)
         self._rows.append(row)
         t = self._times.get(sigma)
@@ -108,6 +111,16 @@ class Program:
             self.options.prediction_type, np.array([signal]), np.array([noise])
         )
         return {"x": float(e_x[0]) * signal, "m": float(e_m[0])}
+
+    def _unconditional(self, signal: float, noise: float) -> dict[str, dict[str, float]]:
+        """x_0 and epsilon of the unconditional output u; nothing of them is clipped."""
+        kind, levels = self.options.prediction_type, (np.array([signal]), np.array([noise]))
+        a, b = x0_coefficients(kind, *levels)
+        e_x, e_m = epsilon_coefficients(kind, *levels)
+        return {
+            "u0": {"x": float(a[0]) * signal, "u": float(b[0])},
+            "u_eps": {"x": float(e_x[0]) * signal, "u": float(e_m[0])},
+        }
 
     def calls(self, draws: np.ndarray | None = None) -> Calls:
         """All calls so far; ``draws`` as in :class:`~.sampler.Calls`."""
@@ -129,19 +142,22 @@ class Program:
 
 _COLUMNS = {
     **{"x": "c_x", "x0": "c_0", "m": "c_m", "h1": "c_1", "h2": "c_2", "h3": "c_3"},
-    **{"y": "c_y", "z": "s"},
+    **{"y": "c_y", "u": "c_u", "z": "s"},
 }
-_KEPT = {"x": "d_x", "x0": "d_0", "h1": "d_1", "h2": "d_2", "h3": "d_3", "y": "d_y"}
-_ENTERING = {"x": "e_x", "x0": "e_0", "m": "e_m"}
+_KEPT = {"x": "d_x", "x0": "d_0", "h1": "d_1", "h2": "d_2", "h3": "d_3", "y": "d_y", "u": "d_u"}
+_ENTERING = {"x": "e_x", "x0": "e_0", "m": "e_m", "u": "e_u"}
 
 
-def _lowered(total: Sum, sigma: float, epsilon: Mapping[str, float]) -> dict[str, float]:
-    """The sum without epsilon itself."""
+def _lowered(
+    total: Sum, epsilon: Mapping[str, float], unconditional: Mapping[str, Mapping[str, float]]
+) -> dict[str, float]:
+    """The sum in terms that a row reads: without epsilons and the unconditional x_0."""
     terms = dict(total.terms)
-    weight = terms.pop("eps", 0.0)
-    for name, value in epsilon.items():
-        if weight:
-            terms[name] = terms.get(name, 0.0) + weight * value
+    for name, parts in {"eps": epsilon, **unconditional}.items():
+        weight = terms.pop(name, 0.0)
+        for part, value in parts.items():
+            if weight:
+                terms[part] = terms.get(part, 0.0) + weight * value
     return terms
 
 

@@ -16,6 +16,7 @@ from ..ops import checks
 from ..prediction import x0_coefficients
 from ..schedule import DiffusionSchedule
 from . import (
+    cfg_pp,
     consistency,
     ddim,
     ddpm,
@@ -39,7 +40,7 @@ from .table import INDEX, StepTable
 
 FAMILIES = (
     *(ddpm, ddim, dpm_solver, euler, heun, unipc, midpoint, singlestep, extrapolation, restart),
-    *(consistency, dpm_solver_noise, linear_multistep, pndm, sa_solver),
+    *(cfg_pp, consistency, dpm_solver_noise, linear_multistep, pndm, sa_solver),
 )
 SAMPLERS = MappingProxyType({one.name: one for family in FAMILIES for one in family.SAMPLERS})
 
@@ -53,6 +54,16 @@ def find(sampler: str | Sampler) -> Sampler:
         return sampler
     checks.one_of("sampler", sampler, SAMPLERS)
     return SAMPLERS[sampler]
+
+
+def reads_unconditional(options: SamplerOptions) -> bool:
+    """Whether the sampler that the options name reads the unconditional output by itself.
+
+    Raises:
+        ValueError: a name that nobody has, or that of a sampler that is no table.
+    """
+    spacing, convention = options.timestep_spacing, options.convention
+    return find(options_of(options.sampler, spacing, SAMPLERS, convention)["sampler"]).unconditional
 
 
 def of_diffusers(scheduler: str, config: Mapping[str, Any]) -> Sampler | None:
@@ -153,7 +164,7 @@ def _table(sampler: Sampler, grid: Grid, options: SamplerOptions) -> StepTable:
         initial_scale=grid.initial_scale,
         signal=float(calls.signal[0]),
         noise=float(calls.noise[0]),
-        halves=guidance.halves,
+        halves="both" if sampler.unconditional else guidance.halves,
         levels=torch.from_numpy(np.stack((calls.signal, calls.noise), axis=1)),
         next_levels=torch.from_numpy(np.stack((calls.next_signal, calls.next_noise), axis=1)),
         draws=torch.from_numpy(draws),

@@ -190,6 +190,8 @@ class Sampler:
         diffusers: its names in diffusers.
         comfyui, a1111: its names in ComfyUI and AUTOMATIC1111.
         k_diffusion: whether k-diffusion has it too, under ComfyUI's name after "sample_".
+        unconditional: whether its rows read the unconditional output by itself, so that both
+            halves of guidance run at any scale.
         drops_penultimate: whether those two leave out the last noise level above 0.
     """
 
@@ -202,6 +204,7 @@ class Sampler:
     comfyui: str | None = None
     a1111: str | None = None
     k_diffusion: bool = False
+    unconditional: bool = False
     drops_penultimate: bool = False
 
     def place(self, schedule: DiffusionSchedule, steps: int, options: SamplerOptions) -> Grid:

@@ -261,6 +261,16 @@ def test_a_guidance_scale_of_at_most_1_is_the_conditional_model(
     assert not torch.equal(draw(pipe, "a dog", guidance_scale=scale).latents, plain.latents)
 
 
+def test_cfg_pp_runs_both_halves_at_any_scale(pipe: StableDiffusion) -> None:
+    one, other, small = (
+        draw(pipe, sampler="euler_cfg_pp", guidance_scale=scale, negative_prompt=negative)
+        for scale, negative in ((1.0, ""), (1.0, "blurry"), (0.6, ""))
+    )
+    assert error(one.latents, other.latents) > 0.01
+    assert error(one.latents, small.latents) > 0.01
+    assert small.settings["guidance_scale"] == 0.6
+
+
 def test_guidance_for_some_steps(pipe: StableDiffusion) -> None:
     result = draw(pipe, guidance_scale=[7.0, 0.0, 3.0])
     assert torch.equal(result.latents, draw(pipe, guidance_scale=[7.0, 1.0, 3.0]).latents)
