@@ -38,6 +38,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "algorithm_type": "dpmsolver++",
         "solver_order": 2,
         "solver_type": "midpoint",
+        "lower_order_final": False,
     },
     "PNDMScheduler": {
         "timestep_spacing": "leading",
@@ -89,7 +90,7 @@ _READS: dict[str, tuple[str, ...]] = {
     "DPMSolverSDEScheduler": _PLACED,
     _SINGLESTEP: (
         *("algorithm_type", "solver_order", "solver_type", *_PLACED),
-        *("final_sigmas_type", "lambda_min_clipped"),
+        *("final_sigmas_type", "lower_order_final", "lambda_min_clipped"),
     ),
     "PNDMScheduler": ("set_alpha_to_one", "skip_prk_steps"),
     "LMSDiscreteScheduler": _PLACED,

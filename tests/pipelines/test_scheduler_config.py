@@ -131,6 +131,21 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("DPMSolverSinglestepScheduler", {**BETAS, "solver_type": "heun"}),
     ("DPMSolverSinglestepScheduler", {**BETAS, "solver_order": 3, "use_karras_sigmas": True}),
     ("DPMSolverSinglestepScheduler", {**SINGLE, "solver_order": 3}),
+    ("DPMSolverSinglestepScheduler", {**SINGLE, "lower_order_final": False}),
+    ("DPMSolverSinglestepScheduler", {**SINGLE, "algorithm_type": "dpmsolver"}),
+    (
+        "DPMSolverSinglestepScheduler",
+        {**SINGLE, "algorithm_type": "dpmsolver", "solver_order": 3, "solver_type": "heun"},
+    ),
+    (
+        "DPMSolverSinglestepScheduler",
+        {**SINGLE, "algorithm_type": "dpmsolver", "solver_order": 3, "prediction_type": V},
+    ),
+    ("DPMSolverSinglestepScheduler", {**SINGLE, "algorithm_type": "sde-dpmsolver++"}),
+    (
+        "DPMSolverSinglestepScheduler",
+        {**SINGLE, "algorithm_type": "sde-dpmsolver++", "solver_type": "heun"},
+    ),
     ("DPMSolverSinglestepScheduler", {**SINGLE, "solver_order": 3, "solver_type": "heun"}),
     ("LCMScheduler", {}),
     ("LCMScheduler", {"prediction_type": "v_prediction", "clip_sample": True}),
