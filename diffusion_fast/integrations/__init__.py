@@ -11,13 +11,34 @@ _MODULES = ("comfyui", "diffusers", "k_diffusion")
 TOP_LEVEL = (
     "DiffusionFastDDIM",
     "DiffusionFastDDPM",
+    "DiffusionFastDEIS",
     "DiffusionFastDPMSolver",
+    "DiffusionFastDPMSolverSDE",
+    "DiffusionFastDPMSolverSinglestep",
     "DiffusionFastEuler",
     "DiffusionFastEulerAncestral",
     "DiffusionFastHeun",
+    "DiffusionFastKDPM2",
+    "DiffusionFastKDPM2Ancestral",
     "DiffusionFastLCM",
+    "DiffusionFastLMS",
+    "DiffusionFastPNDM",
+    "DiffusionFastSASolver",
+    "DiffusionFastTCD",
     "DiffusionFastUniPC",
     "SchedulerMixin",  # diffusers' own: how it recognizes the schedulers among them
+)
+_OF_SIGMA = tuple(
+    f"DiffusionFast{name}"
+    for name in (
+        "DPMSolverSDE",
+        "Euler",
+        "EulerAncestral",
+        "Heun",
+        "KDPM2",
+        "KDPM2Ancestral",
+        "LMS",
+    )
 )
 
 
@@ -25,5 +46,6 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name in TOP_LEVEL:
-        return getattr(importlib.import_module(f"{__name__}.diffusers.schedulers"), name)
+        where = "sigma_schedulers" if name in _OF_SIGMA else "schedulers"
+        return getattr(importlib.import_module(f"{__name__}.diffusers.{where}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

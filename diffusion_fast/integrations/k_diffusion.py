@@ -124,6 +124,11 @@ def sample_heun(model: KModel, x: Tensor, sigmas: Tensor, **options: Any) -> Ten
     return _sample("heun", model, x, sigmas, **options)
 
 
+def sample_lms(model: KModel, x: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
+    """Linear multistep: Adams-Bashforth in sigma."""
+    return _sample("lms", model, x, sigmas, **options)
+
+
 def sample_ddim(model: KModel, x: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
     """DDIM, which is DPM-Solver++ of order 1 (Lu et al. 2022, arXiv:2211.01095, section 4.1)."""
     return _sample("dpmpp_1", model, x, sigmas, **options)
@@ -192,6 +197,7 @@ def _sample(
     noise_sampler: NoiseSampler | None = None,
     eta: float | None = None,
     s_noise: float | None = None,
+    **more: Any,
 ) -> Tensor:
     """Run one of our tables on given noise levels.
 
@@ -206,6 +212,7 @@ def _sample(
             PyTorch's global generator by default. A step that draws twice asks for the noise of
             each part of it.
         eta, s_noise: how much noise a step adds, for samplers that add some; 1 by default.
+        more: s_churn, s_tmin, s_tmax (Euler, Heun, DPM-Solver-2) and order (LMS).
 
     Raises:
         ValueError: sigmas that don't decrease, or a model whose output has another shape.
@@ -213,12 +220,18 @@ def _sample(
     levels = _levels(sigmas)
     # Tables end at no noise: other runs stop before that step.
     whole = levels if levels[-1] == 0 else np.append(levels, 0.0)
-    noise_options = {"eta": eta, "s_noise": s_noise, "prediction_type": "sample"}
+    noise_options = {"eta": eta, "s_noise": s_noise, "prediction_type": "sample", **more}
     table = table_from_grid(name, Grid.from_sigmas(whole, whole[:-1]), **noise_options)
     spans = _noise_spans(table, levels)
     rows, draws = table.folded().tolist(), table.draws.tolist()
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     state = x.to(dtype, copy=True) / math.hypot(1, levels[0])
+    start = float(table.levels[0, 1] / table.levels[0, 0])
+    if start > levels[0]:  # the first step's churn
+        state *= math.hypot(1, levels[0])
+        extra = 1.0 if s_noise is None else s_noise
+        added = extra * math.sqrt(start**2 - levels[0] ** 2)
+        state.add_(torch.randn_like(state), alpha=added).div_(math.hypot(1, start))
     kept = {name: torch.zeros_like(state) for name in table.kept}
     for row, sigma in enumerate(table.timesteps.tolist()):  # the grid was given sigmas as times
         step = int(table.step_of_row[row])

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from .ddim import transition
 from .grids import Grid, sigma_grid
-from .sampler import Calls, DiffusersName, Sampler, SamplerOptions
+from .program import EPS, Program, X
+from .sampler import CHURN, Calls, DiffusersName, Sampler, SamplerOptions
 from .table import INDEX
 
 
 def euler(grid: Grid, options: SamplerOptions) -> Calls:
     """x' = x + (sigma' - sigma) dx/dsigma, dx/dsigma = (x - x_0) / sigma."""
-    return transition(grid)
+    if not options.s_churn:
+        return transition(grid)
+    program = Program(grid, options)
+    for i, sigma, after in program.steps():
+        level, noise = program.raised(i)
+        program.call(i, sigma, level, X + (after - sigma) * EPS + noise)
+    return program.calls()
 
 
 def ancestral(grid: Grid, options: SamplerOptions) -> Calls:
@@ -29,6 +36,7 @@ SAMPLERS = (
         "euler",
         sigma_grid,
         euler,
+        options=CHURN,
         diffusers=(DiffusersName("EulerDiscreteScheduler"),),
         comfyui="euler",
         a1111="Euler",

@@ -9,7 +9,8 @@ import numpy as np
 from ..prediction import epsilon_coefficients
 from .ddim import transition
 from .grids import Grid, sigma_grid
-from .sampler import Calls, DiffusersName, Sampler, SamplerOptions
+from .program import EPS, Program, X, Y
+from .sampler import CHURN, Calls, DiffusersName, Sampler, SamplerOptions
 from .table import INDEX, coefficients
 
 
@@ -24,6 +25,8 @@ def calls(grid: Grid, options: SamplerOptions) -> Calls:
     epsilon' comes straight from the model's output, or from the clamped x_0 if there is clipping:
     by way of x_0 all digits would cancel where sigma is large.
     """
+    if options.s_churn:
+        return _churning(grid, options)
     n = len(grid) - 1
     signal, noise, sigma = grid.next_signal[:n], grid.next_noise[:n], grid.sigma[:n]
     half = 0.5 * (noise - signal * sigma)  # in the variance-preserving form, of the step's end
@@ -53,12 +56,26 @@ def calls(grid: Grid, options: SamplerOptions) -> Calls:
     )
 
 
+def _churning(grid: Grid, options: SamplerOptions) -> Calls:
+    program = Program(grid, options)
+    for i, sigma, after in program.steps():
+        level, noise = program.raised(i)
+        dt = after - sigma
+        if i + 1 == len(grid):
+            program.call(i, sigma, level, X + dt * EPS)
+            continue
+        program.call(i, sigma, after, X + dt * EPS, y=X + 0.5 * dt * EPS)
+        program.call(i, after, level, Y + 0.5 * dt * EPS + noise)
+    return program.calls()
+
+
 SAMPLERS = (
     Sampler(
         "heun",
         sigma_grid,
         calls,
         calls_per_step=2,
+        options=CHURN,
         diffusers=(DiffusersName("HeunDiscreteScheduler"),),
         comfyui="heun",
         a1111="Heun",

@@ -12,7 +12,7 @@ from functools import partial
 
 from .grids import Grid, sigma_grid
 from .program import EPS, H1, H2, X0, Program, X, Y, Z, ancestral_step, toward
-from .sampler import Calls, DiffusersName, Sampler, SamplerOptions
+from .sampler import CHURN, Calls, DiffusersName, Sampler, SamplerOptions
 
 
 def dpm_2(grid: Grid, options: SamplerOptions) -> Calls:
@@ -20,13 +20,14 @@ def dpm_2(grid: Grid, options: SamplerOptions) -> Calls:
     program = Program(grid, options)
     for i, sigma, after in program.steps():
         down, up = ancestral_step(sigma, after, program.eta)
-        noise = program.s_noise * up * Z
+        level, churn = program.raised(i)
+        noise = program.s_noise * up * Z + churn
         if down == 0:
             program.call(i, sigma, after, X + (after - sigma) * EPS)
             continue
         middle = math.sqrt(sigma * down)
         program.call(i, sigma, middle, X + (middle - sigma) * EPS, y=X)
-        program.call(i, middle, after, Y + (down - sigma) * EPS + noise)
+        program.call(i, middle, level, Y + (down - sigma) * EPS + noise)
     return program.calls()
 
 
@@ -154,6 +155,7 @@ SAMPLERS = (
         sigma_grid,
         dpm_2,
         calls_per_step=2,
+        options=CHURN,
         diffusers=(DiffusersName("KDPM2DiscreteScheduler"),),
         comfyui="dpm_2",
         a1111="DPM2",

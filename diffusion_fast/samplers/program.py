@@ -6,6 +6,7 @@ variance-preserving form that the tables keep.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -57,6 +58,9 @@ class Program:
     Attributes:
         sigmas: the noise levels of the steps' starts and of the last one's end, [n + 1].
         eta, s_noise: the noise that the options ask for.
+        hats: the noise levels that the steps start from after churn (Karras et al. 2022, algorithm
+            2), [n].
+        churn: the noise that is added before the first call.
     """
 
     def __init__(self, grid: Grid, options: SamplerOptions) -> None:
@@ -64,6 +68,10 @@ class Program:
         end = grid.next_noise[-1] / grid.next_signal[-1]
         self.sigmas = [*grid.sigma.tolist(), float(end)]
         self.eta, self.s_noise = options.eta or 0.0, options.s_noise or 0.0
+        most = min((options.s_churn or 0.0) / len(grid), math.sqrt(2) - 1)
+        low, high = options.s_tmin or 0.0, math.inf if options.s_tmax is None else options.s_tmax
+        self.hats = [s * (1 + most * (low <= s <= high)) for s in self.sigmas[:-1]]
+        self.churn = self.s_noise * math.sqrt(self.hats[0] ** 2 - self.sigmas[0] ** 2)
         self._times = dict(zip(self.sigmas[:-1], grid.timesteps.tolist(), strict=True))
         self._rows: list[FloatArray] = []
         self._points: list[tuple[float, ...]] = []
@@ -126,7 +134,8 @@ class Program:
         """All calls so far; ``draws`` as in :class:`~.sampler.Calls`."""
         step, *levels = np.array(self._points).T
         arrays = map(np.ascontiguousarray, levels)
-        return Calls(np.stack(self._rows), step.astype(np.int64), *arrays, draws=draws)
+        made = Calls(np.stack(self._rows), step.astype(np.int64), *arrays)
+        return dataclasses.replace(made, draws=draws, churn=self.churn)
 
     def steps(self) -> Iterator[tuple[int, float, float]]:
         """(number, noise level at the start, at the end) of each step.
@@ -137,7 +146,13 @@ class Program:
             if math.isclose(sigma, after, rel_tol=1e-12):
                 self.call(i, sigma, sigma, X)
             else:
-                yield i, sigma, after
+                yield i, self.hats[i], after
+
+    def raised(self, i: int) -> tuple[float, Sum]:
+        """The level that step i ends at, and the noise that leads there: the next step's churn."""
+        after = self.sigmas[i + 1]
+        level = self.hats[i + 1] if i + 1 < len(self.hats) else after
+        return level, self.s_noise * math.sqrt(level**2 - after**2) * Z
 
 
 _COLUMNS = {

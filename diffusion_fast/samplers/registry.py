@@ -35,7 +35,7 @@ from . import (
 )
 from .grids import Grid
 from .names import options_of
-from .sampler import Sampler, SamplerOptions
+from .sampler import Calls, Sampler, SamplerOptions
 from .table import INDEX, StepTable
 
 FAMILIES = (
@@ -161,11 +161,18 @@ def _table(sampler: Sampler, grid: Grid, options: SamplerOptions) -> StepTable:
         rows=torch.from_numpy(rows),
         timesteps=torch.from_numpy(calls.timesteps),
         step_of_row=torch.from_numpy(calls.step),
-        initial_scale=grid.initial_scale,
+        initial_scale=_churned(grid.initial_scale, grid, calls),
         signal=float(calls.signal[0]),
-        noise=float(calls.noise[0]),
+        noise=_churned(float(grid.noise[0]), grid, calls),
         halves="both" if sampler.unconditional else guidance.halves,
         levels=torch.from_numpy(np.stack((calls.signal, calls.noise), axis=1)),
         next_levels=torch.from_numpy(np.stack((calls.next_signal, calls.next_noise), axis=1)),
         draws=torch.from_numpy(draws),
     )
+
+
+def _churned(std: float, grid: Grid, calls: Calls) -> float:
+    """A standard deviation of the state where the grid begins, after the first step's churn."""
+    if not calls.churn:
+        return std
+    return float(calls.signal[0]) * math.hypot(std / float(grid.signal[0]), calls.churn)

@@ -9,7 +9,7 @@ import numpy as np
 
 from .grids import SIGMAS, Grid, sigma_grid
 from .program import EPS, Program, X, Y, Z
-from .sampler import Calls, Sampler, SamplerOptions
+from .sampler import CHURN, Calls, Sampler, SamplerOptions
 
 
 def restart(grid: Grid, options: SamplerOptions) -> Calls:
@@ -57,7 +57,7 @@ def heunpp2(grid: Grid, options: SamplerOptions) -> Calls:
     program = Program(grid, options)
     sigmas, n = program.sigmas, len(grid)
     for i, sigma, after in program.steps():
-        dt = after - sigma
+        dt, (level, noise) = after - sigma, program.raised(i)
         if i + 1 == n:
             program.call(i, sigma, after, X + dt * EPS)
             continue
@@ -68,7 +68,7 @@ def heunpp2(grid: Grid, options: SamplerOptions) -> Calls:
         if calls == 3:
             further = X + (later[1] - after) * EPS
             program.call(i, after, later[1], further, y=Y + weights[0] * dt * EPS)
-        program.call(i, later[-1], after, Y + weights[-1] * dt * EPS)
+        program.call(i, later[-1], level, Y + weights[-1] * dt * EPS + noise)
     return program.calls()
 
 
@@ -81,5 +81,5 @@ SAMPLERS = (
         options={"s_noise": 1.0},
         a1111="Restart",
     ),
-    Sampler("heunpp2", sigma_grid, heunpp2, calls_per_step=3, comfyui="heunpp2"),
+    Sampler("heunpp2", sigma_grid, heunpp2, calls_per_step=3, options=CHURN, comfyui="heunpp2"),
 )

@@ -6,6 +6,7 @@ The families' files make :class:`Sampler` entries; :mod:`.registry` gathers them
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,9 @@ class SamplerOptions(GridOptions):
         predictor_order, corrector_order: 1 to 4, those of SA-Solver; None for 3 and 4, and 2 and 2
             as diffusers has it.
         s_noise: a factor of the noise that a step adds; None for 1.
+        s_churn, s_tmin, s_tmax: noise to add before each of n steps from a noise level in [s_tmin,
+            s_tmax], as a factor 1 + s_churn / n of the level, at most sqrt(2) (Karras et al. 2022,
+            algorithm 2). The first step's is part of the noise that a run starts from.
         clip_sample: clamp x_0 to [-1, 1] (True) or to [-c, c] (a number c > 0).
         clipped_direction: whether the epsilon of DDIM's direction follows from the clipped x_0
             (``use_clipped_model_output``); None for False.
@@ -58,6 +62,9 @@ class SamplerOptions(GridOptions):
     variance: str | None = None
     eta: float | None = None
     s_noise: float | None = None
+    s_churn: float | None = None
+    s_tmin: float | None = None
+    s_tmax: float | None = None
     order: int | None = None
     predictor_order: int | None = None
     corrector_order: int | None = None
@@ -137,6 +144,7 @@ class Calls:
         next_signal, next_noise: A and S of the state after each call, [N].
         draws: whether a call takes noise from the generator, bool [N]; None where those do that
             read it.
+        churn: the standard deviation of noise that the first call's level has beside the grid's.
     """
 
     coefficients: FloatArray
@@ -147,6 +155,7 @@ class Calls:
     next_signal: FloatArray
     next_noise: FloatArray
     draws: np.ndarray | None = None
+    churn: float = 0.0
 
     @classmethod
     def one_per_step(cls, grid: Grid, **columns: float | FloatArray) -> Calls:
@@ -162,6 +171,7 @@ class Calls:
         )
 
 
+CHURN = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf, "s_noise": 1.0}
 GridOf = Callable[[DiffusionSchedule, int, SamplerOptions], Grid]
 
 
@@ -262,15 +272,23 @@ def _indices(name: str, value: Any) -> None:
         checks.whole_between(name, step, 0)
 
 
+def _level(name: str, value: Any) -> None:
+    if not value >= 0:
+        checks.fail(name, "a number >= 0, or infinity", value)
+
+
 def _order(name: str, value: Any) -> None:
     checks.whole_between(name, value, 1, 4)
 
 
-OFF = {"s_noise": 1}  # values that ask for nothing, beside False, 0 and none
+OFF = {"s_noise": 1, "s_tmax": math.inf}  # values that ask for nothing, beside False, 0 and none
 # The options that not every sampler has, and the checks of their values.
 SPECIFIC: dict[str, Callable[[str, Any], object]] = {
     "eta": _eta,
     "s_noise": checks.not_negative,
+    "s_churn": checks.not_negative,
+    "s_tmin": checks.not_negative,
+    "s_tmax": _level,
     "order": _order,
     "predictor_order": _order,
     "corrector_order": _order,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -103,6 +104,11 @@ class StepTable:
     def __len__(self) -> int:
         """The number of rows, that is of model calls."""
         return len(self.rows)
+
+    def only(self, rows: list[int]) -> StepTable:
+        """Some of the rows."""
+        names = ("rows", "timesteps", "step_of_row", "levels", "next_levels", "draws")
+        return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in names})
 
     def folded(self) -> Tensor:
         """The rows with x0 written out, c_0 x0 = c_0 (a x + b m), where nothing else reads it.

@@ -453,3 +453,59 @@ def test_steps_are_the_formula(name: str, noise: str, prediction_type: str) -> N
         else:
             results.append(REFERENCES[name](x, sigmas, draw, **given))
     torch.testing.assert_close(*results, rtol=0, atol=1e-11)
+
+
+def euler_step(x, start, end, sigmas):
+    return line(x, denoised(x, start), start, end)
+
+
+def heun_step(x, start, end, sigmas):
+    return heun(x, start, end)
+
+
+def dpm_2_step(x, start, end, sigmas):
+    slope = (x - denoised(x, start)) / start
+    if end:
+        middle = math.sqrt(start * end)
+        there = x + (middle - start) * slope
+        slope = (there - denoised(there, middle)) / middle
+    return x + (end - start) * slope
+
+
+CHURN = {"s_churn": 1.5, "s_tmin": 0.1, "s_tmax": 12.0, "s_noise": 1.05}
+STEPS = {"euler": euler_step, "heun": heun_step, "dpm_2": dpm_2_step}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_churn_raises_a_level_before_its_step(name: str) -> None:
+    """Karras et al. 2022, algorithm 2; the first level, 15, is above s_tmax."""
+    x = SIGMAS[0] * torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1)).double()
+    draws = [torch.Generator().manual_seed(2) for _ in range(2)]
+    ours, theirs = (
+        lambda g=g: torch.randn(x.shape, generator=g, dtype=torch.float64) for g in draws
+    )
+    result = run_on(name, SIGMAS, x, ours, prediction_type="epsilon", **CHURN)
+    gamma = min(CHURN["s_churn"] / (len(SIGMAS) - 1), math.sqrt(2) - 1)
+    for start, end in itertools.pairwise(SIGMAS):
+        if CHURN["s_tmin"] <= start <= CHURN["s_tmax"]:
+            hat = start * (1 + gamma)
+            x = x + CHURN["s_noise"] * math.sqrt(hat**2 - start**2) * theirs()
+            start = hat
+        x = STEPS[name](x, start, end, SIGMAS)
+    torch.testing.assert_close(result, x, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", [*STEPS, "heunpp2"])
+def test_the_first_churn_is_part_of_the_starting_noise(name: str) -> None:
+    levels = np.array(SIGMAS)
+    grid = Grid.from_sigmas(levels, levels[:-1])
+    hat = SIGMAS[0] * (1 + 1.5 / 7)
+    table = table_from_grid(name, grid, s_churn=1.5)
+    assert table.noise / table.signal == pytest.approx(hat)
+    assert (table.levels[0, 1] / table.levels[0, 0]).item() == pytest.approx(hat)
+    wide = math.hypot(1, SIGMAS[0])  # the start is wide z
+    expected = math.hypot(wide, math.sqrt(hat**2 - SIGMAS[0] ** 2)) / math.hypot(1, hat)
+    assert table.initial_scale == pytest.approx(expected)
+    assert table_from_grid(name, grid, s_churn=0.0).rows.equal(table_from_grid(name, grid).rows)
+    with pytest.raises(ValueError, match="s_churn: expected none for ddim"):
+        table_from_grid("ddim", grid, s_churn=1.0)

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from diffusers import SchedulerMixin as SchedulerMixin  # by it diffusers knows its schedulers
 from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.schedulers.scheduling_tcd import TCDSchedulerOutput
 from torch import Tensor
 
 from ...ops import checks
@@ -43,20 +43,10 @@ from ...samplers import SamplerOptions
 from ...samplers.consistency import TIMESTEP_SCALING, TRAINED_STEPS
 from ...samplers.grids import Grid, ddim_steps
 from ...samplers.table import INDEX
-from .table_scheduler import (
-    SIGMA_SPACINGS,
-    Generators,
-    Rows,
-    StepOutput,
-    Supported,
-    TableScheduler,
-    in_sigma_form,
-)
+from .table_scheduler import Device, Generators, Output, Rows, StepOutput, Supported, TableScheduler
 
 _OFF = (False, None)
 _NO_FLOW = {"use_flow_sigmas": _OFF, "use_dynamic_shifting": _OFF}
-Device = str | torch.device | None
-Output = StepOutput | tuple[Tensor, ...]
 
 
 class DiffusionFastDDPM(TableScheduler, diffusers.DDPMScheduler):
@@ -135,6 +125,7 @@ class DiffusionFastDDIM(TableScheduler, diffusers.DDIMScheduler):
         distance = count // (self.num_inference_steps or count)
         one = ddim_steps(plan.schedule, np.array([int(t)]), distance, self.grid_options())
         plan.grid = plan.grid.then(one)
+        plan.step.append(len(plan.values))
         plan.values.append(t)
         return len(plan.values) - 1
 
@@ -254,199 +245,6 @@ class DiffusionFastUniPC(_Solver, diffusers.UniPCMultistepScheduler):
         return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)
 
 
-class _SigmaScheduler(TableScheduler):
-    """A state x_0 + sigma epsilon, which the model sees divided by sqrt(1 + sigma^2)."""
-
-    timesteps_dtype = torch.float32
-    ready_at_once = True
-
-    def grid_options(self) -> SamplerOptions:
-        options, spacing = super().grid_options(), self.config.timestep_spacing
-        if options.timestep_spacing in SIGMA_SPACINGS:
-            return options.replace(sigma_spacing=options.timestep_spacing, timestep_spacing=spacing)
-        if self.config.get("interpolation_type") == "log_linear":
-            return options.replace(sigma_spacing="log_linear")
-        return options
-
-    def _made(self, grid: Grid, steps: int, start: int, options: dict[str, Any]) -> Rows:
-        table = in_sigma_form(super()._made(grid, steps, start, options)[0])
-        return table, table.rows.tolist()
-
-    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        row, plan = self._row_of(timestep), self._ready()
-        return sample * float(plan.grid.signal[plan.point[row]])
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Samples + sigma noise; see the other schedulers' ``add_noise``."""
-        signal, sigma = self._levels(timesteps, original_samples)
-        return original_samples + sigma / signal * noise
-
-
-class DiffusionFastEuler(_SigmaScheduler, diffusers.EulerDiscreteScheduler):
-    """``EulerDiscreteScheduler``, with every spacing of noise levels, and churn."""
-
-    __module__ = "diffusion_fast"
-    supported: ClassVar[Supported] = {
-        "interpolation_type": ("linear", "log_linear"),
-        "timestep_type": ("discrete", "continuous"),
-    }
-
-    def check_config(self) -> None:
-        super().check_config()
-        config = self.config
-        if (config.get("timestep_type"), config.get("prediction_type")) == (
-            "continuous",
-            "v_prediction",
-        ):
-            checks.fail("timestep_type", "'discrete' with v_prediction", "'continuous'")
-
-    def noise_levels(self, grid: Grid) -> Tensor:
-        """[n + 1]; log-linear ones have a last level of their own, before the final one."""
-        sigmas = super().noise_levels(grid)
-        if self.config.get("interpolation_type") != "log_linear":
-            return sigmas
-        final = sigmas[-1:] if self.config.final_sigmas_type == "sigma_min" else sigmas.new_zeros(1)
-        return torch.cat((sigmas, final))
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Device = None,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-    ) -> None:
-        """As the other schedulers'; or the grid itself.
-
-        Args:
-            timesteps: decreasing, one for each step.
-            sigmas: decreasing noise levels, one more than there are steps.
-        """
-        self._choose(num_inference_steps, device, timesteps, sigmas)
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | float | Tensor,
-        sample: Tensor,
-        s_churn: float = 0.0,
-        s_tmin: float = 0.0,
-        s_tmax: float = math.inf,
-        s_noise: float = 1.0,
-        generator: Generators = None,
-        return_dict: bool = True,
-        *,
-        variance_noise: Tensor | None = None,
-    ) -> Output:
-        """The next state, with diffusers' arguments.
-
-        Args:
-            s_churn: noise to add before each step (Karras et al. 2022, algorithm 2), as diffusers
-                does it: after the model's call.
-            s_tmin, s_tmax: the noise levels between which noise is added.
-            s_noise: a factor of that noise.
-        """
-        plan = self._ready()
-        sigma = float(plan.grid.sigma[plan.point[self._row_of(timestep)]])
-        gamma = min(s_churn / len(plan.grid), math.sqrt(2) - 1)
-        if gamma <= 0 or not s_tmin <= sigma <= s_tmax:
-            return self._advance(
-                model_output, timestep, sample, generator, variance_noise, return_dict
-            )
-        noise = variance_noise
-        if noise is None:
-            noise = randn_tensor(sample.shape, generator, sample.device, model_output.dtype)
-        dtype = torch.promote_types(sample.dtype, torch.float32)
-        raised = s_noise * sigma * math.sqrt((gamma + 1) ** 2 - 1)
-        x = torch.add(sample.to(dtype), noise.to(dtype), alpha=raised)
-        results = self._advance(model_output, timestep, x, None, None, False, gamma=gamma)
-        prev, x0 = (one.to(sample.dtype) for one in results)
-        return StepOutput(prev, x0) if return_dict else (prev, x0)
-
-    def _made(self, grid: Grid, steps: int, start: int, options: dict[str, Any]) -> Rows:
-        gamma = options.get("gamma", 0.0)
-        rest = {name: value for name, value in options.items() if name != "gamma"}
-        table, rows = super()._made(grid, steps, start, rest)
-        if gamma:  # Euler from a raised noise level, which only epsilon is told
-            sigma, after = float(grid.sigma[0]), float(grid.next_noise[0] / grid.next_signal[0])
-            row, raised = rows[0], sigma * (gamma + 1)
-            if self.config.prediction_type == "epsilon":
-                row[INDEX["a"]], row[INDEX["b"]] = 1.0, -raised
-            slope = after / raised - 1
-            changes = {
-                "c_x": 1 + slope * (1 - row[INDEX["a"]]),
-                "c_m": -slope * row[INDEX["b"]],
-                "c_0": 0.0,
-            }
-            for name, value in changes.items():
-                row[INDEX[name]] = value
-        return table, rows
-
-
-class DiffusionFastEulerAncestral(_SigmaScheduler, diffusers.EulerAncestralDiscreteScheduler):
-    """``EulerAncestralDiscreteScheduler``."""
-
-    __module__ = "diffusion_fast"
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | float | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
-        return_dict: bool = True,
-        *,
-        variance_noise: Tensor | None = None,
-    ) -> Output:
-        """The next state, with diffusers' arguments."""
-        return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)
-
-
-class DiffusionFastHeun(_SigmaScheduler, diffusers.HeunDiscreteScheduler):
-    """``HeunDiscreteScheduler``: two model calls for each step but the last."""
-
-    __module__ = "diffusion_fast"
-    alphas_cumprod: Tensor
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Device = None,
-        num_train_timesteps: int | None = None,
-        timesteps: Sequence[float] | None = None,
-    ) -> None:
-        """As the other schedulers', or ``timesteps`` themselves, decreasing.
-
-        ``num_train_timesteps`` is what diffusers' constructor passes: the timesteps are all of the
-        schedule's then, and a run may begin there.
-        """
-        if num_train_timesteps is None:
-            return self._choose(num_inference_steps, device, timesteps)
-        count = len(self.alphas_cumprod)
-        row = torch.arange(2 * count - 1)
-        self.timesteps = (count - 1 - (row + 1) // 2).to(device, self.timesteps_dtype)
-        levels = self.alphas_cumprod.flip(0)
-        self.sigmas = ((1 - levels) / levels).sqrt()
-        self.num_inference_steps = None
-
-    def noise_levels(self, grid: Grid) -> Tensor:
-        """[2n]: each but the ends twice, as diffusers keeps them."""
-        sigmas = super().noise_levels(grid)
-        return torch.cat((sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]))
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | float | Tensor,
-        sample: Tensor,
-        return_dict: bool = True,
-        *,
-        generator: Generators = None,
-        variance_noise: Tensor | None = None,
-    ) -> Output:
-        """The next state, with diffusers' arguments; no noise is drawn."""
-        return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)
-
-
 class DiffusionFastLCM(TableScheduler, diffusers.LCMScheduler):
     """``LCMScheduler``: latent consistency models, on some of the 50 timesteps of distillation."""
 
@@ -494,6 +292,225 @@ class DiffusionFastLCM(TableScheduler, diffusers.LCMScheduler):
             return LCMSchedulerOutput(prev_sample=prev, denoised=denoised)
         return prev, denoised
 
-    def predicted(self, x: Tensor, x0: Tensor, row: list[float], signal: float) -> Tensor:
+    def predicted(
+        self, x: Tensor, x0: Tensor, m: Tensor, row: list[float], signal: float
+    ) -> Tensor:
         """c_skip x + c_out x_0."""
         return (row[INDEX["c_x"]] * x + row[INDEX["c_0"]] * x0) / signal
+
+
+class DiffusionFastTCD(TableScheduler, diffusers.TCDScheduler):
+    """``TCDScheduler``: trajectory consistency, on some of the 50 timesteps of distillation."""
+
+    __module__ = "diffusion_fast"
+    supported: ClassVar[Supported] = {"original_inference_steps": (TRAINED_STEPS,)}
+    each_alone = False
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Device = None,
+        original_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        strength: float = 1.0,
+    ) -> None:
+        """As the other schedulers', or ``timesteps`` themselves, decreasing.
+
+        ``original_inference_steps`` is None and ``strength`` 1: image-to-image begins within the
+        timesteps.
+        """
+        if original_inference_steps is not None:
+            checks.fail("original_inference_steps", "None", original_inference_steps)
+        if strength != 1:
+            checks.fail("strength", "1", strength)
+        self._choose(num_inference_steps, device, timesteps)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | float | Tensor,
+        sample: Tensor,
+        eta: float = 0.3,
+        generator: Generators = None,
+        return_dict: bool = True,
+        *,
+        variance_noise: Tensor | None = None,
+    ) -> TCDSchedulerOutput | tuple[Tensor, ...]:
+        """The next state, with diffusers' arguments, and what it was before noise was added."""
+        noise = generator, variance_noise
+        prev, noised = self._advance(model_output, timestep, sample, *noise, False, eta=eta)
+        if return_dict:
+            return TCDSchedulerOutput(prev_sample=prev, pred_noised_sample=noised)
+        return prev, noised
+
+    def predicted(
+        self, x: Tensor, x0: Tensor, m: Tensor, row: list[float], signal: float
+    ) -> Tensor:
+        """A x_0 + S epsilon at the level below the next one."""
+        total = row[INDEX["c_x"]] * x + row[INDEX["c_0"]] * x0 + row[INDEX["c_m"]] * m
+        return total / math.sqrt(1 - row[INDEX["s"]] ** 2)
+
+
+class DiffusionFastPNDM(TableScheduler, diffusers.PNDMScheduler):
+    """``PNDMScheduler`` with ``skip_prk_steps``: PLMS, which takes its first step twice.
+
+    A run that begins within the timesteps takes each step once.
+    """
+
+    __module__ = "diffusion_fast"
+    supported: ClassVar[Supported] = {
+        "skip_prk_steps": (True,),
+        "prediction_type": ("epsilon", "v_prediction"),
+    }
+    returns_x0 = False
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | float | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
+        *,
+        generator: Generators = None,
+        variance_noise: Tensor | None = None,
+    ) -> Output:
+        """The next state, with diffusers' arguments; no noise is drawn."""
+        if self.step_index is None and self.begin_index == 1:  # the repeated call of another run
+            self.set_begin_index(2)
+            return StepOutput(sample, sample) if return_dict else (sample,)
+        return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)
+
+    def _made(self, grid: Grid, steps: int, start: int, options: dict[str, Any]) -> Rows:
+        table, rows = super()._made(grid, steps, start, options)
+        if start and len(rows) > 1:  # without the repeated call
+            kept = [0, *range(2, len(rows))]
+            table = table.only(kept)
+            rows = [rows[i] for i in kept]
+        return table, rows
+
+
+class DiffusionFastDEIS(_Solver, diffusers.DEISMultistepScheduler):
+    """``DEISMultistepScheduler`` of order 1, 2 or 3."""
+
+    __module__ = "diffusion_fast"
+    supported: ClassVar[Supported] = {
+        "solver_order": (2, 1, 3),
+        "algorithm_type": ("deis", "dpmsolver", "dpmsolver++"),
+        "solver_type": ("logrho", "midpoint", "heun", "bh1", "bh2"),
+        "thresholding": (False,),
+        **_NO_FLOW,
+    }
+
+    def row_options(self, start: int) -> dict[str, Any]:
+        return {"lower_order_final": self.config.lower_order_final}
+
+    def set_timesteps(
+        self, num_inference_steps: int, device: Device = None, mu: float | None = None
+    ) -> None:
+        """As the other schedulers'; ``mu`` is for flow matching: None."""
+        if mu is not None:
+            checks.fail("mu", "None (it is for flow matching)", mu)
+        self._choose(num_inference_steps, device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | float | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
+        *,
+        generator: Generators = None,
+        variance_noise: Tensor | None = None,
+    ) -> Output:
+        """The next state, with diffusers' arguments; no noise is drawn."""
+        return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)
+
+
+class DiffusionFastSASolver(_Solver, diffusers.SASolverScheduler):
+    """``SASolverScheduler`` of orders 1 to 4, its own tau: 1 where 200 <= t <= 800."""
+
+    __module__ = "diffusion_fast"
+    supported: ClassVar[Supported] = {
+        "algorithm_type": ("data_prediction", "noise_prediction"),
+        "predictor_order": (2, 1, 3, 4),
+        "corrector_order": (2, 1, 3, 4),
+        "tau_func": (None,),
+        "thresholding": (False,),
+        "use_flow_sigmas": _OFF,
+        "variance_type": (None,),
+    }
+
+    def grid_options(self) -> SamplerOptions:
+        lowest = self.config.get("lambda_min_clipped", -math.inf)
+        return super().grid_options().replace(lambda_min=None if lowest == -math.inf else lowest)
+
+    def row_options(self, start: int) -> dict[str, Any]:
+        names = ("predictor_order", "corrector_order", "lower_order_final")
+        return {name: self.config[name] for name in names}
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | float | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+        *,
+        variance_noise: Tensor | None = None,
+    ) -> Output:
+        """The next state, with diffusers' arguments; noise is drawn even where tau is 0."""
+        return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)
+
+
+class DiffusionFastDPMSolverSinglestep(_Solver, diffusers.DPMSolverSinglestepScheduler):
+    """``DPMSolverSinglestepScheduler`` of order 1, 2 or 3, the SDE of order 1 or 2."""
+
+    __module__ = "diffusion_fast"
+    supported: ClassVar[Supported] = {
+        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver"),
+        "solver_order": (2, 1, 3),
+        "solver_type": ("midpoint", "heun"),
+        "thresholding": (False,),
+        **_NO_FLOW,
+        "variance_type": (None,),
+    }
+
+    def check_config(self) -> None:
+        super().check_config()
+        if self.config.algorithm_type == "sde-dpmsolver++" and self.config.solver_order == 3:
+            checks.fail("solver_order", "1 or 2 for sde-dpmsolver++", 3)
+
+    def grid_options(self) -> SamplerOptions:
+        options, lowest = super().grid_options(), self.config.lambda_min_clipped
+        return options.replace(lambda_min=None if lowest == -math.inf else lowest)
+
+    def row_options(self, start: int) -> dict[str, Any]:
+        return {"lower_order_final": self.config.lower_order_final}
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Device = None,
+        mu: float | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """As the other schedulers', or ``timesteps`` themselves, decreasing.
+
+        ``mu`` is for flow matching: None.
+        """
+        if mu is not None:
+            checks.fail("mu", "None (it is for flow matching)", mu)
+        self._choose(num_inference_steps, device, timesteps)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | float | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+        *,
+        variance_noise: Tensor | None = None,
+    ) -> Output:
+        """The next state, with diffusers' arguments."""
+        return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)

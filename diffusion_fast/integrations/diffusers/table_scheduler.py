@@ -27,6 +27,7 @@ from ...schedule import DiffusionSchedule, FloatArray
 Supported = dict[str, tuple[Any, ...]]
 Generators = torch.Generator | list[torch.Generator] | None
 Rows = tuple[StepTable, list[list[float]]]
+Device = str | torch.device | None
 
 SIGMA_SPACINGS = ("karras", "exponential", "beta")
 NO_LIMIT = 1e30  # rows that clip x_0, but to nothing: thresholding does it
@@ -51,7 +52,8 @@ class Plan:
 
     Attributes:
         schedule, grid: noise levels, in the variance-preserving form.
-        point: the grid point of each row.
+        table: all rows.
+        step: the step of each row.
         timesteps: t of each row, and ``values``, the same as numbers.
         alone: whether each step can be taken by itself, in any order.
         tables: those made so far, and their rows as numbers.
@@ -59,11 +61,16 @@ class Plan:
 
     schedule: DiffusionSchedule
     grid: Grid
-    point: np.ndarray
+    table: StepTable
+    step: list[int]
     timesteps: Tensor
     values: list[float]
     alone: bool
     tables: dict[Any, Rows] = field(default_factory=dict)
+
+    def begins(self, row: int) -> bool:
+        """Whether a step begins with a row."""
+        return row == 0 or self.step[row] != self.step[row - 1]
 
 
 @dataclass
@@ -79,6 +86,9 @@ class Progress:
     row: int
     start: int
     state: dict[str, Tensor]
+
+
+Output = StepOutput | tuple[Tensor, ...]
 
 
 class TableScheduler:
@@ -144,8 +154,8 @@ class TableScheduler:
         first = first or config.get("final_sigmas_type") == "sigma_min"
         chosen = [name for name in SIGMA_SPACINGS if config.get(f"use_{name}_sigmas")]
         return SamplerOptions(
-            timestep_spacing=chosen[0] if chosen else config.timestep_spacing,
-            steps_offset=config.steps_offset,
+            timestep_spacing=chosen[0] if chosen else config.get("timestep_spacing", "linspace"),
+            steps_offset=config.get("steps_offset", 0),
             final_alpha=FINAL_ALPHAS[first],
             sigma_min=config.get("sigma_min"),
             sigma_max=config.get("sigma_max"),
@@ -193,12 +203,11 @@ class TableScheduler:
     def _use(
         self, schedule: DiffusionSchedule, grid: Grid, device: str | torch.device | None = None
     ) -> None:
-        row = np.arange(self.order * (len(grid) - 1) + 1)
-        point = (row + self.order - 1) // self.order
-        t = torch.from_numpy(grid.timesteps[point]).to(self.timesteps_dtype)
-        table = self._made(grid.part(max(len(grid) - 3, 0)), len(grid), 0, {})[0]
+        table, rows = self._made(grid, len(grid), 0, {})
+        t, step = table.timesteps.to(self.timesteps_dtype), table.step_of_row.tolist()
         alone = not table.kept
-        self._plan = Plan(schedule, grid, point, t.to(device), t.tolist(), alone)
+        self._plan = Plan(schedule, grid, table, step, t.to(device), t.tolist(), alone)
+        self._plan.tables[(0,)] = table, rows
         self._progress = self._begin_index = None
         self.timesteps = self._plan.timesteps
         if hasattr(self, "sigmas"):
@@ -282,7 +291,7 @@ class TableScheduler:
         """
         plan, row = self._ready(), self._row_of(timestep)
         start = row if plan.alone or self._progress is None else self._progress.start
-        table, rows = self._rows(start // self.order, options)
+        table, rows = self._rows(plan.step[start], options)
         coefficients = rows[row - start]
 
         dtype = torch.promote_types(sample.dtype, torch.float32)
@@ -302,7 +311,7 @@ class TableScheduler:
             m = x0
         sampler_step(x, m, [coefficients], 0, noise=noise, **progress.state)
         x0 = self.predicted(
-            sample.to(dtype), x0, coefficients, float(table.next_levels[row - start, 0])
+            sample.to(dtype), x0, m, coefficients, float(table.next_levels[row - start, 0])
         )
         progress.row = row + 1
         self._progress = progress
@@ -311,7 +320,9 @@ class TableScheduler:
             return StepOutput(prev, x0.to(sample.dtype))
         return (prev, x0.to(sample.dtype)) if self.returns_x0 else (prev,)
 
-    def predicted(self, x: Tensor, x0: Tensor, row: list[float], signal: float) -> Tensor:
+    def predicted(
+        self, x: Tensor, x0: Tensor, m: Tensor, row: list[float], signal: float
+    ) -> Tensor:
         """What a step returns beside the next state, of level A' = ``signal``: x_0."""
         return x0
 
@@ -333,7 +344,7 @@ class TableScheduler:
             if row >= len(plan.values):
                 checks.fail("timestep", f"at most {len(plan.values)} steps", "one more")
             return row
-        if not plan.alone and not (progress is None and found % self.order == 0):
+        if not plan.alone and not (progress is None and plan.begins(found)):
             checks.fail(
                 "timestep", f"the next of timesteps, number {row}", f"number {found}: {timestep}"
             )
@@ -355,7 +366,7 @@ class TableScheduler:
             return self.elsewhere(value)
         if expected in found:
             return expected
-        return next((i for i in found if i % self.order == 0), found[0])  # where a step begins
+        return next((i for i in found if plan.begins(i)), found[0])  # where a step begins
 
     def elsewhere(self, t: float) -> int:
         """The row of a time that is none of the timesteps."""
@@ -376,7 +387,7 @@ class TableScheduler:
         abar = schedule.alpha_bar
         levels = _on(like.device, np.sqrt(abar), np.sqrt(1 - abar))[:, t.long()]  # [2, B]
         if plan is not None:
-            own = _on(like.device, plan.grid.signal[plan.point], plan.grid.noise[plan.point])
+            own = _on(like.device, *plan.table.levels.numpy().T)
             same = t[:, None] == plan.timesteps.to(like.device)  # [B, N]
             levels = torch.where(same.any(1), own[:, same.to(torch.uint8).argmax(1)], levels)
         signal, noise = levels.to(like.dtype).view(2, -1, *(1,) * (like.dim() - 1))
