@@ -42,9 +42,7 @@ REFUSED = {
     "dpm_adaptive": "it chooses its steps by the error that it finds on the way",
     "DPM adaptive": "it chooses its steps by the error that it finds on the way",
     "IPNDMScheduler": "its schedule is of its own, not that of Stable Diffusion",
-    "UniPC": "AUTOMATIC1111's own form; unipc, unipc_3 and their bh1 forms are diffusers'",
-    "uni_pc": "ComfyUI's own form; unipc, unipc_3 and their bh1 forms are diffusers'",
-    "uni_pc_bh2": "ComfyUI's own form; unipc, unipc_3 and their bh1 forms are diffusers'",
+    "UniPC": "AUTOMATIC1111's own grid; uni_pc is ComfyUI's form, unipc and unipc_3 diffusers'",
 }
 
 
@@ -65,7 +63,10 @@ def options_of(
     plain = name.strip()
     if plain in samplers:
         own = convention == "diffusers" and spacing in NAMES and spacing not in SIGMAS
-        return {"sampler": plain, **({"convention": "comfyui"} if own else {})}
+        if not own:
+            return {"sampler": plain}
+        theirs = next((one.name for one in samplers.values() if one.comfyui == plain), plain)
+        return {"sampler": theirs, "convention": "comfyui"}
     for refused, reason in REFUSED.items():
         if plain.removeprefix(COMFYUI).removeprefix(K_DIFFUSION) == refused:
             checks.fail("sampler", "one that is a table of rows", f"{plain}: {reason}")

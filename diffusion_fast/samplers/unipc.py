@@ -9,12 +9,14 @@ linear in the new x_0, so all of it but that term is kept as y and finished by t
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from functools import partial
 
 import numpy as np
 
 from ..schedule import FloatArray
-from .grids import Grid, solver_grid
+from .grids import Grid, sigma_grid, solver_grid
 from .sampler import Calls, DiffusersName, Sampler, SamplerOptions
 from .table import INDEX
 
@@ -99,6 +101,26 @@ def _sampler(name: str, order: int, solver_type: str) -> Sampler:
     )
 
 
+LAST_SIGMA = 0.001  # in the place of 0
+
+
+def comfyui(grid: Grid, options: SamplerOptions, *, bh1: bool) -> Calls:
+    """As ComfyUI has it: order 3, at most n - 1, down to sigma = 0.001; the result is x / A."""
+    n = len(grid)
+    if grid.next_noise[-1] == 0:
+        signal, noise = grid.next_signal.copy(), grid.next_noise.copy()
+        signal[-1] = 1 / math.hypot(1, LAST_SIGMA)
+        noise[-1] = LAST_SIGMA * signal[-1]
+        grid = dataclasses.replace(grid, next_signal=signal, next_noise=noise)
+    lowering = dataclasses.replace(options, lower_order_final=True)
+    made = calls(grid, lowering, order=max(1, min(3, n - 1)), bh1=bh1)
+    end = float(grid.next_signal[-1])
+    for name in ("c_x", "c_0", "c_1", "c_2", "c_y"):
+        made.coefficients[-1, INDEX[name]] /= end
+    made.next_signal[-1], made.next_noise[-1] = 1.0, grid.next_noise[-1] / end
+    return made
+
+
 SAMPLERS = (
     _sampler("unipc_1", 1, "bh2"),
     _sampler("unipc", 2, "bh2"),
@@ -106,4 +128,14 @@ SAMPLERS = (
     _sampler("unipc_1_bh1", 1, "bh1"),
     _sampler("unipc_bh1", 2, "bh1"),
     _sampler("unipc_3_bh1", 3, "bh1"),
+    *(
+        Sampler(
+            name,
+            sigma_grid,
+            partial(comfyui, bh1=name == "uni_pc"),
+            comfyui=name,
+            drops_penultimate=True,
+        )
+        for name in ("uni_pc", "uni_pc_bh2")
+    ),
 )

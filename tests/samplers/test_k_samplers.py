@@ -372,7 +372,44 @@ def sa_solver(again: bool):
     return run
 
 
+def uni_pc(bh1: bool):
+    def run(x, sigmas, draw, eta, s_noise):
+        levels = [*sigmas[:-1], sigmas[-1] or 0.001]
+        n = len(levels) - 1
+        most, seen = min(3, n - 1), [denoised(x, levels[0])]
+        for k in range(1, n + 1):
+            order = k if k < most else min(most, n + 1 - k)
+            start, end = levels[k - 1], levels[k]
+            h = math.log(end / start)  # -h of the paper
+            base = end / start * x - math.expm1(h) * seen[0]
+            B = h if bh1 else math.expm1(h)
+            r = [math.log(start / levels[k - 1 - i]) / -h for i in range(1, order)] + [1.0]
+            phi, moments, factorial = math.expm1(h) / h - 1, [], 1
+            for i in range(1, order + 1):
+                moments.append(phi * factorial / B)
+                factorial *= i + 1
+                phi = phi / h - 1 / factorial
+            powers = np.array([[v**i for v in r] for i in range(order)])
+            changes = [(seen[i] - seen[0]) / r[i - 1] for i in range(1, order)]
+
+            def change(weights, changes=changes):
+                return sum(w * c for w, c in zip(weights, changes, strict=True))
+
+            ahead = [0.5] if order == 2 else np.linalg.solve(powers[:-1, :-1], moments[:-1])
+            x = base - B * change(ahead if changes else [])
+            if k == n:
+                return x
+            new = denoised(x, end)
+            back = [0.5] if order == 1 else np.linalg.solve(powers, moments)
+            x = base - B * (change(back[:-1]) + back[-1] * (new - seen[0]))
+            seen = [new, *seen[:2]]
+
+    return run
+
+
 REFERENCES = {
+    "uni_pc": uni_pc(bh1=True),
+    "uni_pc_bh2": uni_pc(bh1=False),
     "lms": multistep(4, integrals(lambda sigma: sigma), first_order_end=False),
     "ipndm": multistep(4, adams_bashforth),
     "ipndm_v": multistep(4, ipndm_v),

@@ -53,6 +53,8 @@ def test_every_sampler_with_every_schedule(sampler: str, spacing: str) -> None:
         ("sample_dpmpp_sde", "dpmpp_sde", "normal", False),
         ("comfyui/dpmpp_2m", "dpmpp_2m", "normal", True),
         ("comfyui/lcm", "lcm_plain", "normal", True),
+        ("comfyui/uni_pc_bh2", "uni_pc_bh2", "normal", True),
+        ("LMS Karras", "lms", "karras", False),
     ],
 )
 def test_a_name_fixes_the_grid(name: str, sampler: str, spacing: str, whole: bool) -> None:
@@ -101,7 +103,7 @@ def test_a_schedule_that_only_comfyui_has_means_its_grid() -> None:
     "name, message",
     [
         ("DPM adaptive", "expected one that is a table of rows, got DPM adaptive: it chooses"),
-        ("comfyui/uni_pc", "got comfyui/uni_pc: ComfyUI's own form"),
+        ("UniPC", "got UniPC: AUTOMATIC1111's own grid"),
         ("IPNDMScheduler", "got IPNDMScheduler: its schedule is of its own"),
         ("Euler b", "expected one of ddpm, ddim"),
         ("DPM++ 2M Carras", "expected one of ddpm, ddim"),
