@@ -375,8 +375,6 @@ def sampler_step(
         _sampler_step,
         (batch * chunks,),
         (x, y, h1, h2, h3, noise),
-        *output,
-        (x, y, h1, h2, noise),
         output,
         model_input,
         strides,

@@ -232,7 +232,7 @@ def _sample(
         extra = 1.0 if s_noise is None else s_noise
         added = extra * math.sqrt(start**2 - levels[0] ** 2)
         state.add_(torch.randn_like(state), alpha=added).div_(math.hypot(1, start))
-    kept = {name: torch.zeros_like(state) for name in table.kept}
+    kept: dict[str, Any] = {name: torch.zeros_like(state) for name in table.kept}
     for row, sigma in enumerate(table.timesteps.tolist()):  # the grid was given sigmas as times
         step = int(table.step_of_row[row])
         if step == len(levels) - 1:

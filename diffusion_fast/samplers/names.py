@@ -65,8 +65,8 @@ def options_of(
         own = convention == "diffusers" and spacing in NAMES and spacing not in SIGMAS
         if not own:
             return {"sampler": plain}
-        theirs = next((one.name for one in samplers.values() if one.comfyui == plain), plain)
-        return {"sampler": theirs, "convention": "comfyui"}
+        found = next((one.name for one in samplers.values() if one.comfyui == plain), plain)
+        return {"sampler": found, "convention": "comfyui"}
     for refused, reason in REFUSED.items():
         if plain.removeprefix(COMFYUI).removeprefix(K_DIFFUSION) == refused:
             checks.fail("sampler", "one that is a table of rows", f"{plain}: {reason}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import torch
 from scheduler_parity import run_table
 from torch import Tensor
 
-from diffusion_fast.samplers import Grid, make_table, table_from_grid
+from diffusion_fast.samplers import SAMPLERS, Grid, make_table, table_from_grid
 from diffusion_fast.schedule import DiffusionSchedule
 
 SIGMA_START, SIGMA_END = 200.0, 1e-3
@@ -34,6 +35,30 @@ ORDERS = {
     "dpm_2": 2,
     "exp_heun_2_x0": 2,
     "res_multistep": 2,
+    "lms": 3,  # nearly 4
+    "ipndm": 2,  # as if its steps were of one length
+    "ipndm_v": 2,
+    "deis": 2,  # nearly 3
+    "deis_1": 1,
+    "deis_2": 2,
+    "deis_3": 2.8,  # towards 3
+    "pndm": 2,
+    "sa_solver_diffusers": 2,
+    "sa_solver_noise": 2,
+    "sa_solver": 3,
+    "sa_solver_pece": 3,
+    "dpm_solver_1": 1,
+    "dpm_solver_2m": 2,
+    "dpm_solver_2m_heun": 2,
+    "dpm_solver_3m": 2,
+    "dpmpp_2s": 2,
+    "dpmpp_2s_heun": 2,
+    "dpmpp_3s": 3,
+    "dpm_solver_2s": 2,
+    "dpm_solver_2s_heun": 2,
+    "dpm_solver_3s": 3,
+    "heunpp2": 1,
+    "gradient_estimation": 0.9,
 }
 MEAN, STD = 0.7, 0.4  # of the Gaussian
 
@@ -64,7 +89,11 @@ def start() -> Tensor:
 
 def solve(sampler: str, epsilon: Callable[[Tensor, float], Tensor], steps: int) -> Tensor:
     sigmas = np.geomspace(SIGMA_START, SIGMA_END, steps + 1)
-    table = table_from_grid(sampler, Grid.from_sigmas(sigmas, sigmas[:-1]))
+    levels = np.geomspace(SIGMA_END / 2, 2 * SIGMA_START, 1000)  # SA-Solver asks for a schedule's
+    grid = replace(Grid.from_sigmas(sigmas, sigmas[:-1]), levels=levels)
+    grid = grid if sampler in ("sa_solver", "sa_solver_pece") else replace(grid, levels=None)
+    options = {"eta": 0.0} if SAMPLERS[sampler].options.get("eta") else {}
+    table = table_from_grid(sampler, grid, **options)
     return run_table(table, epsilon, start())[-1]
 
 

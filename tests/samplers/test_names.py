@@ -121,7 +121,7 @@ def test_bad_conventions_and_schedules() -> None:
         ({"convention": "comfyui"}, "timestep_spacing: expected one of normal, sgm_uniform"),
         ({"timestep_spacing": "smooth"}, "timestep_spacing: expected one of leading, trailing"),
         ({"s_noise": -1.0}, "s_noise: expected a number of at least 0"),
-        ({"s_noise": 0.5}, "s_noise: expected none for euler"),
+        ({"eta": 0.5}, "eta: expected none for euler"),
         ({"timesteps": [900, 20], "steps": 3}, "steps: expected None or 2 for a grid of one's"),
         ({"timesteps": [1200, 20]}, "timesteps: expected at least 1 decreasing numbers"),
         ({"sigmas": [1.0, 2.0]}, "sigmas: expected at least 2 decreasing numbers"),

@@ -258,7 +258,7 @@ class DiffusionFastLMS(SigmaScheduler, diffusers.LMSDiscreteScheduler):
         Args:
             order: at how many calls it looks, 1 to 4.
         """
-        more = {} if order == 4 else {"order": order}
+        more: dict[str, Any] = {} if order == 4 else {"order": order}
         noise = generator, variance_noise
         return self._advance(model_output, timestep, sample, *noise, return_dict, **more)
 
@@ -344,6 +344,8 @@ class DiffusionFastDPMSolverSDE(_Midpoint, diffusers.DPMSolverSDEScheduler):
 
     __module__ = "diffusion_fast"
     timesteps_dtype = torch.float64
+    noise_sampler: Any
+    noise_sampler_seed: Any
 
     def set_timesteps(
         self,
@@ -385,7 +387,7 @@ class DiffusionFastDPMSolverSDE(_Midpoint, diffusers.DPMSolverSDEScheduler):
         row = self._row_of(timestep)
         if variance_noise is None and bool(self._ready().table.draws[row]):
             variance_noise = self._noise(row, sample)
-        more = {} if s_noise == 1 else {"s_noise": s_noise}
+        more: dict[str, Any] = {} if s_noise == 1 else {"s_noise": s_noise}
         noise = generator, variance_noise
         return self._advance(model_output, timestep, sample, *noise, return_dict, **more)
 

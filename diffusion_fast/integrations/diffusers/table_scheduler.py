@@ -85,7 +85,7 @@ class Progress:
 
     row: int
     start: int
-    state: dict[str, Tensor]
+    state: dict[str, Any]
 
 
 Output = StepOutput | tuple[Tensor, ...]
@@ -298,7 +298,7 @@ class TableScheduler:
         x, m = sample.to(dtype, copy=True), model_output
         progress = self._progress
         if progress is None:
-            state = {name: torch.zeros_like(x) for name in table.kept}
+            state: dict[str, Any] = {name: torch.zeros_like(x) for name in table.kept}
             progress = Progress(row, start, state)
         noise = variance_noise
         if noise is None and table.draws[row - start]:
