@@ -5,28 +5,38 @@ replaced by ours, which reads the same parameters (see :mod:`.twin`). So everyth
 with those modules goes on working: LoRA of every kind, before and after, with scales, fused or not;
 ``.to()``; edits of weights in place; offloading of whole models; VAE slicing and tiling.
 
-A call that asks for something our models don't have (ControlNet's residuals, an IP-Adapter, FreeU,
-a patched module, ...) runs diffusers' own forward instead. It warns once for each reason, and
-:func:`explain` counts them.
+The ControlNets of a pipeline run by ours as well, and the U-Net takes their residuals and the
+features of T2I-Adapters. A call that asks for something our models don't have (an IP-Adapter,
+FreeU, a patched module, ...) runs diffusers' own forward instead. It warns once for each reason,
+and :func:`explain` counts them.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models import attention_processor as processors
+from diffusers.models.controlnets.controlnet import ControlNetOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 
 from ...models.config import UNetConfig
+from ...models.controlnet import ControlNet
+from ...models.controlnet_config import ControlNetConfig
 from ...models.unet import UNet2DCondition
 from ...models.vae import Decoder
 from ...models.vae_config import VAEConfig
@@ -139,6 +149,9 @@ class UNetReplacement(Replacement):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         scale = (cross_attention_kwargs or {}).get("scale", 1.0)
         added = added_cond_kwargs if self.ours.config.addition_embed_type else None
+        residuals: list[Tensor] = []
+        if down_block_additional_residuals and mid_block_additional_residual is not None:
+            residuals = [*down_block_additional_residuals, mid_block_additional_residual]
 
         def ours() -> UNet2DConditionOutput | tuple[Tensor]:
             t = torch.as_tensor(timestep).to(sample.device).reshape(-1).expand(len(sample))
@@ -147,7 +160,13 @@ class UNetReplacement(Replacement):
                 conditions["text_embeds"] = conditions["text_embeds"].to(sample.dtype)
             with lora_scale(self.theirs, scale):
                 out = self.ours(
-                    sample, t, encoder_hidden_states, timestep_cond=timestep_cond, **conditions
+                    sample,
+                    t,
+                    encoder_hidden_states,
+                    timestep_cond=timestep_cond,
+                    residuals=[[(one, None)] for one in residuals],
+                    features=[[(one, None)] for one in down_intrablock_additional_residuals or ()],
+                    **conditions,
                 )
             return UNet2DConditionOutput(sample=out) if return_dict else (out,)
 
@@ -158,13 +177,12 @@ class UNetReplacement(Replacement):
         for name in (
             "class_labels",
             "attention_mask",
-            "down_block_additional_residuals",
-            "mid_block_additional_residual",
-            "down_intrablock_additional_residuals",
             "encoder_attention_mask",
         ):
             if arguments[name] is not None:
                 return f"the argument {name}"
+        if reason := self._unlike_residuals(arguments):
+            return reason
         if others := set(arguments["cross_attention_kwargs"] or ()) - {"scale"}:
             return f"cross_attention_kwargs[{min(others)!r}]"
         config = self.ours.config
@@ -177,6 +195,83 @@ class UNetReplacement(Replacement):
             if arguments[name] is not None and arguments[name].dtype != dtype:
                 return f"{name} of {arguments[name].dtype} for a model of {dtype}"
         return None
+
+    def _unlike_residuals(self, arguments: dict[str, Any]) -> str | None:
+        """What is odd about a ControlNet's or T2I-Adapter's tensors."""
+        config = self.ours.config
+        down = arguments["down_block_additional_residuals"]
+        mid = arguments["mid_block_additional_residual"]
+        if (down is None) != (mid is None):
+            return "residuals of either the way down or the bottom alone"
+        skips = sum(config.per_level("layers_per_block")) + config.num_levels
+        if down is not None and len(down) != skips:
+            return f"down_block_additional_residuals of {len(down)} tensors, not {skips}"
+        features = arguments["down_intrablock_additional_residuals"]
+        if features is not None and len(features) > config.num_levels:
+            last = features[-1].shape[1:]
+            before = features[config.num_levels - 1].shape[1:]
+            if len(features) > config.num_levels + 1 or last != before:
+                return "down_intrablock_additional_residuals behind the last level"
+        return None
+
+
+class ControlNetReplacement(Replacement):
+    def __init__(self, theirs: Any) -> None:
+        with torch.device("meta"):
+            ours = ControlNet(ControlNetConfig.from_dict(theirs.config))
+        super().__init__("ControlNet", theirs, ours)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        encoder_hidden_states: Tensor,
+        controlnet_cond: Tensor,
+        conditioning_scale: float = 1.0,
+        class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guess_mode: bool = False,
+        return_dict: bool = True,
+    ) -> Any:
+        """As ``ControlNetModel.forward``."""
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        pooled = self.ours.config.addition_embed_type is not None
+        added = (added_cond_kwargs or {}) if pooled else {}
+        reason = next(
+            (
+                f"the argument {name}"
+                for name in ("class_labels", "timestep_cond", "attention_mask")
+                if arguments[name] is not None
+            ),
+            "cross_attention_kwargs" if cross_attention_kwargs else None,
+        )
+        if pooled and set(added) != {"text_embeds", "time_ids"}:
+            reason = reason or f"added_cond_kwargs {sorted(added)}"
+        dtype = self.ours.conv_in.weight.dtype
+        for name in ("sample", "encoder_hidden_states", "controlnet_cond"):
+            if arguments[name].dtype != dtype:
+                reason = reason or f"{name} of {arguments[name].dtype} for a model of {dtype}"
+
+        def ours() -> Any:
+            t = torch.as_tensor(timestep).to(sample.device).reshape(-1).expand(len(sample))
+            conditions = dict(added)
+            if conditions:
+                conditions["text_embeds"] = conditions["text_embeds"].to(dtype)
+            found = self.ours(
+                *(sample, t, encoder_hidden_states, controlnet_cond),
+                guess_mode=guess_mode,
+                **conditions,
+            )
+            *down, mid = (one * conditioning_scale for one in found)
+            if not return_dict:
+                return down, mid
+            parts: Any = tuple(down)  # of any number, other than its annotation says
+            return ControlNetOutput(down_block_res_samples=parts, mid_block_res_sample=mid)
+
+        return self.run(reason, ours, arguments)
 
 
 class DecoderReplacement(Replacement):
@@ -239,6 +334,10 @@ def accelerate(pipe: DiffusionPipeline) -> DiffusionPipeline:
     kinds: tuple[tuple[str, Any, Callable[[], Replacement]], ...] = (
         ("unet", unet, lambda: UNetReplacement(unet)),
         ("vae", vae.decoder, lambda: DecoderReplacement(vae)),
+        *(
+            ("controlnet", net, functools.partial(ControlNetReplacement, net))
+            for net in _controlnets(pipe)
+        ),
     )
     for name, module, make in kinds:
         if replacement_of(module) is not None:
@@ -268,7 +367,7 @@ def restore(pipe: DiffusionPipeline) -> DiffusionPipeline:
         ValueError: not a pipeline that can be accelerated.
     """
     unet, vae = _models(pipe)
-    for module in (unet, vae.decoder):
+    for module in (unet, vae.decoder, *_controlnets(pipe)):
         if replacement_of(module) is None:
             continue
         slot = _slot(module)
@@ -284,17 +383,20 @@ class Explanation:
     """What runs an accelerated pipeline's modules; ``str()`` of it is readable.
 
     Attributes:
-        unet, vae_decoder: None if it isn't accelerated. Each has ``calls``, how many ours has run,
-            ``others``, how many diffusers' own forward has run, by reason, and ``problem()``, why
-            the next one would be diffusers', or None.
+        unet, vae_decoder: None if it isn't accelerated.
+        controlnets: the same of each ControlNet of the pipeline. Each part has ``calls``, how many
+            ours has run, ``others``, how many diffusers' own forward has run, by reason, and
+            ``problem()``, why the next one would be diffusers', or None.
     """
 
     unet: Replacement | None
     vae_decoder: Replacement | None
+    controlnets: list[Replacement | None] = field(default_factory=list)
 
     def __str__(self) -> str:
-        parts = {"U-Net": self.unet, "VAE decoder": self.vae_decoder}
-        return "\n".join(str(part or f"{name}: not accelerated") for name, part in parts.items())
+        parts = [("U-Net", self.unet), ("VAE decoder", self.vae_decoder)]
+        parts += [("ControlNet", part) for part in self.controlnets]
+        return "\n".join(str(part or f"{name}: not accelerated") for name, part in parts)
 
 
 def explain(pipe: DiffusionPipeline) -> Explanation:
@@ -304,7 +406,15 @@ def explain(pipe: DiffusionPipeline) -> Explanation:
         ValueError: not a pipeline that can be accelerated.
     """
     unet, vae = _models(pipe)
-    return Explanation(replacement_of(unet), replacement_of(vae.decoder))
+    controlnets = [replacement_of(net) for net in _controlnets(pipe)]
+    return Explanation(replacement_of(unet), replacement_of(vae.decoder), controlnets)
+
+
+def _controlnets(pipe: Any) -> list[Any]:
+    """The ControlNets of a pipeline; of another kind (ControlNet-Union) none."""
+    found: Any = getattr(pipe, "controlnet", None)
+    nets = getattr(found, "nets", [found])  # of several in one
+    return [net for net in nets if type(net) is ControlNetModel]
 
 
 def replacement_of(module: nn.Module) -> Replacement | None:

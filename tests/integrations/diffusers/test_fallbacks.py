@@ -25,11 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def residuals(pipe: Pipe) -> dict[str, Any]:
-    down = [torch.ones(2, 16, 8, 8)] * 2 + [torch.ones(2, 16, 4, 4), torch.ones(2, 32, 4, 4)]
-    return {
-        "down_block_additional_residuals": down,
-        "mid_block_additional_residual": torch.ones(2, 32, 4, 4),
-    }
+    return {"mid_block_additional_residual": torch.ones(2, 32, 4, 4)}
 
 
 def mask(pipe: Pipe) -> dict[str, Any]:
@@ -101,7 +97,7 @@ def added(pipe: Pipe) -> dict[str, Any]:
 
 
 FALLBACKS = {
-    residuals: "down_block_additional_residuals",
+    residuals: "residuals of either the way down or the bottom alone",
     mask: "encoder_attention_mask",
     freeu: "FreeU",
     processor: "attention processor Doubled",
