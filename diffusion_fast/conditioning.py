@@ -48,7 +48,7 @@ def join_halves(context: Context, null_context: Context, halves: str, batch: int
     if uncond and null_context is None:
         checks.fail(
             "null_context",
-            "what the unconditional half of guidance sees, because guidance_scale is not 1",
+            "what the unconditional half of guidance sees, as guidance_scale is not 1 or for CFG++",
             None,
         )
     if uncond and cond and context is None:
