@@ -132,9 +132,10 @@ class Program:
 
     def calls(self, draws: np.ndarray | None = None) -> Calls:
         """All calls so far; ``draws`` as in :class:`~.sampler.Calls`."""
-        step, *levels = np.array(self._points).T
-        arrays = map(np.ascontiguousarray, levels)
-        made = Calls(np.stack(self._rows), step.astype(np.int64), *arrays)
+        step, t, *levels = map(np.ascontiguousarray, np.array(self._points).T)
+        signal, noise, after, after_noise = levels
+        rows, steps = np.stack(self._rows), step.astype(np.int64)
+        made = Calls(rows, steps, t, signal, noise, after, after_noise)
         return dataclasses.replace(made, draws=draws, churn=self.churn)
 
     def steps(self) -> Iterator[tuple[int, float, float]]:

@@ -424,7 +424,7 @@ def test_what_is_not_finite_is_reported_with_its_first_step(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"guidance_scale": 2.0}, "null_context: expected .*guidance_scale is not 1, got None"),
+        ({"guidance_scale": 2.0}, "null_context: expected .*guidance_scale is not 1 or for CFG"),
         ({"guidance_scale": 0.0}, "null_context: expected"),
         (
             {"guidance_scale": 2.0, "null_context": torch.zeros(3, 2, 5)},
