@@ -278,9 +278,16 @@ def test_adapters_in_the_place_of_layers_are_called(choice: str) -> None:
     def forward(attention: Any) -> None:  # the plain block hands its residual to its own layers
         to_out, split = attention.to_out[0], attention.split_heads
 
-        def run(x: Tensor, kv: Any = None, key_lengths: Any = None, residual: Any = None) -> Tensor:
+        def run(
+            x: Tensor,
+            kv: Any = None,
+            key_lengths: Any = None,
+            residual: Any = None,
+            image: Any = None,
+        ) -> Tensor:
             from diffusion_fast import ops
 
+            assert image is None
             kv = kv or attention.project_kv(x)
             out = ops.attention(split(attention.to_q(x)), *kv, key_lengths=key_lengths)
             return to_out(out.flatten(2)) + residual

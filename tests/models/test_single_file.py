@@ -372,7 +372,7 @@ def test_an_autoencoder_alone(prefix: str, tmp_path: Path) -> None:
         ([UNET + "a", "conditioner.embedders.0.model.ln_final.bias"], "the SDXL refiner is not"),
         ([UNET + "label_emb.weight"], "upscaler is not supported"),
         ([UNET + "label_emb.0.0.weight", "cond_stage_model.model.x"], "unCLIP is not supported"),
-        ([UNET + "input_blocks.0.0.weight"], r"missing: \S*middle_block\.1\.proj_in\.weight"),
+        ([UNET + "input_blocks.0.0.weight"], r"missing: \S*out\.2\.weight"),
         (["cond_stage_model.transformer.x", "b", "c", "d"], r"neither a U-Net .* it holds b, c, "),
     ],
 )

@@ -234,7 +234,7 @@ def test_pictures_that_wait_are_bounded(exact: StableDiffusion) -> None:
 def test_when_the_loop_dies_every_request_learns_it(exact: StableDiffusion) -> None:
     batcher = Batcher(exact, slots=2)
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **more: Any) -> None:
         raise MemoryError("the device is gone")
 
     batcher._shared.network.network.denoise = fail  # type: ignore[method-assign,assignment]
