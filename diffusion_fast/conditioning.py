@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .ops import checks
 
-Context = Tensor | Mapping[str, Tensor] | None
+Value = Tensor | Sequence[Tensor]
+Context = Tensor | Mapping[str, Any] | None  # of a Value each
 Model = Callable[..., Tensor]
 
 
@@ -36,7 +37,7 @@ def join_halves(context: Context, null_context: Context, halves: str, batch: int
     """The context of the halves that run, the unconditional one first.
 
     Args:
-        context: a tensor [B, ...], a dict of them, or None.
+        context: a tensor [B, ...], a dict of them, or of lists of them, or None.
         null_context: the same for the unconditional half.
         halves: which run: ``"conditional"``, ``"unconditional"`` or ``"both"``.
         batch: B; contexts with a batch of 1 serve all of it.
@@ -67,7 +68,20 @@ def join_halves(context: Context, null_context: Context, halves: str, batch: int
             checks.fail(name, f"a dict with the keys {sorted(keys)}", got)
         for key in keys:
             named[key].append((f"{name}[{key!r}]", part[key]))
-    return {key: _joined(values, batch) for key, values in named.items()}
+    return {key: _joined_lists(values, batch) for key, values in named.items()}
+
+
+def _joined_lists(parts: list[tuple[str, Any]], batch: int) -> Value:
+    """The same of lists, item by item."""
+    if not any(isinstance(value, (list, tuple)) for _, value in parts):
+        return _joined(parts, batch)
+    name, first = parts[0]
+    for other, value in parts:
+        if not isinstance(value, (list, tuple)) or len(value) != len(first):
+            got = len(value) if isinstance(value, (list, tuple)) else type(value).__name__
+            checks.fail(other, f"a list of {len(first)} tensors, as {name}", got)
+    items = range(len(first))
+    return [_joined([(f"{n}[{i}]", value[i]) for n, value in parts], batch) for i in items]
 
 
 def _joined(parts: list[tuple[str, Any]], batch: int) -> Tensor:

@@ -129,6 +129,20 @@ def sample(
             help="A textual inversion embedding, FILE or FILE=NAME; as often as you like."
         ),
     ] = None,
+    ip_adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="An IP-Adapter, FILE or FILE=SCALE; as often as you like."),
+    ] = None,
+    ip_adapter_image: Annotated[
+        list[Path] | None, typer.Option(help="The image for each IP-Adapter, in their order.")
+    ] = None,
+    ip_adapter_mask: Annotated[
+        list[Path] | None, typer.Option(help="Where that image counts (white), for each of them.")
+    ] = None,
+    image_encoder: Annotated[
+        Path | None,
+        typer.Option(help="CLIP's vision tower; default the image_encoder beside the adapter."),
+    ] = None,
     vae: Annotated[str | None, typer.Option(help="Another autoencoder.")] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder of the tokenizer, for single files.")
@@ -211,8 +225,9 @@ def _new(given: dict[str, Any]) -> Drawing:
         option = name.upper() if name == "prompt" else f"--{name.replace('_', '-')}"
         checks.fail(option, f"nothing for {kind.KIND} (model {folder})", given[name])
     paths: dict[str, Any] = {n: str(value) for n, value in given.items() if isinstance(value, Path)}
-    if "control_image" in given:
-        paths["control_image"] = list(map(str, given["control_image"]))
+    for name, value in given.items():
+        if isinstance(value, list):
+            paths[name] = [str(one) for one in value]
     return kind(**{**given, **paths})
 
 

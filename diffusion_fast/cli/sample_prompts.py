@@ -63,6 +63,10 @@ class PromptDrawing:
     guess_mode: bool = False
     lora: list[str] = dataclasses.field(default_factory=list)
     embedding: list[str] = dataclasses.field(default_factory=list)
+    ip_adapter: list[str] = dataclasses.field(default_factory=list)
+    ip_adapter_image: list[str] = dataclasses.field(default_factory=list)
+    ip_adapter_mask: list[str] = dataclasses.field(default_factory=list)
+    image_encoder: str | None = None
     vae: str | None = None
     tokenizer: str | None = None
     prediction_type: str | None = None
@@ -161,6 +165,13 @@ class PromptDrawing:
             if text is not None:
                 numbers = _numbers(f"--{name.replace('_', '-')}", text)
                 pictures[name] = numbers[0] if len(numbers) == 1 else numbers
+        for option, paths, *reading in (
+            ("image", self.ip_adapter_image, "RGB"),
+            ("masks", self.ip_adapter_mask, "L", "black"),
+        ):
+            if paths:
+                name = f"--ip-adapter-{option.rstrip('s')}"
+                pictures[f"ip_adapter_{option}"] = [_open(name, one, *reading) for one in paths]
         return steps, guidance, None if self.size is None else _size(self.size), pictures
 
     def _digests(self) -> dict[str, str]:
@@ -170,6 +181,9 @@ class PromptDrawing:
         added += [(f"embedding {path}", path) for path, _ in map(_named, self.embedding)]
         added += [(f"control-image {path}", path) for path in self.control_image]
         added += [(f"control {path}", path) for path in self.control if Path(path).is_file()]
+        added += [(f"ip-adapter {path}", path) for path, _ in map(_adapter, self.ip_adapter)]
+        added += [(f"ip-adapter-image {path}", path) for path in self.ip_adapter_image]
+        added += [(f"ip-adapter-mask {path}", path) for path in self.ip_adapter_mask]
         for name, path in (("image", self.image), ("mask", self.mask), *added):
             if path is not None and not Path(path).is_dir():
                 try:
@@ -200,6 +214,9 @@ class PromptDrawing:
         try:
             for path, scale in loras:
                 pipe.loras.load(path, path, scale)
+            option = "--ip-adapter"
+            for path, scale in map(_adapter, self.ip_adapter):
+                pipe.ip_adapters.load(path, path, scale, image_encoder=self.image_encoder)
             option = "--embedding"
             for path, name in map(_named, self.embedding):
                 pipe.embeddings.load(path, name or None)
@@ -291,7 +308,11 @@ def _size(text: str) -> int | tuple[int, int]:
     return height, width
 
 
-def lora_of(text: str) -> tuple[str, float]:
+def _adapter(text: str) -> tuple[str, float]:
+    return lora_of(text, "--ip-adapter")
+
+
+def lora_of(text: str, option: str = "--lora") -> tuple[str, float]:
     """``file.safetensors`` or ``file.safetensors=0.8`` as a path and a scale."""
     path, equals, scale = text.rpartition("=")
     if not equals or Path(text).exists():  # names of files may have a = too
@@ -299,7 +320,7 @@ def lora_of(text: str) -> tuple[str, float]:
     try:
         return path, float(scale)
     except ValueError:
-        checks.fail("--lora", "a file, or FILE=SCALE such as style.safetensors=0.8", repr(text))
+        checks.fail(option, "a file, or FILE=SCALE such as style.safetensors=0.8", repr(text))
 
 
 def _named(text: str) -> tuple[str, str]:

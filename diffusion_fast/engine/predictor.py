@@ -7,8 +7,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..conditioning import Context, Model, bind
+from ..conditioning import Context, Model, Value, bind
 from ..models import UNet2DCondition
 from ..models.controlled import ControlledUNet
 from ..ops import checks
@@ -132,24 +133,22 @@ def predictor_for(
     return PlainPredictor(model, batch=halves * batch, max_rows=max_rows, why=why)
 
 
-def signature(context: Context) -> Any:
+def signature(context: Context | Value) -> Any:
     """The shapes, dtypes and devices of a context: hashable."""
     if isinstance(context, Mapping):
         return tuple((name, signature(value)) for name, value in sorted(context.items()))
+    if isinstance(context, (list, tuple)):
+        return tuple(map(signature, context))
+    assert isinstance(context, Tensor | None)
     return None if context is None else (tuple(context.shape), context.dtype, context.device)
 
 
 def _empty_like(context: Context) -> Context:
-    if isinstance(context, Mapping):
-        return {name: torch.empty_like(value.contiguous()) for name, value in context.items()}
-    return None if context is None else torch.empty_like(context.contiguous())
+    empty: Context = tree_map_only(Tensor, lambda x: torch.empty_like(x.contiguous()), context)
+    return empty
 
 
 def _copy(kept: Context, context: Context) -> None:
-    if isinstance(context, Mapping):
-        assert isinstance(kept, dict)
-        for name, value in context.items():
-            kept[name].copy_(value)
-    elif context is not None:
-        assert isinstance(kept, Tensor)
-        kept.copy_(context)
+    for old, new in zip(tree_leaves(kept), tree_leaves(context), strict=True):
+        if new is not None:
+            old.copy_(new)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,39 @@ from torch.nn import functional as F
 from .. import ops
 from ..ops import checks
 
-KeyValue = tuple[Tensor, Tensor]  # [B, L, H, D] each
+
+class WithImages(NamedTuple):
+    """Keys and values of a text and of n images beside it (an IP-Adapter).
+
+    Attributes:
+        k, v: [B, L, H, D]: those of the text, then of each image.
+        tokens: how many of L are of the text, and of each image.
+        weights: how much each image counts, [B or 1, n].
+        mask: what counts of it at each query, [B or 1, n, S]; None for all.
+    """
+
+    k: Tensor
+    v: Tensor
+    tokens: tuple[int, ...]
+    weights: Tensor
+    mask: Tensor | None
+
+
+KeyValue = tuple[Tensor, Tensor] | WithImages  # [B, L, H, D] each
 # What another network adds to a result [B, C, H, W]: a tensor that broadcasts to it, and a factor
 # of each image, [B or 1, 1, 1, 1], or None for 1.
 Residual = tuple[Tensor, Tensor | None]
+
+
+def beside_text(
+    text: KeyValue, images: Sequence[KeyValue], weights: Tensor, mask: Tensor | None
+) -> WithImages:
+    """Images beside a text, see :class:`WithImages`; a batch of 1 serves all."""
+    every = [(kv[0], kv[1]) for kv in (text, *images)]
+    batch = max(len(k) for k, _ in every)
+    k = torch.cat([k.expand(batch, -1, -1, -1) for k, _ in every], dim=1)
+    v = torch.cat([v.expand(batch, -1, -1, -1) for _, v in every], dim=1)
+    return WithImages(k, v, tuple(k.shape[1] for k, _ in every), weights, mask)
 
 
 def timestep_embedding(t: Tensor, dim: int, cosine_first: bool, freq_shift: int) -> Tensor:
@@ -347,12 +376,26 @@ class MultiHead(Composite):
         """What ``to_out`` projects, [B, S, C], of x [B, S, C]; for the arguments see Attention."""
         if kv is not None:
             q = widened(self.split_heads(self.to_q(x)), kv[0].shape[0], image)  # [B, S, H, D]
-            k, v = kv
+            if isinstance(kv, WithImages):
+                return self._attend_to_images(q, kv, key_lengths).flatten(2)
+            k, v = kv[0], kv[1]
         elif self.to_qkv is not None:
             q, k, v = map(self.split_heads, self.to_qkv(x))
         else:
-            q, (k, v) = self.split_heads(self.to_q(x)), self.project_kv(x)
+            own = self.project_kv(x)
+            q, k, v = self.split_heads(self.to_q(x)), own[0], own[1]
         return ops.attention(q, k, v, key_lengths=key_lengths).flatten(2)
+
+    def _attend_to_images(self, q: Tensor, kv: WithImages, key_lengths: Tensor | None) -> Tensor:
+        """attention(q, text) + sum_i w_i attention(q, image i), each with a softmax of its own."""
+        weights = kv.weights[:, None]  # [B or 1, 1, n]
+        if kv.mask is not None:
+            weights = weights * kv.mask.mT  # [B or 1, S, n]
+        (k, *keys), (v, *values) = kv.k.split(kv.tokens, 1), kv.v.split(kv.tokens, 1)
+        out = ops.attention(q, k, v, key_lengths=key_lengths)
+        for i, (k, v) in enumerate(zip(keys, values, strict=True)):
+            out = torch.addcmul(out, ops.attention(q, k, v), weights[..., i, None, None])
+        return out
 
 
 class Attention(MultiHead):

@@ -362,6 +362,9 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
     for name in _NESTED:
         if isinstance(found, dict) and isinstance(found.get(name), dict):
             found = found[name]
+    if isinstance(found, dict) and {"image_proj", "ip_adapter"} <= found.keys():
+        parts = ((name, part) for name, part in found.items() if isinstance(part, dict))
+        found = {f"{name}.{key}": value for name, part in parts for key, value in part.items()}
     tensors = {
         name: value.detach()
         for name, value in (found.items() if isinstance(found, dict) else ())

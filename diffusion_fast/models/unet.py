@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from ..files import AnyPath
 from ..ops import checks
 from .blocks import (
+    Attention,
     Composite,
     Conv2d,
     Downsample,
@@ -21,18 +23,22 @@ from .blocks import (
     Residual,
     TimestepEmbedding,
     Transformer2D,
+    TransformerBlock,
     Upsample,
     added,
+    beside_text,
     followed,
     timestep_embedding,
     widened,
 )
 from .checkpoints import save_model
 from .config import UNetConfig
+from .ip_adapter import IPAdapter
 from .pretrained import find_pretrained
 
 TimeProjections = list[list[Any]]  # per block, per residual block: [B, C] or [B, 2C]
 ContextProjections = list[list[list[KeyValue]]]  # per block, per transformer, per layer
+ImageProjections = list[list[KeyValue]]  # per cross-attention, per image
 Residuals = Sequence[Sequence[Residual]]  # per place, of each network that adds something there
 
 
@@ -388,6 +394,7 @@ class UNet2DCondition(UNetEncoder):
         channels, levels = config.block_out_channels, range(config.num_levels)
         self.up_blocks = nn.ModuleList(UpBlock(config, level) for level in reversed(levels))
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
+        self.ip_adapters = nn.ModuleList()  # not of the checkpoint; the pipeline puts them here
         self.conv_out = _conv(channels[0], config.out_channels, config.conv_out_kernel)
 
     @classmethod
@@ -423,7 +430,9 @@ class UNet2DCondition(UNetEncoder):
             OSError: it can't be written, for example because the disk is full. What the folder held
                 before is still there then.
         """
-        save_model(self, {"_class_name": "UNet2DConditionModel", **self.config.to_dict()}, folder)
+        plain = copy.copy(self)  # without what was added to it
+        plain._modules = {n: m for n, m in self._modules.items() if n != "ip_adapters"}
+        save_model(plain, {"_class_name": "UNet2DConditionModel", **self.config.to_dict()}, folder)
 
     @property
     def null_class(self) -> int:
@@ -444,6 +453,9 @@ class UNet2DCondition(UNetEncoder):
         context_lengths: Tensor | None = None,
         residuals: Residuals = (),
         features: Residuals = (),
+        image_tokens: Sequence[Tensor] = (),
+        image_weights: Tensor | None = None,
+        image_masks: Sequence[Tensor] = (),
     ) -> Tensor:
         """The model's output for noisy images.
 
@@ -461,6 +473,11 @@ class UNet2DCondition(UNetEncoder):
                 no part of them.
             context_lengths: int64 [B], how many of the tokens each item sees; all by default.
             residuals, features: what other networks add, see :meth:`denoise`.
+            image_tokens: of each of its IP-Adapters those of its images, [B or 1, n, L, C].
+            image_weights: how much they count at each cross-attention, in the order of the
+                computation, [B or 1, attentions, images of all adapters].
+            image_masks: where they count, at each level's resolution: [B or 1, images, h w],
+                finest first; none for everywhere.
 
         Returns:
             [B, out_channels, H, W]; channels_last if ``x`` is or the parameters are.
@@ -470,14 +487,13 @@ class UNet2DCondition(UNetEncoder):
         """
         self.check_inputs(x, t, context, text_embeds, time_ids, timestep_cond, context_lengths)
         emb = self.embed_time(t.expand(x.shape[0]), text_embeds, time_ids, timestep_cond)
-        return self.denoise(
-            x,
-            self.project_time(emb),
-            self.project_context(self.embed_context(context)),
-            context_lengths,
-            residuals,
-            features,
-        )
+        kv = self.project_context(self.embed_context(context))
+        if len(self.ip_adapters) or len(image_tokens):
+            self.check_images(x.shape[0], image_tokens, image_weights, image_masks)
+            assert image_weights is not None  # checked
+            kv = self.with_images(kv, self.project_images(image_tokens), image_weights, image_masks)
+        time = self.project_time(emb)
+        return self.denoise(x, time, kv, context_lengths, residuals, features)
 
     def blocks(self) -> list[Block]:
         return [*super().blocks(), *self.up_blocks]
@@ -490,6 +506,83 @@ class UNet2DCondition(UNetEncoder):
             [i < first or (i == first < down and j == 0) for j in range(len(block.resnets))]
             for i, block in enumerate(self.blocks())
         ]
+
+    def check_images(self, batch: int, tokens: Any, weights: Any, masks: Any) -> None:
+        """Raises ValueError unless a call with a batch can have these images."""
+        count, width = len(self.ip_adapters), self.config.cross_attention_dim
+        if len(tokens) != count:
+            checks.fail("image_tokens", f"one for each of {count} IP-Adapters", len(tokens))
+        for one in tokens:
+            checks.floating("image_tokens", one)
+            fits = one.dim() == 4 and len(one) in (1, batch) and one.shape[3] == width
+            if not fits or not one.numel():
+                expected = f"shape [B or 1, n, L, {width}] with B = {batch}"
+                checks.fail("image_tokens", expected, list(one.shape))
+            checks.same_dtype("image_tokens", one, "the model", self.conv_in.weight)
+            checks.same_device("image_tokens", one, "the model", self.conv_in.weight)
+        images, places = sum(one.shape[1] for one in tokens), len(self.cross_attentions())
+        checks.floating("image_weights", weights)
+        if weights.shape[1:] != (places, images) or len(weights) not in (1, batch):
+            expected = f"shape [B or 1, {places}, {images}] with B = {batch}"
+            checks.fail("image_weights", expected, list(weights.shape))
+        if len(masks) not in (0, self.config.num_levels):
+            levels = self.config.num_levels
+            checks.fail("image_masks", f"none, or one for each of {levels} levels", len(masks))
+        for mask in masks:
+            checks.floating("image_masks", mask)
+            if mask.dim() != 3 or mask.shape[1] != images or len(mask) not in (1, batch):
+                expected = f"shape [B or 1, {images}, h w] with B = {batch}"
+                checks.fail("image_masks", expected, list(mask.shape))
+
+    def cross_attentions(self) -> list[tuple[int, Attention]]:
+        """All of them in the order of the computation, each with its level."""
+        last, found = self.config.num_levels - 1, []
+        for i, block in enumerate(self.blocks()):
+            level = min(i, last, 2 * last + 2 - i)
+            for attention in cast("list[Transformer2D]", block.attentions):
+                layers = cast("list[TransformerBlock]", attention.transformer_blocks)
+                found += [(level, layer.attn2) for layer in layers]
+        return found
+
+    def level_sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Height and width at each level, finest first, for an input of some height and width."""
+        lost = 1 if self.config.downsample_padding else 0
+        sizes = [size]
+        for _ in range(self.config.num_levels - 1):
+            height, width = sizes[-1]
+            sizes.append(((height + lost) // 2, (width + lost) // 2))
+        return sizes
+
+    def project_images(self, tokens: Sequence[Tensor]) -> ImageProjections:
+        """Keys and values at each cross-attention of the IP-Adapters' tokens [B or 1, n, L, C]."""
+        adapters = list(zip(cast("list[IPAdapter]", self.ip_adapters), tokens, strict=True))
+        return [
+            [kv for adapter, own in adapters for kv in adapter.project_kv(i, attention, own)]
+            for i, (_, attention) in enumerate(self.cross_attentions())
+        ]
+
+    def with_images(
+        self,
+        kv: ContextProjections,
+        images: ImageProjections,
+        weights: Tensor,
+        masks: Sequence[Tensor],
+    ) -> ContextProjections:
+        """The keys and values of a context with those of images beside them.
+
+        Args:
+            kv: the result of :meth:`project_context`.
+            images: the result of :meth:`project_images`.
+            weights, masks: as :meth:`forward` takes them.
+        """
+        levels = (level for level, _ in self.cross_attentions())
+        places = iter(zip(images, weights.unbind(1), levels, strict=True))
+
+        def joined(text: KeyValue) -> KeyValue:
+            own, weight, level = next(places)
+            return beside_text(text, own, weight, masks[level] if len(masks) else None)
+
+        return [[[joined(text) for text in layers] for layers in block] for block in kv]
 
     def denoise(
         self,

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from .safety import SafetyChecker  # imports Pillow
 
 
+# Models that are told from SD 1.x and 2.x by the input channels of their U-Nets alone.
+OTHERS = {5: "SD 2.x depth", 7: "upscaler x4", 8: "instruct-pix2pix"}
+
+
 @dataclass
 class Parts:
     """The networks, the noise schedule and what else a model says of itself.
@@ -50,7 +54,11 @@ class Parts:
             checks.fail("vae", f"one of {unet.out_channels} latent channels, as the U-Net", latents)
         if unet.in_channels not in (latents, 2 * latents + 1):
             expected = f"one of {latents} input channels, or {2 * latents + 1} for inpainting"
-            checks.fail("unet", expected, unet.in_channels)
+            kind = OTHERS.get(unet.in_channels)
+            got = (
+                f"{unet.in_channels} ({kind}, which is not supported)" if kind else unet.in_channels
+            )
+            checks.fail("unet", expected, got)
         width = sum(one.config.hidden_size for one in self.text.encoders)  # type: ignore
         if width != unet.cross_attention_dim:
             expected = f"states of {unet.cross_attention_dim} channels, as the U-Net"

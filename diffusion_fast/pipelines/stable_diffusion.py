@@ -3,6 +3,7 @@ arXiv:2307.01952): a prompt in, images out."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..conditioning import Context
 from ..engine import Engine
 from ..engine.engine import Callback
 from ..engine.rewrites.decoder import FreshDecoder
@@ -27,6 +29,7 @@ from ..samplers import SamplerOptions, reads_unconditional, table_of
 from ..schedule import DiffusionSchedule
 from . import inputs
 from .controls import Controls, Steering
+from .ip_adapters import IPAdapters
 from .latents import Autoencoding
 from .loading import load
 from .parts import Parts
@@ -41,7 +44,8 @@ class StableDiffusion:
 
     Make one with :meth:`from_pretrained` and call it. ``unet``, ``vae`` and ``text`` are the
     networks (``text.modules()`` the text encoders under their names), ``loras`` switches LoRAs on
-    them (:class:`~diffusion_fast.models.lora.LoRAs`), ``defaults`` are its card's steps and
+    them (:class:`~diffusion_fast.models.lora.LoRAs`), ``ip_adapters`` lets images be prompts
+    (:class:`~.ip_adapters.IPAdapters`), ``defaults`` are its card's steps and
     guidance, ``embeddings`` gives prompts new words
     (:class:`~diffusion_fast.models.embeddings.Embeddings`), ``controls`` are the ControlNets and
     T2I-Adapters that :meth:`load_control` read. One engine is kept between calls, so
@@ -56,6 +60,7 @@ class StableDiffusion:
     def __init__(self, parts: Parts, graph: str = "auto", rewrites: Any = "all") -> None:
         self.unet, self.vae, self.text = parts.unet, parts.vae, parts.text
         self.loras = LoRAs({"unet": self.unet, **self.text.modules()})
+        self.ip_adapters = IPAdapters(self.unet)
         self.safety_checker = parts.safety_checker
         self.zero_empty, self.random_weights = parts.zero_empty, parts.random_weights
         self.defaults = parts.defaults
@@ -131,10 +136,23 @@ class StableDiffusion:
     def save_pretrained(self, folder: AnyPath) -> None:
         """Write a folder that :meth:`from_pretrained` and diffusers load.
 
+        Embeddings and IP-Adapters have no place in such a folder: they are not written, and a
+        warning names them. They are loaded again from their own files.
+
         Raises:
             OSError: it can't be written; what was there before still is.
         """
         save(self._parts(), folder)
+        for kind, names in (
+            ("embeddings", self.embeddings.names),
+            ("IP-Adapters", self.ip_adapters.names),
+        ):
+            if names:
+                warnings.warn(
+                    f"{folder}: {kind} are not written, load them again from their files:"
+                    f" {', '.join(names)}",
+                    stacklevel=2,
+                )
 
     @property
     def embeddings(self) -> Embeddings:
@@ -172,7 +190,7 @@ class StableDiffusion:
     def to(self, *args: Any, **kwargs: Any) -> StableDiffusion:
         """Move or cast all networks, as ``nn.Module.to``."""
         networks = *self.controls.networks, self.unet, self.vae
-        for part in (*networks, self.text, self.safety_checker):
+        for part in (*networks, self.text, self.safety_checker, self.ip_adapters):
             if part is not None:
                 part.to(*args, **kwargs)
         return self
@@ -197,6 +215,9 @@ class StableDiffusion:
         control_start: float | Sequence[float] = 0.0,
         control_end: float | Sequence[float] = 1.0,
         guess_mode: bool = False,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: Any = None,
+        ip_adapter_masks: Any = None,
         clip_skip: int = 0,
         output: str = "pil",
         callback: Callback | None = None,
@@ -237,6 +258,11 @@ class StableDiffusion:
                 [0, 1].
             guess_mode: ControlNets act on the conditional half of guidance alone, and less on fine
                 detail.
+            ip_adapter_image: what the images shall be like, for ``ip_adapters`` that are loaded:
+                one for a single adapter, else a list with one, or a list of several, for each.
+            ip_adapter_image_embeds: in its place what an image encoder says of them, for each
+                adapter [2, n, ...] with guidance, the unconditional half first, else [1, n, ...].
+            ip_adapter_masks: where in the picture each of them counts, in the form of the images.
             clip_skip: layers to leave out at the text encoders' ends, for both prompts.
             output: ``"pil"``, ``"tensor"`` or ``"latent"``.
             callback: ``callback(step, t, latents)`` after each step, with a copy of the latents.
@@ -270,9 +296,15 @@ class StableDiffusion:
         both = reads_unconditional(options) or inputs.guided(options.guidance_scale)
         positive, negative = self._states(prompts, negatives, clip_skip, both)
         shape = self._latent_shape(len(seeds), height, width)
+        both = inputs.guided(options.guidance_scale)
+        latent_size = shape[2], shape[3]
+        pictured, blank = self.ip_adapters.context(
+            ip_adapter_image, ip_adapter_image_embeds, ip_adapter_masks, latent_size, both
+        )
         model, halves = self._steered(steering, options, (height, width), len(seeds))
         embedded = self._embedded_guidance(scale)
-        beside = [{**embedded, **half} for half in halves]
+        seen = zip(halves, (pictured, blank), strict=True)
+        beside = [{**embedded, **half, **shown} for half, shown in seen]
         vae = self._autoencoding()
         latents = self._engine_now(model, table, progress).sample(
             shape,
@@ -421,8 +453,8 @@ class StableDiffusion:
         return model, steering.contexts(size, count, timesteps, self.unet.conv_in.weight)
 
     def _context(
-        self, states: TextStates | None, batch: int, size: inputs.Size, beside: dict[str, Tensor]
-    ) -> Tensor | dict[str, Tensor] | None:
+        self, states: TextStates | None, batch: int, size: inputs.Size, beside: dict[str, Any]
+    ) -> Context:
         """What the U-Net is conditioned on, for ``batch`` images of each prompt.
 
         Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -17,10 +18,11 @@ from diffusers_pipelines import arguments, picture, theirs
 from numerics import error
 from safetensors.torch import load_file, save_file
 
-from diffusion_fast.models import CheckpointError
+from diffusion_fast.models import CheckpointError, UNet2DCondition
 from diffusion_fast.models.vae import AutoencoderKL
 from diffusion_fast.models.vae_config import VAEConfig
 from diffusion_fast.pipelines import StableDiffusion
+from diffusion_fast.pipelines.loading import load
 from diffusion_fast.pipelines.tiny_tokenizer import vocabulary
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
@@ -28,6 +30,17 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 Folder = Callable[[str], Path]
 TOLERANCE = 1e-4
 TOKENS = len(vocabulary()[0])  # of the tiny tokenizer
+
+
+@pytest.mark.parametrize(
+    ("channels", "name"), [(5, "SD 2.x depth"), (7, "upscaler x4"), (8, "instruct-pix2pix")]
+)
+def test_models_known_by_their_input_channels_are_refused_by_name(channels: int, name: str) -> None:
+    parts = load("tiny")
+    parts.unet = UNet2DCondition(dataclasses.replace(parts.unet.config, in_channels=channels))
+    with pytest.raises(ValueError, match=f"unet: expected .*{name}, which is not") as raised:
+        parts.check_fit()
+    assert "\n" not in str(raised.value)
 
 
 def changed(folder: Path, copy: Path, **index: Any) -> Path:

@@ -170,7 +170,7 @@ class PreparedControlled:
 
     def explain(self) -> list[RewriteReport]:
         """As :meth:`PreparedUNet.explain <.prepare.PreparedUNet.explain>`."""
-        key = self.unet.size, self.unet.tokens
+        key = self.unet.size, self.unet.tokens, self.unet.images_of
         if key not in self._explained:
             self._explained[key] = cost.explain(self.plan, self.model, PreparedControlled, *key)
         return self._explained[key]

@@ -6,17 +6,18 @@ The network runs once on the meta device, where tensors have shapes and no data,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...models import UNet2DCondition
 from ...models.controlled import Control, ControlledUNet
 from ...models.controlnet import ControlNet
+from ...models.ip_adapter import IPAdapter
 from ...models.t2i_adapter import T2IAdapter
 from ..buffers import Clock
 from .plan import REWRITES, Rewritable, RewritePlan, RewriteReport, unet_of
@@ -128,16 +129,23 @@ class DryRun:
         batch: images in a call, all halves of guidance counted.
         size: height and width of its input.
         tokens: number of tokens of the context; 1 for labels.
+        images: for each IP-Adapter its number of images, and of tokens of each.
     """
 
     def __init__(
-        self, model: Rewritable, dtype: torch.dtype, batch: int, size: tuple[int, int], tokens: int
+        self,
+        model: Rewritable,
+        dtype: torch.dtype,
+        batch: int,
+        size: tuple[int, int],
+        tokens: int,
+        images: Sequence[tuple[int, int]] = (),
     ) -> None:
         config = unet_of(model).config
         with DEVICE:
             self.twin = _twin(model).to(dtype).eval()
             self._x = torch.empty(batch, config.in_channels, *size, dtype=dtype)
-            self._context = {"context": torch.empty(batch, dtype=torch.int64)}
+            self._context: dict[str, Any] = {"context": torch.empty(batch, dtype=torch.int64)}
             if config.num_classes is None:
                 text = self._x.new_empty(batch, tokens, config.cross_attention_dim)
                 self._context = {"context": text}
@@ -156,6 +164,16 @@ class DryRun:
                 guided = self._x.new_empty(batch, config.time_cond_proj_dim)
                 self._context["timestep_cond"] = guided
 
+            places, width = unet_of(self.twin).cross_attentions(), config.cross_attention_dim
+            for _ in images:
+                widths = [attention.to_k.out_features for _, attention in places]
+                made = IPAdapter(nn.Identity(), width, widths).to(dtype).eval()
+                unet_of(self.twin).ip_adapters.append(made)
+            if images:
+                own = [self._x.new_empty(batch, n, size, width) for n, size in images]
+                weights = self._x.new_empty(batch, len(places), sum(n for n, _ in images))
+                self._context |= {"image_tokens": own, "image_weights": weights}
+
     def step(self, prepare: Callable[[Any], Any]) -> Counter:
         """The cost of one call of the predictor that ``prepare`` makes for a model."""
         with DEVICE, torch.no_grad():
@@ -172,6 +190,7 @@ def explain(
     build: Callable[[Any, RewritePlan], Any],
     size: tuple[int, int] | None,
     tokens: int,
+    images: Sequence[tuple[int, int]] = (),
 ) -> list[RewriteReport]:
     """What each rewrite saves: the cost of a step without it, less that of a step with all.
 
@@ -181,8 +200,10 @@ def explain(
         build: makes the predictor of such a model and a plan.
         size: height and width of the U-Net's input; None leaves the savings open.
         tokens: number of tokens of the context.
+        images: for each IP-Adapter its number of images, and of tokens of each.
     """
-    run = size and DryRun(model, plan.dtype, plan.halves * plan.batch, size, max(tokens, 1))
+    batch, tokens = plan.halves * plan.batch, max(tokens, 1)
+    run = size and DryRun(model, plan.dtype, batch, size, tokens, images)
 
     def cost_of(on: Collection[str]) -> Cost:
         off = {name: "" for name in REWRITES if name not in on}

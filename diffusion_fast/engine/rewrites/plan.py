@@ -39,6 +39,7 @@ class Rewrite:
 # In the order in which leaves are swapped: one may build on those before.
 REWRITES = {
     "cached_context": Rewrite("keys and values of cross-attention once per prompt"),
+    "cached_images": Rewrite("keys and values of an IP-Adapter once per image"),
     "time_table": Rewrite("time embedding and its projections once per run, a table row per step"),
     "shared_prefix": Rewrite("one half of guidance until the first cross-attention"),
     "folded_upsample": Rewrite(
@@ -210,6 +211,8 @@ def _inapplicable(model: Rewritable, batch: int, halves: int, max_rows: int) -> 
         off["shared_prefix"] = "pooled text enters the time embedding"
     elif config.time_cond_proj_dim is not None:
         off["shared_prefix"] = "the guidance scale enters the time embedding"
+    if not len(unet.ip_adapters):
+        off["cached_images"] = "the model has no IP-Adapter"
     if config.num_levels == 1:
         off["folded_upsample"] = "the model has one level"
     if not isinstance(model, ControlledUNet):

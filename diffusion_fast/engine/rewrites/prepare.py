@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -49,24 +49,29 @@ def rewritten(model: Network, on: Collection[str]) -> tuple[Network, list[Leaf]]
 
 
 class Kept:
-    """Nested tensors at fixed addresses.
+    """Nested tensors at fixed addresses, and what stands beside them (None, numbers).
 
     For each set of shapes and dtypes there are tensors of their own, which live on: captured graphs
     read them.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[object, list[Tensor | None]] = {}
+        self._kept: dict[object, list[Any]] = {}
 
     def write(self, values: Any) -> Any:
         """The same values in the same lists and tuples, in the kept tensors."""
         new, form = tree_flatten(values)
-        key = tuple(value if value is None else (value.shape, value.dtype) for value in new)
+        tensors = [isinstance(value, Tensor) for value in new]
+        key = tuple(
+            (value.shape, value.dtype) if tensor else value
+            for value, tensor in zip(new, tensors, strict=True)
+        )
         if key not in self._kept:
-            self._kept[key] = [None if value is None else value.clone() for value in new]
+            pairs = zip(new, tensors, strict=True)
+            self._kept[key] = [value.clone() if tensor else value for value, tensor in pairs]
         kept = self._kept[key]
-        for old, value in zip(kept, new, strict=True):
-            if old is not None:
+        for old, value, tensor in zip(kept, new, tensors, strict=True):
+            if tensor:
                 old.copy_(value)
         return tree_unflatten(kept, form)
 
@@ -135,6 +140,8 @@ class PreparedNetwork(Generic[Encoder]):
         )
         self._last: tuple[Hashable, list[Tensor | None]] | None = None  # what was prepared for
         self.tokens = 0  # of the context
+        # Images and tokens of each IP-Adapter.
+        self.images_of: tuple[tuple[int, int], ...] = ()
 
     @torch.no_grad()
     def prepare(self, context: Context, timesteps: Tensor) -> None:
@@ -148,7 +155,9 @@ class PreparedNetwork(Generic[Encoder]):
         Raises:
             ValueError: a context that doesn't fit the model, or too many timesteps.
         """
-        given = dict(context) if isinstance(context, Mapping) else {"context": context}
+        given: dict[str, Any] = (
+            dict(context) if isinstance(context, Mapping) else {"context": context}
+        )
         self._prepare(timesteps, **given)
 
     def _prepare(
@@ -159,6 +168,9 @@ class PreparedNetwork(Generic[Encoder]):
         time_ids: Tensor | None = None,
         timestep_cond: Tensor | None = None,
         context_lengths: Tensor | None = None,
+        image_tokens: Sequence[Tensor] = (),
+        image_weights: Tensor | None = None,
+        image_masks: Sequence[Tensor] = (),
     ) -> None:
         self.plan.check_rows(timesteps)
         image = self.model.conv_in.weight.new_empty(self.batch, self.model.config.in_channels, 1, 1)
@@ -166,8 +178,13 @@ class PreparedNetwork(Generic[Encoder]):
             image, timesteps[0], context, text_embeds, time_ids, timestep_cond, context_lengths
         )
         assert context is not None  # checked
+        pictured = image_tokens, image_weights, image_masks
+        if isinstance(self.model, UNet2DCondition) and (
+            len(self.model.ip_adapters) or len(image_tokens)
+        ):
+            self.model.check_images(self.batch, *pictured)
         additions = text_embeds, time_ids, timestep_cond
-        inputs = [timesteps, context, *additions, context_lengths]
+        inputs = tree_leaves([timesteps, context, *additions, context_lengths, *pictured])
         around = surroundings(timesteps.device) if self._repeats else None
         if self._last is not None and around == self._last[0] and _equal(inputs, self._last[1]):
             return
@@ -175,6 +192,15 @@ class PreparedNetwork(Generic[Encoder]):
         context = context.expand(self.batch, *context.shape[1:])
         self.tokens = 1 if context.dim() == 1 else context.shape[1]
         kv = self._project(context) if "cached_context" in self.plan.on else None
+        images: Any = tuple(image_tokens)
+        self.images_of = tuple(tuple(one.shape[1:3]) for one in images)
+        if images and "cached_images" in self.plan.on:
+            assert isinstance(self.model, UNet2DCondition)  # a ControlNet is given none
+            images = self.model.project_images(images)
+            if kv is not None:
+                assert image_weights is not None  # checked
+                kv = self.model.with_images(kv, images, image_weights, image_masks)
+                images, image_weights, image_masks = (), None, ()
         if self.times is not None:
             n, each = len(timesteps), timesteps.repeat_interleave(self._images)
             pooled = (None if value is None else value.repeat(n, 1) for value in additions)
@@ -183,7 +209,13 @@ class PreparedNetwork(Generic[Encoder]):
         else:
             self._grid[: len(timesteps)] = timesteps[:, None]
         self.given = self._kept.write(
-            (context if kv is None else None, kv, context_lengths, additions)
+            (
+                context if kv is None else None,
+                kv,
+                context_lengths,
+                additions,
+                (images, image_weights, tuple(image_masks)),
+            )
         )
         if self._repeats:
             self._last = around, [None if value is None else value.clone() for value in inputs]
@@ -207,9 +239,14 @@ class PreparedNetwork(Generic[Encoder]):
 
     def conditions(self, clock: Clock) -> tuple[TimeProjections, ContextProjections, Any]:
         """What the blocks take of time and context at the clock's row; the context's lengths."""
-        context, kv, lengths, additions = self.given
+        context, kv, lengths, additions, (images, weights, masks) = self.given
         if kv is None:
             kv = self._project(context)
+        if weights is not None:
+            assert isinstance(self.model, UNet2DCondition)  # a ControlNet is given none
+            if "cached_images" not in self.plan.on:
+                images = self.model.project_images(images)
+            kv = self.model.with_images(kv, images, weights, masks)
         if self.times is not None:
             return self.times.at(clock), kv, lengths
         t = clock.pick(self._grid).expand(self._images)
@@ -239,7 +276,7 @@ class PreparedUNet(PreparedNetwork[UNet2DCondition]):
     def __init__(self, model: UNet2DCondition, plan: RewritePlan) -> None:
         super().__init__(model, plan)
         self.size: tuple[int, int] | None = None  # of the last call
-        self._explained: dict[tuple[object, int], list[RewriteReport]] = {}
+        self._explained: dict[tuple[object, ...], list[RewriteReport]] = {}
 
     @torch.no_grad()
     def __call__(
@@ -262,14 +299,14 @@ class PreparedUNet(PreparedNetwork[UNet2DCondition]):
 
         Savings are per step at the size of the last call; before the first they are not known.
         """
-        key = self.size, self.tokens
+        key = self.size, self.tokens, self.images_of
         if key not in self._explained:
             self._explained[key] = cost.explain(self.plan, self.model, PreparedUNet, *key)
         return self._explained[key]
 
 
 def _equal(these: list[Tensor | None], those: list[Tensor | None]) -> bool:
-    return all(
+    return len(these) == len(those) and all(
         a is b if a is None or b is None else a.dtype == b.dtype and torch.equal(a, b)
         for a, b in zip(these, those, strict=True)
     )

@@ -84,6 +84,8 @@ class RowsUNet:
         times: int,
         rewrites: str | Iterable[str] = "all",
     ) -> None:
+        if len(model.ip_adapters):
+            checks.fail("model", "one without IP-Adapters", f"{len(model.ip_adapters)} of them")
         self.model = model
         self.plan = make_plan(model, batch=images, halves=2, max_rows=1, rewrites=rewrites)
         self.network, self._leaves = rewritten(model, self.plan.on)

@@ -6,9 +6,11 @@ with those modules goes on working: LoRA of every kind, before and after, with s
 ``.to()``; edits of weights in place; offloading of whole models; VAE slicing and tiling.
 
 The ControlNets of a pipeline run by ours as well, and the U-Net takes their residuals and the
-features of T2I-Adapters. A call that asks for something our models don't have (an IP-Adapter,
-FreeU, a patched module, ...) runs diffusers' own forward instead. It warns once for each reason,
-and :func:`explain` counts them.
+features of T2I-Adapters. An IP-Adapter's layers are called where they are, with the images beside
+the text.
+
+A call that asks for something our models don't have (FreeU, a patched module, ...) runs diffusers'
+own forward instead. It warns once for each reason, and :func:`explain` counts them.
 """
 
 from __future__ import annotations
@@ -28,16 +30,18 @@ from diffusers import (
     DiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models import attention_processor as processors
 from diffusers.models.controlnets.controlnet import ControlNetOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 
+from ...models.blocks import KeyValue, beside_text
 from ...models.config import UNetConfig
 from ...models.controlnet import ControlNet
 from ...models.controlnet_config import ControlNetConfig
-from ...models.unet import UNet2DCondition
+from ...models.unet import ContextProjections, UNet2DCondition
 from ...models.vae import Decoder
 from ...models.vae_config import VAEConfig
 from ...ops import checks
@@ -126,7 +130,10 @@ class Replacement:
 class UNetReplacement(Replacement):
     def __init__(self, theirs: Any) -> None:
         with torch.device("meta"):
-            ours = UNet2DCondition(UNetConfig.from_dict(theirs.config))
+            config = dict(theirs.config)
+            if config.get("encoder_hid_dim_type") == "ip_image_proj":  # what loading one leaves
+                config["encoder_hid_dim_type"] = None
+            ours = UNet2DCondition(UNetConfig.from_dict(config))
         super().__init__("U-Net", theirs, ours)
 
     def forward(
@@ -148,29 +155,90 @@ class UNetReplacement(Replacement):
         """As ``UNet2DConditionModel.forward``."""
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         scale = (cross_attention_kwargs or {}).get("scale", 1.0)
-        added = added_cond_kwargs if self.ours.config.addition_embed_type else None
+        needs = self._needs()
+        added = {k: v for k, v in (added_cond_kwargs or {}).items() if k in needs}
         residuals: list[Tensor] = []
         if down_block_additional_residuals and mid_block_additional_residual is not None:
             residuals = [*down_block_additional_residuals, mid_block_additional_residual]
 
         def ours() -> UNet2DConditionOutput | tuple[Tensor]:
             t = torch.as_tensor(timestep).to(sample.device).reshape(-1).expand(len(sample))
-            conditions = dict(added or {})
-            if conditions:
+            conditions = dict(added)
+            if "text_embeds" in conditions:
                 conditions["text_embeds"] = conditions["text_embeds"].to(sample.dtype)
+            images = conditions.pop("image_embeds", None)
             with lora_scale(self.theirs, scale):
-                out = self.ours(
-                    sample,
-                    t,
-                    encoder_hidden_states,
-                    timestep_cond=timestep_cond,
-                    residuals=[[(one, None)] for one in residuals],
-                    features=[[(one, None)] for one in down_intrablock_additional_residuals or ()],
-                    **conditions,
-                )
+                joined = {
+                    "residuals": [[(one, None)] for one in residuals],
+                    "features": [
+                        [(one, None)] for one in down_intrablock_additional_residuals or ()
+                    ],
+                }
+                if images is None:
+                    out = self.ours(
+                        sample,
+                        t,
+                        encoder_hidden_states,
+                        timestep_cond=timestep_cond,
+                        **joined,
+                        **conditions,
+                    )
+                else:
+                    masks = (cross_attention_kwargs or {}).get("ip_adapter_masks")
+                    emb = self.ours.embed_time(t, timestep_cond=timestep_cond, **conditions)
+                    kv = self._with_images(sample, encoder_hidden_states, images, masks)
+                    out = self.ours.denoise(sample, self.ours.project_time(emb), kv, **joined)
             return UNet2DConditionOutput(sample=out) if return_dict else (out,)
 
         return self.run(self._reason(arguments), ours, arguments)
+
+    def _needs(self) -> set[str]:
+        """What the model takes of ``added_cond_kwargs``."""
+        needs = {"text_embeds", "time_ids"} if self.ours.config.addition_embed_type else set()
+        hidden = getattr(self.theirs, "encoder_hid_proj", None)
+        return needs | ({"image_embeds"} if hidden is not None else set())
+
+    def _with_images(
+        self, sample: Tensor, text: Tensor, embeds: Any, masks: Any
+    ) -> ContextProjections:
+        """Keys and values of the text, and beside them those of the images of IP-Adapters.
+
+        Args:
+            sample: the noisy latents.
+            text: the prompt's states.
+            embeds: of each adapter what the image encoder says, [B, n, ...].
+            masks: of each adapter [1, n, h, w], None for none of it; None for no masks.
+        """
+        tokens = self.theirs.encoder_hid_proj(embeds)  # of each adapter, [B, n, L, C]
+        sizes = self.ours.level_sizes((sample.shape[2], sample.shape[3]))
+        if masks is not None and not isinstance(masks, list):
+            masks = list(masks.unsqueeze(1))
+
+        def beside(block: int, i: int, j: int, text: KeyValue, level: int) -> KeyValue:
+            attention = _blocks(self.theirs)[block].attentions[i].transformer_blocks[j].attn2
+            processor, queries = attention.processor, sizes[level][0] * sizes[level][1]
+            images, weights, shown = [], [], []
+            for n, own in enumerate(tokens):
+                scale, mask = processor.scale[n], None if masks is None else masks[n]
+                one = own if mask is not None else own.flatten(1, 2)[:, None]
+                for m in range(one.shape[1]):
+                    kv = processor.to_k_ip[n](one[:, m]), processor.to_v_ip[n](one[:, m])
+                    images.append(tuple(x.unflatten(2, (attention.heads, -1)) for x in kv))
+                    weights.append(float(scale[m] if isinstance(scale, list) else scale))
+                    if masks is not None:
+                        shown.append(_shown(sample, None if mask is None else mask[:, m], queries))
+            factors = sample.new_tensor([weights])
+            return beside_text(text, images, factors, torch.stack(shown, 1) if shown else None)
+
+        kv = self.ours.project_context(text)
+        levels = iter(level for level, _ in self.ours.cross_attentions())
+        return [
+            [
+                [beside(b, i, j, one, next(levels)) for j, one in enumerate(layers)]
+                for i, layers in enumerate(block)
+            ]
+            for b, block in enumerate(kv)
+        ]
 
     def _reason(self, arguments: dict[str, Any]) -> str | None:
         """What the arguments ask for that our model doesn't have."""
@@ -183,10 +251,10 @@ class UNetReplacement(Replacement):
                 return f"the argument {name}"
         if reason := self._unlike_residuals(arguments):
             return reason
-        if others := set(arguments["cross_attention_kwargs"] or ()) - {"scale"}:
+        needs = self._needs()
+        pictured = {"ip_adapter_masks"} if "image_embeds" in needs else set()
+        if others := set(arguments["cross_attention_kwargs"] or ()) - {"scale"} - pictured:
             return f"cross_attention_kwargs[{min(others)!r}]"
-        config = self.ours.config
-        needs = {"text_embeds", "time_ids"} if config.addition_embed_type else set()
         added = arguments["added_cond_kwargs"] or {}
         if set(added) != needs:
             return f"added_cond_kwargs {sorted(added)}, not {sorted(needs)}"
@@ -285,6 +353,18 @@ class DecoderReplacement(Replacement):
         arguments = {"sample": sample, "latent_embeds": latent_embeds}
         reason = None if latent_embeds is None else "the argument latent_embeds"
         return self.run(reason, lambda: self.ours(sample), arguments)
+
+
+def _blocks(unet: Any) -> list[Any]:
+    """In the order of the computation."""
+    return [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+
+
+def _shown(sample: Tensor, mask: Tensor | None, queries: int) -> Tensor:
+    """A mask [1, h, w] at a level with so many queries, [B, queries]."""
+    if mask is None:
+        return sample.new_zeros(1, queries)
+    return IPAdapterMaskProcessor.downsample(mask, 1, queries, 1)[..., 0].to(sample)
 
 
 def _mode(attributes: dict[str, Any]) -> str | None:

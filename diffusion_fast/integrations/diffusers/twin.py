@@ -37,6 +37,13 @@ _ATTRIBUTES = {
     nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine"),
     nn.Dropout: ("p",),
 }
+# An IP-Adapter's layers, which whoever runs our model calls where they are.
+_BESIDE = {
+    "IPAdapterAttnProcessor",
+    "IPAdapterAttnProcessor2_0",
+    "IPAdapterXFormersAttnProcessor",
+    "MultiIPAdapterImageProjection",
+}
 # Where the code that we compute in place of comes from. Anything else has been patched.
 _KNOWN = ("diffusers.", "torch.nn.")
 
@@ -133,7 +140,7 @@ class Twin:
         for key, child in module._modules.items():
             if child is not None:
                 yield module, key, prefix + key, child
-                if prefix + key not in self._layers:
+                if prefix + key not in self._layers and type(child).__name__ not in _BESIDE:
                     yield from self._walk(child, f"{prefix}{key}.")
 
     def _link_layer(self, path: str, layer: nn.Module, plain: bool) -> None:

@@ -348,3 +348,36 @@ def test_a_guidance_scale_as_an_input() -> None:
     assert error(tiny.picture(fast, guidance_scale=2.0, num_inference_steps=2), expected) > 0.01
     assert explain(fast).unet.calls == 4
     assert not explain(fast).unet.others
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_ip_adapters(kind: str, masked: bool) -> None:
+    """Loaded before and after, with scales and masks; and taken off again."""
+    plain, fast = pair(kind)
+    before = tiny.predict(plain)
+    for pipe in (plain, fast):
+        unet = pipe.unet
+        torch.manual_seed(4)
+        layers = {}
+        names = [name for name in unet.attn_processors if "attn2" in name]
+        for n, name in enumerate(names):
+            width = unet.get_submodule(name.rpartition(".")[0]).to_k.out_features
+            for x in "kv":
+                layers[f"{2 * n + 1}.to_{x}_ip.weight"] = torch.randn(width, 24)
+        proj = {"proj.weight": torch.randn(96, 12), "proj.bias": torch.randn(96)}
+        proj |= {"norm.weight": torch.ones(24), "norm.bias": torch.zeros(24)}
+        state = {"image_proj": proj, "ip_adapter": layers}
+        unet._load_ip_adapter_weights([state, state])
+        pipe.set_ip_adapter_scale([0.8, 0.5])
+    images = [torch.randn(2, 2, 12), torch.randn(2, 1, 12)]
+    added = {**(tiny.unet_inputs(plain.unet).get("added_cond_kwargs") or {})}
+    asked: dict[str, Any] = {"added_cond_kwargs": {**added, "image_embeds": images}}
+    if masked:
+        masks = [torch.rand(1, 2, 64, 64).round(), torch.rand(1, 1, 64, 64).round()]
+        asked["cross_attention_kwargs"] = {"ip_adapter_masks": masks}
+    assert error(assert_equal(plain, fast, **asked), before) > 0.01
+    assert error(tiny.predict(accelerate(copy.deepcopy(plain)), **asked), before) > 0.01
+    for pipe in (plain, fast):
+        pipe.unload_ip_adapter()
+    assert error(assert_equal(plain, fast), before) <= CLOSE
