@@ -14,7 +14,9 @@ from diffusion_fast.engine.rewrites.controlled import prepare
 from diffusion_fast.engine.rewrites.plan import CONTROL, REWRITES, make_plan
 from diffusion_fast.models import UNet2DCondition
 
-UNCONTROLLED = dict.fromkeys(CONTROL, "no ControlNet, no T2I-Adapter")
+# What needs networks beside the U-Net, and why it is off without them.
+ABSENT = dict.fromkeys(CONTROL, "no ControlNet, no T2I-Adapter")
+ABSENT["cached_images"] = "the model has no IP-Adapter"
 
 
 def decisions(model: UNet2DCondition, rewrites: Any = "all", **sizes: int) -> dict[str, str]:
@@ -24,28 +26,28 @@ def decisions(model: UNet2DCondition, rewrites: Any = "all", **sizes: int) -> di
 
 def test_all_leaves_out_what_does_not_pay() -> None:
     off = decisions(unet())
-    assert off.keys() == {"folded_layer_norm", "split_skips", *CONTROL}
-    assert all("on a CPU" in why for name, why in off.items() if name not in CONTROL)
+    assert off.keys() == {"folded_layer_norm", "split_skips", *ABSENT}
+    assert all("on a CPU" in why for name, why in off.items() if name not in ABSENT)
     with torch.device("meta"):  # any other device reads both sources where they lie
         off = decisions(UNet2DCondition(unet().config))
-    assert off.keys() == {"folded_layer_norm", *CONTROL}
+    assert off.keys() == {"folded_layer_norm", *ABSENT}
     assert "not measured" in off["folded_layer_norm"]
 
 
 def test_by_name_it_is_used_all_the_same() -> None:
-    assert decisions(unet(), REWRITES) == UNCONTROLLED
+    assert decisions(unet(), REWRITES) == ABSENT
     assert "folded_layer_norm" not in decisions(unet(), ["folded_layer_norm"])
 
 
 def test_none() -> None:
-    assert decisions(unet(), "none") == dict.fromkeys(REWRITES, "not asked for") | UNCONTROLLED
+    assert decisions(unet(), "none") == dict.fromkeys(REWRITES, "not asked for") | ABSENT
 
 
-@pytest.mark.parametrize("name", sorted(REWRITES.keys() - CONTROL))
+@pytest.mark.parametrize("name", sorted(REWRITES.keys() - ABSENT.keys()))
 def test_one_by_name(name: str) -> None:
     for rewrites in (name, [name], {name}):
         others = dict.fromkeys(set(REWRITES) - {name}, "not asked for")
-        assert decisions(unet(), rewrites) == others | UNCONTROLLED
+        assert decisions(unet(), rewrites) == others | ABSENT
 
 
 @pytest.mark.parametrize("rewrites", ["fast", ["fused_qkv", "fast"], [3]])
@@ -134,8 +136,8 @@ def test_explain_before_the_first_call() -> None:
     rows = prepare(unet(), batch=1, halves=2, max_rows=3).explain()
     assert [row.name for row in rows] == list(REWRITES)
     assert all(row.launches is row.bytes is row.flops is None for row in rows)
-    off = [row.name for row in rows if not row.on]
-    assert off == ["split_skips", "folded_layer_norm", *CONTROL]
+    off = {row.name for row in rows if not row.on}
+    assert off == {"split_skips", "folded_layer_norm", *ABSENT}
 
 
 def test_explain_counts_what_is_saved() -> None:
@@ -143,7 +145,7 @@ def test_explain_counts_what_is_saved() -> None:
     network = prepared(model, conditions(model, 4, tokens=7), REWRITES)
     network(images(model, 2, 2, (12, 8)), at(0))
     rows = {row.name: row for row in network.explain()}
-    assert all(row.on for row in rows.values() if row.name not in CONTROL)
+    assert all(row.on for row in rows.values() if row.name not in ABSENT)
     transformers, tokens, width = 2 + 3 + 1, 7, 24  # down, up, middle
 
     cached = rows["cached_context"]
