@@ -21,8 +21,11 @@ DTYPES = (*HALF, torch.float32)
 Call = Callable[..., Tensor]
 
 
-def heads(x: Tensor) -> Tensor:
-    return x.transpose(1, 2)
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+    """Written out: PyTorch's fused kernels round their weights on some CPUs, and on some not."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    weights = (q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(-1)
+    return (weights @ v).transpose(1, 2)
 
 
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, add: Any = None, scale: Any = None) -> Any:
@@ -37,7 +40,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 # op -> (ours, PyTorch's, shapes of the tensors)
 IMAGE, ROWS, C = (2, 4, 5, 3), (2, 7, 4), (4,)
-QKV = (2, 6, 2, 4)
+QKV, KEYS = (2, 24, 2, 16), (24,)
 OPS: dict[str, tuple[Call, Call, tuple[tuple[int, ...], ...]]] = {
     "group_norm_silu": (
         lambda x, w, b: ops.group_norm_silu(x, 2, w, b),
@@ -62,17 +65,11 @@ OPS: dict[str, tuple[Call, Call, tuple[tuple[int, ...], ...]]] = {
         lambda x, w, b: F.conv2d(x, w, b, padding=1),
         (IMAGE, (6, 4, 3, 3), (6,)),
     ),
-    "attention": (
-        lambda q, k, v: ops.attention(q, k, v),
-        lambda q, k, v: heads(F.scaled_dot_product_attention(heads(q), heads(k), heads(v))),
-        (QKV, QKV, QKV),
-    ),
+    "attention": (lambda q, k, v: ops.attention(q, k, v), attention, (QKV, QKV, QKV)),
     "attention with a bias": (
         lambda q, k, v, bias: ops.attention(q, k, v, bias=bias),
-        lambda q, k, v, bias: heads(
-            F.scaled_dot_product_attention(heads(q), heads(k), heads(v), bias[None, None, None])
-        ),
-        (QKV, QKV, QKV, (6,)),
+        attention,
+        (QKV, QKV, QKV, KEYS),
     ),
     "weighted_mse": (ops.weighted_mse, F.mse_loss, (IMAGE, IMAGE)),
 }
@@ -85,6 +82,7 @@ def test_any_mixture_of_dtypes(name: str, half: torch.dtype, data: st.DataObject
     ours, theirs, shapes = OPS[name]
     # Activations come in one of the two dtypes each; a mixture may stand anywhere.
     dtypes = [data.draw(st.sampled_from((half, torch.float32))) for _ in shapes]
+    torch.manual_seed(data.draw(st.integers(0, 9)))
     values = [torch.randn(shape).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
     leaves = [v.clone().requires_grad_() for v in values]
     with torch.autocast("cpu", half):
