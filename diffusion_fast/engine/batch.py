@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -234,7 +234,9 @@ class _Arrangement:
         offsets: int64 [R], those of the seats.
         cond, uncond: int64 [B], see :func:`~diffusion_fast.ops.sampler_step`.
         masked: whether any image is kept outside of a mask.
-        key: all that a captured step depends on.
+        rescales, unconditional: whether any image's table rescales guidance, or reads the
+            unconditional output by itself.
+        surroundings: what else a captured step depends on.
     """
 
     images: int
@@ -244,9 +246,19 @@ class _Arrangement:
     cond: Tensor
     uncond: Tensor
     kv: Any
+    kv_length: int
     lengths: Tensor | None
     masked: bool
-    key: tuple[Any, ...] = field(default=())
+    rescales: bool
+    unconditional: bool
+    surroundings: Hashable
+
+    @property
+    def key(self) -> tuple[Hashable, ...]:
+        """All that a captured step of one batch depends on."""
+        lengths = self.kv_length, self.lengths is None
+        kinds = self.masked, self.rescales, self.unconditional
+        return self.rows, *lengths, *kinds, self.surroundings
 
 
 class Batch:
@@ -385,27 +397,21 @@ class Batch:
         idle = [0] * (images - len(seats))
         self._advance.zero_()
         self._advance[: len(seats)] = 1
-        masked = any(seat.job.mask is not None for seat in seats)
-        rescales = any(seat.rows.table.rescales for seat in seats)
+        tables = [seat.job.table for seat in seats]
         return _Arrangement(
-            images,
-            count,
-            self._place(f"image {count}", image + [0] * padding),
-            self._place(f"offsets {count}", offsets + [0] * padding),
-            self._place(f"cond {images}", cond + idle),
-            self._place(f"uncond {images}", uncond + idle),
-            kv,
-            seen,
-            masked,
-            (
-                self,
-                count,
-                length,
-                masked,
-                rescales,
-                seen is None,
-                policy.surroundings(slots.device),
-            ),
+            images=images,
+            rows=count,
+            image=self._place(f"image {count}", image + [0] * padding),
+            offsets=self._place(f"offsets {count}", offsets + [0] * padding),
+            cond=self._place(f"cond {images}", cond + idle),
+            uncond=self._place(f"uncond {images}", uncond + idle),
+            kv=kv,
+            kv_length=length,
+            lengths=seen,
+            masked=any(seat.job.mask is not None for seat in seats),
+            rescales=any(table.rescales for table in tables),
+            unconditional=any(table.reads_unconditional for table in tables),
+            surroundings=policy.surroundings(slots.device),
         )
 
     def _place(self, name: str, values: list[int]) -> Tensor:
@@ -436,7 +442,8 @@ class Batch:
             h3=state["h3"],
             model_input=latents,
             peak=slots.peak,
-            rescale=arranged.key[4],
+            rescale=arranged.rescales,
+            unconditional=arranged.unconditional,
             cond=arranged.cond,
             uncond=arranged.uncond,
         )
@@ -466,7 +473,7 @@ class Batch:
                     value.copy_(old)
 
         try:
-            return slots.graphs.get(arranged.key, "step", capture)
+            return slots.graphs.get((self, *arranged.key), "step", capture)
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
             warnings.warn(

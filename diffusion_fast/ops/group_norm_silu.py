@@ -13,6 +13,7 @@ from ..kernels.layout import format_of
 from .cpu import group_norm as on_cpu
 from .cpu import library as cpu
 from .dispatch import Op, autocast, checks, triton
+from .rows import picked_row
 
 
 def group_norm_silu(
@@ -138,16 +139,6 @@ def _per_channel(value: Tensor, x: Tensor) -> Tensor:
 def _picked(row: Tensor, *tables: Tensor | None) -> list[Tensor | None]:
     """[B or 1, C] of each table."""
     return [None if table is None else picked_row(table, row) for table in tables]
-
-
-def picked_row(table: Tensor, row: Tensor) -> Tensor:
-    """[B or 1, C]: the row of a table [R, B or 1, C] that ``row``, int64 [1], names; or for int64
-    [B] each image's own."""
-    if len(row) == 1:
-        return table.index_select(0, row)[0]
-    if table.shape[1] == 1:
-        return table[:, 0].index_select(0, row)
-    return table[row, torch.arange(len(row), device=row.device)]
 
 
 def reference(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from compilers import needs_cpu_kernels
 from numerics import assert_close
 from prepared import unet
 from tape import TapeCapturer, tape
 from torch import Tensor
 
-from diffusion_fast import DiffusionSchedule, Engine
+from diffusion_fast import DiffusionSchedule, Engine, ops
 from diffusion_fast.engine.batch import Batch, Job, Seat, Slots
 from diffusion_fast.models import UNet2DCondition
 from diffusion_fast.ops import checks
@@ -35,9 +37,8 @@ def context(model: UNet2DCondition, number: int) -> Tensor:
     if model.config.num_classes is not None:
         return torch.tensor([number % model.config.num_classes])
     torch.manual_seed(number)
-    return torch.randn(
-        1, 77 * TOKENS.get(number, 1), model.config.cross_attention_dim, dtype=torch.float64
-    )
+    size = 1, 77 * TOKENS.get(number, 1), model.config.cross_attention_dim
+    return torch.randn(*size, dtype=torch.float64).to(model.conv_in.weight)
 
 
 def job(model: UNet2DCondition, number: int) -> tuple[Job, Tensor]:
@@ -46,7 +47,7 @@ def job(model: UNet2DCondition, number: int) -> tuple[Job, Tensor]:
     if model.config.num_classes is None:
         given[1] = given[1].repeat(1, TOKENS.get(number, 1), 1)
     torch.manual_seed(number)
-    x_T, x_0 = torch.randn(2, 1, *SHAPE, dtype=torch.float64)
+    x_T, x_0 = torch.randn(2, 1, *SHAPE, dtype=torch.float64).to(model.conv_in.weight)
     mask = None
     if number == 3:
         mask = (torch.arange(8) > 3).expand(1, 1, 8, 8)
@@ -77,6 +78,20 @@ def run(slots: Slots, batch: Batch, jobs: list[Job], join_at: list[int]) -> dict
             results[seats.pop(seat)] = batch.leave(seat)
             seat.check_finite()
     return results
+
+
+@needs_cpu_kernels
+def test_in_float32_each_image_reads_its_own_rows() -> None:
+    """On the kernels for CPUs, too: images of one batch stand at different steps."""
+    exact = unet(torch.float64, resnet_time_scale_shift="scale_shift")
+    model = copy.deepcopy(exact).float()
+    truth = [job(exact, n)[1] for n in range(len(TABLES))]
+    jobs, alone = zip(*(job(model, n) for n in range(len(TABLES))), strict=True)
+    slots = Slots(model, slots=4, max_rows=20, graph="off")
+    with ops.use_backend(group_norm_silu="cpu"):
+        results = run(slots, Batch(slots, SHAPE), list(jobs), [0, 0, 1, 2, 2])
+    for number, one in enumerate(alone):
+        assert_close(results[number], truth[number], one)
 
 
 @pytest.mark.parametrize("classes", [None, 7])

@@ -86,6 +86,38 @@ def check(
             assert result.is_contiguous(memory_format=format_of(values[name]))
 
 
+@pytest.mark.parametrize("rows", [[3], [4, 1, 1], [0, 2, 4]])
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_tables(dtype: torch.dtype, last: bool, images: int, rows: list[int]) -> None:
+    """One row for all images, or each image's own; values, and gradients of the tables."""
+    form = torch.channels_last if last else torch.contiguous_format
+    x = torch.randn(3, 8, 6, 5).to(dtype).contiguous(memory_format=form)
+    weight, bias = torch.randn(2, 8).to(dtype)
+    tables = {name: torch.randn(5, images, 8).to(dtype).requires_grad_() for name in EXTRAS}
+    each = rows * (3 // len(rows))
+
+    def run(dtype: torch.dtype, call: object) -> list[Tensor]:
+        given = {k: v.detach().to(dtype).requires_grad_() for k, v in tables.items()}
+        y = call(given)
+        slope = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)
+        return [y, *torch.autograd.grad(y, list(given.values()), slope)]
+
+    def ours(given: dict[str, Tensor]) -> Tensor:
+        with ops.use_backend(group_norm_silu="cpu", group_norm_silu_backward="cpu"):
+            return ops.group_norm_silu(x, 4, weight, bias, **given, row=torch.tensor(rows))
+
+    def ordinary(given: dict[str, Tensor]) -> Tensor:
+        wide = next(iter(given.values())).dtype
+        rows_of = {k: v[each, range(3) if images == 3 else [0] * 3] for k, v in given.items()}
+        return plain(x.to(wide), weight.to(wide), bias.to(wide), 4, True, None, **rows_of)
+
+    results = zip(run(dtype, ours), run(torch.float64, ordinary), run(dtype, ordinary), strict=True)
+    for result, truth, ordinary_one in results:
+        assert_close(result, truth, ordinary_one)
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     batch=st.integers(1, 3),

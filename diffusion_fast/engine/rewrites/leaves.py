@@ -21,8 +21,8 @@ from ...models import blocks as plain
 from ...models.blocks import hooked, image, pixels
 from ...models.unet import UpBlock
 from ...models.vae import PixelAttention
-from ...ops.group_norm_silu import picked_row
 from ...ops.onednn import Packed
+from ...ops.rows import picked_row
 from . import folding
 from .folding import Weights
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...kernels.layout import format_of
 from ..dispatch import checks
 from ..dispatch.backend import requested
+from ..rows import picked_row
 from .library import DTYPES, function
 
 _POINTER, _INT, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -65,7 +66,7 @@ class _Call:
         return self._at(name, value.contiguous(memory_format=self.layout))
 
     def channels(self, name: str, value: Tensor) -> None:
-        """float32 [C], or [B, C] with a stride of its own."""
+        """float32 [C], or [B or 1, C] with a stride of its own."""
         value = value.float()
         if value.stride(-1) != 1:
             value = value.contiguous()
@@ -112,7 +113,7 @@ def forward(
     call.channels("bias", bias)
     for name, value in (("add", add), ("scale", scale), ("shift", shift)):
         if value is not None:
-            call.channels(name, value if row is None else value.index_select(0, row)[0])
+            call.channels(name, value if row is None else picked_row(value, row))
     y = call.out("y", weight.shape[0])
     call.run()
     return y
