@@ -9,20 +9,19 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..edits import Edit, Watch
-from ..engine.batch import Batch, Job, Seat, Slots
+from ..engine.batch import Batch, Seat, Slots
 from ..ops import checks
-from ..samplers import SamplerOptions, table_of
-from ..samplers.table import StepTable
-from . import inputs
+from .pending import Pending
+from .request import checked, job, result
 from .result import Result
-from .stable_diffusion import OUTPUTS, StableDiffusion
+from .stable_diffusion import StableDiffusion
 
 _LOG = logging.getLogger(__name__)
 SIZES = 4  # sizes of image whose buffers are kept
@@ -34,87 +33,6 @@ class QueueFull(RuntimeError):
 
 class BatcherClosed(RuntimeError):
     """The batcher accepts nothing more, or was closed before a request was done."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a request is.
-
-    Attributes:
-        state: ``"queued"``, ``"running"``, ``"decoding"`` or ``"done"`` (also failed, cancelled).
-        step: how many steps are done.
-        steps: how many there are.
-    """
-
-    state: str
-    step: int
-    steps: int
-
-    @property
-    def part(self) -> float:
-        """From 0 to 1."""
-        return 1.0 if self.state == "done" else self.step / self.steps
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What was asked for, checked."""
-
-    prompt: str
-    negative: str | None
-    seed: int
-    size: inputs.Size
-    images: Tensor | None
-    masks: Tensor | None
-    strength: float | None
-    scale: Any
-    clip_skip: int
-    output: str
-    options: SamplerOptions
-    table: StepTable
-
-    @property
-    def bytes(self) -> int:
-        return sum(one.nbytes for one in (self.images, self.masks) if one is not None)
-
-
-class Pending(Future[Result]):
-    """The result of a request to come: a :class:`concurrent.futures.Future` with its progress.
-
-    ``cancel()`` works at any time before the result is there; a request that runs leaves its batch
-    before the next step.
-    """
-
-    def __init__(self, request: _Request) -> None:
-        super().__init__()
-        self._request = request
-        self._seat: Seat | None = None
-        self._decoding = False
-        self._preview: Any = None
-        self._preview_row = -1
-        self._wants_preview = False
-        self.submitted = time.monotonic()
-        self.started: float | None = None  # when it joined a batch, on the same clock
-        self.ended: float | None = None
-
-    @property
-    def progress(self) -> Progress:
-        seat, steps = self._seat, self._request.table.steps
-        if self.done():
-            return Progress("done", steps, steps)
-        if self._decoding:
-            return Progress("decoding", steps, steps)
-        return (
-            Progress("queued", 0, steps) if seat is None else Progress("running", seat.step, steps)
-        )
-
-    def preview(self) -> Any:
-        """The image so far, a PIL image, as it was when it was last drawn; None before that.
-
-        Asking makes the batcher draw it anew, at most once a step and between two steps.
-        """
-        self._wants_preview = not self.done()
-        return self._preview
 
 
 @dataclass
@@ -183,6 +101,7 @@ class Batcher:
         self._watch = Watch()
         self._watch.look(pipe.unet)
         self._shared = self._make()
+        self._stale = False  # whether the weights are others than those that it was made of
         device = self._shared.device
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._batches: OrderedDict[tuple[int, int], Batch] = OrderedDict()
@@ -220,7 +139,7 @@ class Batcher:
         Args:
             requests: the arguments of :meth:`submit` for each.
         """
-        made = [Pending(self._checked(**request)) for request in requests]
+        made = [Pending(checked(self.pipe, self.max_steps, **request)) for request in requests]
         with self._condition:
             if self._death is not None:
                 raise BatcherClosed(f"the batcher's thread ended: {self._death!r}") from self._death
@@ -292,60 +211,6 @@ class Batcher:
             rewrites=self.pipe._rewrites,
             graph=self._graph,
             sizes=self._rows,
-        )
-
-    def _checked(
-        self,
-        prompt: str,
-        negative_prompt: str | None = None,
-        *,
-        steps: int | None = None,
-        guidance_scale: Any = None,
-        sampler: str | None = None,
-        seed: int = 0,
-        size: Any = None,
-        image: Any = None,
-        mask: Any = None,
-        strength: float | None = None,
-        clip_skip: int = 0,
-        output: str = "pil",
-        **more: Any,
-    ) -> _Request:
-        """All that can be refused at once, and all that needs no network."""
-        pipe = self.pipe
-        if pipe.controls.names:
-            expected = "one without controls, which requests of a batch can't have"
-            checks.fail("pipe", expected, ", ".join(pipe.controls.names))
-        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            if not isinstance(text, str) and (name == "prompt" or text is not None):
-                raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
-            if text is not None:
-                inputs.prompt_list(name, text, pipe.embeddings.names)
-        checks.one_of("output", output, OUTPUTS)
-        [number] = inputs.seed_list(inputs.plain(seed), 1)
-        images, masks = pipe._pictures(image, mask, inputs.plain(size), 1)
-        options, strength, scale = pipe._options(
-            *(steps, guidance_scale, sampler, strength),
-            *(images is not None, masks is not None, negative_prompt, more),
-        )
-        table = table_of(options, pipe.scheduler.schedule)
-        if len(table) > self.max_steps:
-            checks.fail("steps", f"at most {self.max_steps} model calls", len(table))
-        pipe.text.check_clip_skip(clip_skip)
-        height, width = pipe._size(inputs.plain(size)) if images is None else images.shape[2:]
-        return _Request(
-            prompt,
-            negative_prompt,
-            number,
-            (height, width),
-            images,
-            masks,
-            strength,
-            scale,
-            clip_skip,
-            output,
-            options,
-            table,
         )
 
     def _ended(self, one: Future[Result]) -> None:
@@ -446,16 +311,16 @@ class Batcher:
         if one.cancelled():
             one.set_running_or_notify_cancel()
             return
-        if not self._running:
-            self._notice_edits()
         one.started = time.monotonic()
         try:
+            if not self._running:
+                self._notice_edits()
             with self._aside():
-                job, place = self._job(one._request)
+                made, place = job(self.pipe, one._request)
             if self._side is not None:
                 torch.cuda.current_stream(self._shared.device).wait_stream(self._side)
             batch = self._batch(place)
-            seat = self._shared.take(job)
+            seat = self._shared.take(made)
             try:
                 batch.join(seat)
             except BaseException:
@@ -466,27 +331,6 @@ class Batcher:
             return
         self._running[seat] = one, place
         one._seat = seat
-
-    def _job(self, request: _Request) -> tuple[Job, tuple[int, int]]:
-        """The tensors of a request: text, image and noise, as the pipeline makes them alone."""
-        pipe, options = self.pipe, request.options
-        negatives = None if request.negative is None else [request.negative]
-        guided = request.table.halves == "both"
-        positive, negative = pipe._states([request.prompt], negatives, request.clip_skip, guided)
-        shape = pipe._latent_shape(1, *request.size)
-        vae = pipe._autoencoding()
-        start = pipe._start(
-            vae, shape, request.images, request.masks, options.strength, [request.seed]
-        )
-        beside = pipe._embedded_guidance(request.scale)
-        job = Job(
-            table=request.table,
-            context=pipe._context(positive, 1, request.size, beside),
-            null_context=pipe._context(negative, 1, request.size, beside),
-            from_image=options.strength is not None,
-            **start,
-        )
-        return job, (shape[2], shape[3])
 
     def _batch(self, place: tuple[int, int]) -> Batch:
         """The batch of a size of latents; the one that was idle for longest makes way."""
@@ -525,35 +369,12 @@ class Batcher:
         try:
             with self._aside():
                 seat.check_finite()
-                result = self._result(one._request, latents)
+                made = result(self.pipe, one._request, latents)
         except Exception as error:
             _fail(one, error)
         else:
             with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
-                one.set_result(result)
-
-    def _result(self, request: _Request, latents: Tensor) -> Result:
-        pipe, vae = self.pipe, self.pipe._autoencoding()
-        settings = {
-            "prompt": [request.prompt],
-            "negative_prompt": request.negative,
-            "size": list(request.size),
-            "batch": 1,
-            "clip_skip": request.clip_skip,
-            **{one.name: getattr(request.options, one.name) for one in fields(request.options)},
-            "guidance_scale": request.scale,
-            "strength": request.strength,
-        }
-        drawn, flagged = latents, None
-        if request.output != "latent":
-            drawn, flagged = pipe._decoded(vae, latents)
-        pictures: Any = drawn
-        if request.output == "pil":
-            from ..images import to_pil  # imports Pillow
-
-            pictures = to_pil(drawn)
-        made = latents, [request.seed], settings, vae.how, flagged
-        return Result(pictures, *made, random_weights=pipe.random_weights)
+                one.set_result(made)
 
     def _draw_preview(self, seat: Seat, one: Pending, place: tuple[int, int]) -> None:
         from ..images import to_pil  # imports Pillow
@@ -574,12 +395,18 @@ class Batcher:
             yield
 
     def _notice_edits(self) -> None:
-        """Nothing is drawn now: what was derived from other weights is made anew."""
-        edit = self._watch.look(self.pipe.unet)
-        if edit is Edit.NONE:
-            return
-        self._batches.clear()
-        self._shared = self._make()
+        """Nothing is drawn now: what was derived from other weights is made anew.
+
+        Raises:
+            ValueError: the pipeline's network became one that a batch can't have. It is tried again
+                with the next request.
+        """
+        if self._watch.look(self.pipe.unet) is not Edit.NONE:
+            self._stale = True
+        if self._stale:
+            self._batches.clear()
+            self._shared = self._make()
+            self._stale = False
 
 
 def _fail(one: Pending, error: BaseException) -> None:

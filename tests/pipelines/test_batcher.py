@@ -17,11 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numerics import assert_close
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion_fast import Batcher, StableDiffusion, UNet2DCondition
-from diffusion_fast.pipelines import make_tiny
-from diffusion_fast.pipelines.batcher import BatcherClosed, Pending, QueueFull
+from diffusion_fast.models.ip_adapter import IPAdapter
+from diffusion_fast.pipelines import BatcherClosed, Pending, QueueFull, make_tiny
 from diffusion_fast.samplers import SAMPLERS
 
 TIMEOUT = 60
@@ -303,6 +303,29 @@ def test_edits_between_two_images_are_seen() -> None:
         after = batcher.submit(**request(0)).result(TIMEOUT).latents
         assert not torch.equal(before, after)
         assert_close(after, alone(pipe, request(0)))
+
+
+def test_an_ip_adapter_that_comes_later_fails_requests_and_not_the_batcher() -> None:
+    pipe = StableDiffusion.from_pretrained("tiny", dtype=torch.float64)
+    with Batcher(pipe, slots=1) as batcher:
+        running = batcher.submit(**{**request(0), "steps": 100})
+        while running.progress.state == "queued":
+            time.sleep(0.001)
+        accepted = batcher.submit_all([request(2)] * 2)
+        widths = [one.to_k.out_features for _, one in pipe.unet.cross_attentions()]
+        pipe.unet.ip_adapters.append(IPAdapter(nn.Identity(), 8, widths))
+        pipe.ip_adapters.scales["late"] = 1.0
+        with pytest.raises(ValueError, match=r"pipe: expected one without IP-Adapters.*got late"):
+            batcher.submit(**request(2))
+        running.cancel()
+        for one in accepted:
+            with pytest.raises(ValueError, match="model: expected one without IP-Adapters, got 1"):
+                one.result(TIMEOUT)
+        assert batcher.alive
+        pipe.ip_adapters.unload("late")
+        after = batcher.submit(**request(2)).result(TIMEOUT).latents
+        assert_close(after, alone(pipe, request(2)))
+        assert batcher.occupied == 0
 
 
 @pytest.mark.parametrize(
