@@ -1,10 +1,10 @@
 """Mixed requests: one batch for all of them beside the usual ways to serve.
 
-    python -m benchmarks.bench_serving
-    python -m benchmarks.bench_serving --quick        # a minute, to see that it runs
+    python -m benchmarks.bench_serving           # six minutes of a machine that does nothing else
+    python -m benchmarks.bench_serving --quick   # half a minute, to see that it runs
 
-All ways serve the same requests with the digits' U-Net (random weights), the same rewrites and
-the same number of slots, in turn within one run:
+All ways serve the same requests with the U-Net of the emoji model that comes with the package, the
+same rewrites and the same number of slots, in turn within one run:
 
 - ``rows``: ours. One batch whatever the settings, a table row for each image; joins at every step.
 - ``single``: one request after the other.
@@ -15,17 +15,21 @@ the same number of slots, in turn within one run:
 The traffic: samplers of :data:`SAMPLERS`, steps of :data:`STEPS`, guidance of :data:`GUIDANCE`, all
 at random, but ``--shared`` of the requests that have one usual setting. First all requests are
 there at once (saturation); then they arrive at random (Poisson) at half of what ``single`` can do.
-Latency is from arrival to the last step; pictures are not decoded, which is the same for all.
+Latency is from arrival to the last step; prompts are encoded before, and pictures are not decoded,
+which is the same for all. Last, the batch curve: milliseconds of a step with 1 to ``--slots``
+images, of which docs/ray.md reckons replicas.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,7 @@ import torch
 from torch import Tensor
 
 import diffusion_fast as df
+from benchmarks.lib.environment import environment
 from diffusion_fast import ops
 from diffusion_fast.engine.batch import Batch, Job, Seat, Slots
 from diffusion_fast.engine.rewrites.rows import Rows, side_by_side
@@ -44,8 +49,8 @@ SAMPLERS = ("ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sd
 STEPS = (4, 8, 12, 16, 20, 25, 30, 40, 50)
 GUIDANCE = (1.0, 2.0, 3.0, 5.0, 7.5, 9.0)
 USUAL = ("dpmpp_2m", 20, 7.5)
-SCHEDULE = df.DiffusionSchedule()
-SHAPE = (1, 8, 8)  # of a digit
+PROMPTS = ("a red apple", "a blue fish", "a green house", "a purple owl", "a yellow car", "a cat")
+SHAPE = (8, 8, 8)  # of the model's latents
 FIELDS = (
     *("load", "way", "requests", "images_per_s", "p50_s", "p95_s", "p99_s"),
     *("model_calls", "images_per_call"),
@@ -63,15 +68,23 @@ class Request:
     done: float = 0.0
 
     @property
-    def context(self) -> tuple[Tensor, Tensor]:
-        return torch.tensor([self.seed % 10]), torch.tensor([10])
-
-    @property
     def job(self) -> Job:
         generator = torch.Generator().manual_seed(self.seed)
-        return Job(
-            self.table, *self.context, torch.randn(1, *SHAPE, generator=generator), generator
-        )
+        context = states(PROMPTS[self.seed % len(PROMPTS)])
+        return Job(self.table, *context, torch.randn(1, *SHAPE, generator=generator), generator)
+
+
+@lru_cache
+def model() -> df.StableDiffusion:
+    return df.StableDiffusion.from_pretrained("emoji")
+
+
+@lru_cache
+@torch.no_grad()
+def states(prompt: str) -> tuple[Tensor, Tensor]:
+    """What the text encoder makes of a prompt, and of none."""
+    positive, negative = model()._states([prompt], None, 0, True)
+    return positive.context, negative.context
 
 
 @dataclass
@@ -108,7 +121,7 @@ def traffic(count: int, shared: float, rate: float | None, seed: int) -> list[Re
                 float(random.choice(GUIDANCE)),
             )
         sampler, steps, scale = settings
-        table = make_table(sampler, SCHEDULE, steps, guidance_scale=scale)
+        table = make_table(sampler, model().scheduler.schedule, steps, guidance_scale=scale)
         made.append(Request(settings, i, float(arrives), table))
     return made
 
@@ -205,7 +218,7 @@ def guidance(slots: Slots, requests: Sequence[Request], clock: Clock) -> None:
         image = [i for half in range(halves) for i in range(len(group))]
         at = torch.tensor([a.seat.first + a.seat.row for a in group])
         conditions = [a.seat.conditions[half] for half in range(halves) for a in group]
-        kv = side_by_side(conditions, len(image), 1)
+        kv = side_by_side(conditions, len(image), conditions[0].length)
         given = Rows(torch.tensor(image), at, at.repeat(halves), kv, None)
         output = slots.network(torch.cat([a.x for a in group]), given)
         number += 1
@@ -257,6 +270,25 @@ def measured(
         yield {"load": load, "way": way} | {k: f"{v:.4g}" for k, v in medians.items()}
 
 
+def curve(slots: Slots, repeats: int) -> list[float]:
+    """Milliseconds of a step of 1, 2, ... images with guidance, the median of some."""
+    made = []
+    for count in range(1, slots.slots + 1):
+        batch = Batch(slots, SHAPE)
+        table = make_table("ddim", model().scheduler.schedule, repeats + 5, guidance_scale=3.0)
+        for i in range(count):
+            batch.join(slots.take(Request(USUAL, i, 0.0, table).job))
+        times = []
+        while not batch.seats[0].done:
+            begun = time.perf_counter()
+            batch.step()
+            times.append(1e3 * (time.perf_counter() - begun))
+        for seat in list(batch.seats):
+            batch.leave(seat)
+        made.append(statistics.median(times[5:]))
+    return made
+
+
 def plot(results: Sequence[dict[str, Any]], file: Path) -> None:
     """Throughput at saturation, and latency at half of what one at a time can do."""
     import matplotlib
@@ -275,7 +307,6 @@ def plot(results: Sequence[dict[str, Any]], file: Path) -> None:
     axes[1].set_title("half of single's saturation: latency, ms")
     axes[1].set_ylim(bottom=0)
     axes[1].legend()
-    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
 
 
@@ -285,17 +316,13 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="fewer requests")
     parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--requests", type=int, default=120)
+    parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--shared", type=float, default=0.4, help="part with the usual settings")
-    parser.add_argument("--out", type=Path, help="a CSV file")
-    parser.add_argument("--plot", type=Path, help="a PNG file")
+    parser.add_argument("--out", type=Path, help="a folder for results.json and serving.png")
     options = parser.parse_args()
     count, runs = (16, 1) if options.quick else (options.requests, options.runs)
-    torch.manual_seed(0)
-    slots = Slots(
-        df.UNet2DCondition(df.UNetConfig.preset("digits")).eval(), slots=options.slots, max_rows=100
-    )
+    slots = Slots(model().unet, slots=options.slots, max_rows=120)
 
     def saturated(run: int) -> list[Request]:
         return traffic(count, options.shared, None, run)
@@ -319,14 +346,20 @@ def main() -> None:
         print(f"rows / {way} at saturation: {speed['rows'] / speed[way]:.2f}")
     late = {row["way"]: float(row["p95_s"]) for row in results[len(WAYS) :]}
     print(f"p95 of rows / single at half load: {late['rows'] / late['single']:.2f}")
+    batch_ms = curve(slots, 20 if options.quick else 100)
+    print("ms of a step by images:", ", ".join(f"{ms:.3g}" for ms in batch_ms))
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(results)
-    if options.plot:
-        plot(results, options.plot)
+        options.out.mkdir(parents=True, exist_ok=True)
+        facts = {
+            "made": datetime.now(UTC).isoformat(timespec="seconds"),
+            "environment": environment(),
+            "options": {k: v for k, v in vars(options).items() if k != "out"},
+            "results": results,
+            "batch_curve_ms": [round(ms, 3) for ms in batch_ms],
+        }
+        text = json.dumps(facts, indent=1, default=str) + "\n"
+        (options.out / "results.json").write_text(text, encoding="utf-8")
+        plot(results, options.out / "serving.png")
 
 
 if __name__ == "__main__":

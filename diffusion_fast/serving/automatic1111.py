@@ -10,13 +10,16 @@ import base64
 import json
 import secrets
 import time
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
+from PIL import ImageChops
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
 
 from ..samplers import SAMPLERS
 from ..samplers.names import A1111_SCHEDULES
+from .inpainting import Masked, masked
 from .limits import FieldError
 from .pictures import encoded, from_base64
 from .service import Drawn, Service, Task
@@ -47,6 +50,7 @@ def only(*allowed: Any) -> AfterValidator:
 Off = Annotated[Any, only(False)]
 Nothing = Annotated[Any, only(0)]
 Empty = Annotated[Any, only("", [], {})]
+Pixels = Annotated[int, Field(ge=0, le=1024)]
 
 
 class Drawing(BaseModel):
@@ -125,14 +129,14 @@ class ImageToImage(Drawing):
     mask: str | None = None
     denoising_strength: float | None = 0.75
     resize_mode: Nothing = 0
-    mask_blur: int | None = None
-    mask_blur_x: int | None = None
-    mask_blur_y: int | None = None
-    mask_round: Any = None  # masks are of zeros and ones here
-    inpainting_fill: int | None = None
-    inpaint_full_res: bool | int | None = None
-    inpaint_full_res_padding: Any = None  # of no effect without it
-    inpainting_mask_invert: int | None = None
+    mask_blur: Pixels | None = None  # both of the next two
+    mask_blur_x: Pixels = 4
+    mask_blur_y: Pixels = 4
+    mask_round: Any = None  # the sampler's masks are of zeros and ones here
+    inpainting_fill: Literal[0, 1] = 0  # colors from around, or the picture's own
+    inpaint_full_res: bool = True
+    inpaint_full_res_padding: Pixels | None = 0
+    inpainting_mask_invert: bool = False
     latent_mask: Empty = None
     initial_noise_multiplier: Annotated[Any, only(1)] = None
     image_cfg_scale: Any = None  # of models that edit by instruction
@@ -149,8 +153,8 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/img2img")
     async def img2img(body: ImageToImage, request: Request) -> dict[str, Any]:
-        given = await asyncio.to_thread(_pictures, service, body)
-        return await _draw(service, request, body, given)
+        given, part = await asyncio.to_thread(_pictures, service, body)
+        return await _draw(service, request, body, given, part)
 
     @routes.get("/progress")
     async def progress(
@@ -220,7 +224,11 @@ def _options(service: Service) -> dict[str, Any]:
 
 
 async def _draw(
-    service: Service, request: Request, body: Drawing, pictures: dict[str, Any]
+    service: Service,
+    request: Request,
+    body: Drawing,
+    pictures: dict[str, Any],
+    part: Masked | None = None,
 ) -> dict[str, Any]:
     for field in ("batch_size", "n_iter"):
         service.check_count(field, getattr(body, field))
@@ -251,6 +259,9 @@ async def _draw(
         fields=FIELDS,
         task_id=body.force_task_id,
     )
+    if part is not None:
+        whole = await asyncio.to_thread(lambda: [part.finished(one.image) for one in drawn])
+        drawn = [replace(one, image=image) for one, image in zip(drawn, whole, strict=True)]
     images = []
     if body.send_images:
         images = await asyncio.to_thread(lambda: [_text(one) for one in drawn])
@@ -352,35 +363,34 @@ def _size(service: Service, body: Drawing) -> Any:
     return service.check_size("width, height", body.width, body.height)
 
 
-def _pictures(service: Service, body: ImageToImage) -> dict[str, Any]:
-    """Image, mask (white is drawn anew) and strength."""
+def _pictures(service: Service, body: ImageToImage) -> tuple[dict[str, Any], Masked | None]:
+    """Image, mask (white is drawn anew) and strength; what the result is to be put into."""
     if len(body.init_images) != 1:
         raise FieldError("init_images", f"expected one picture, got {len(body.init_images)}")
     image = from_base64("init_images", body.init_images[0], service.limits)
     service.check_size("init_images", *image.size)
     given: dict[str, Any] = {"image": image.convert("RGB"), "strength": body.denoising_strength}
     if body.mask is None:
-        return given
-    refused = {
-        "mask_blur": body.mask_blur not in (None, 0),
-        "mask_blur_x": body.mask_blur_x not in (None, 0),
-        "mask_blur_y": body.mask_blur_y not in (None, 0),
-        "inpaint_full_res": bool(body.inpaint_full_res),
-        "inpainting_fill": body.inpainting_fill not in (None, 1),
-    }
-    for name, wrong in refused.items():
-        if wrong:
-            expected = 1 if name == "inpainting_fill" else 0
-            got = getattr(body, name)
-            raise FieldError(
-                name, f"expected {expected} with a mask (no other is available), got {got}"
-            )
+        return given, None
     mask = from_base64("mask", body.mask, service.limits).convert("L")
+    if mask.size != image.size:
+        got, expected = ("{} x {}".format(*one.size) for one in (mask, image))
+        raise FieldError("mask", f"expected the size of the picture, {expected}, got {got}")
     if body.inpainting_mask_invert:
-        from PIL import ImageChops
-
         mask = ImageChops.invert(mask)
-    return {**given, "mask": mask}
+    across, down = body.mask_blur_x, body.mask_blur_y
+    part = masked(
+        given["image"],
+        mask,
+        size=_size(service, body),
+        blur=(across, down) if body.mask_blur is None else (body.mask_blur, body.mask_blur),
+        fill=body.inpainting_fill == 0,
+        only=body.inpaint_full_res,
+        padding=body.inpaint_full_res_padding or 0,
+    )
+    if _size(service, body) is None:  # the model draws as many pixels as the picture has
+        given["size"] = image.height, image.width
+    return given | part.inputs, part
 
 
 def _progress(tasks: list[Task], picture: bool) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import webuiapi
 from PIL import Image
 from tiny_server import Served
 
+from diffusion_fast.serving.inpainting import masked
+
 SETTINGS = {"steps": 3, "cfg_scale": 4.0, "width": 64, "height": 64, "negative_prompt": "a dog"}
 OURS = {"steps": 3, "guidance_scale": 4.0, "size": 64, "negative_prompt": "a dog"}
 
@@ -73,7 +75,54 @@ def test_img2img(api: webuiapi.WebUIApi, served: Served) -> None:
     same(made.image, served.pipe("a cat", **ours).images[0])
     inpainting = {"mask_blur": 0, "inpaint_full_res": False, "inpainting_fill": 1}
     made = api.img2img(images=[picture()], mask_image=white(), **inpainting, **common)
-    same(made.image, served.pipe("a cat", mask=white(), **ours).images[0])
+    truth = served.pipe("a cat", mask=white(), **ours).images[0]
+    same(made.image, Image.composite(truth, picture(), white()))
+    assert "Steps: 3" in made.image.info["parameters"]
+
+
+def test_the_clients_own_defaults_for_a_mask(api: webuiapi.WebUIApi, served: Served) -> None:
+    """A soft edge, colors from around, and the masked part alone at the whole size."""
+    common = {"prompt": "a cat", "seed": 5, "denoising_strength": 0.7, **SETTINGS}
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (8, 8, 24, 40))
+    large = picture().resize((64, 64)), mask
+    made = api.img2img(images=[large[0]], mask_image=mask, **common)
+    part = masked(*large, size=(64, 64), blur=(4, 4), fill=True, only=True, padding=0)
+    ours = {"seed": 5, "sampler": "Euler a", "strength": 0.7, **OURS}
+    same(made.image, part.finished(served.pipe("a cat", **part.inputs, **ours).images[0]))
+    kept = np.array(made.image)[:, 48:]
+    assert (kept == np.array(large[0])[:, 48:]).all()
+    assert np.abs(np.int16(made.image) - np.int16(large[0]))[8:40, 8:24].mean() > 5
+
+
+def test_a_masked_part() -> None:
+    """What the model sees of a picture whose masked part is small, at an edge, or all of it."""
+    image = Image.new("RGB", (100, 60), "blue")
+    image.paste((255, 0, 0), (10, 10, 30, 20))
+    mask = Image.new("L", (100, 60))
+    mask.paste(255, (10, 10, 30, 20))
+    how: dict[str, Any] = {"blur": (0, 0), "fill": True, "only": True, "padding": 5}
+    part = masked(image, mask, size=(64, 64), **how)
+    assert part.box == (5, 0, 35, 30)  # 30 x 20 with its margin, made square
+    assert part.inputs["mask"].size == part.inputs["image"].size == (30, 30)
+    assert np.abs(np.int16(part.image) - [0, 0, 255]).max() <= 2  # no red
+    drawn = Image.new("RGB", (64, 64), "lime")
+    drawn.info["parameters"] = "text"
+    made = part.finished(drawn)
+    assert made.size == (100, 60)
+    assert made.info["parameters"] == "text"
+    assert made.getpixel((20, 15)) == (0, 255, 0)
+    assert made.getpixel((5, 5)) == (0, 0, 255)
+    whole = masked(image, mask, size=(32, 64), **how | {"only": False, "fill": False})
+    assert whole.image.size == whole.mask.size == (64, 32)
+    assert whole.finished(whole.image).tobytes() == whole.image.tobytes()
+    full = masked(image, Image.new("L", (100, 60), 255), size=None, **how)
+    assert full.box == (0, 0, 100, 60)
+    assert full.image.getpixel((20, 15)) == (127, 127, 127)
+    soft = masked(image, mask, size=None, **how | {"blur": (6, 0)})
+    edges = np.array(soft.mask)
+    assert 0 < edges[15, 7] < 128 < edges[15, 12] < 255
+    assert edges[9].max() == 0  # across alone
 
 
 def test_progress_and_interrupt_are_the_callers_own(served: Served) -> None:
@@ -191,8 +240,9 @@ def test_active_fields_that_cannot_be_honored(
         ({"init_images": ["/etc/passwd"]}, "init_images"),
         ({"init_images": [coded(Image.new("L", (600, 600)))]}, "init_images"),
         ({"mask": "x"}, "mask"),
-        ({"mask": coded(white()), "mask_blur": 4}, "mask_blur"),
-        ({"mask": coded(white()), "inpaint_full_res": True}, "inpaint_full_res"),
+        ({"mask": coded(Image.new("L", (8, 8)))}, "mask"),
+        ({"mask": coded(white()), "mask_blur": -1}, "mask_blur"),
+        ({"mask": coded(white()), "inpaint_full_res_padding": 5000}, "inpaint_full_res_padding"),
         ({"mask": coded(white()), "inpainting_fill": 2}, "inpainting_fill"),
         ({"denoising_strength": 2}, "denoising_strength"),
         ({"resize_mode": 1}, "resize_mode"),
