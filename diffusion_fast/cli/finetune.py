@@ -23,7 +23,8 @@ def _run(**given: Any) -> None:
     check_device(settings.device)
     check_folder("--out", settings.out)
 
-    from ..finetuning.run import Finetuning  # imports Pillow
+    from ..finetuning.plan import plan  # imports Pillow
+    from ..finetuning.run import Finetuning
     from ..training.threads import choose_threads
 
     def tell(line: str) -> None:
@@ -31,7 +32,7 @@ def _run(**given: Any) -> None:
 
     run = Finetuning(settings, tell)
     if dry_run:
-        for line in run.plan():
+        for line in plan(run):
             typer.echo(line)
         return
     if settings.device == "cpu" and run.newest is not None:

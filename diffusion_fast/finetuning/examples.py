@@ -64,6 +64,7 @@ class Examples(Dataset[Any]):
         weights: factor of the loss of instance and of class images; None for 1.
         grain: pixels of an image for one of its masks, which then belong to the weights; None for
             no masks.
+        hints: give a ControlNet's ``hint`` too.
         word: a word of its own in captions; None for none.
     """
 
@@ -79,11 +80,13 @@ class Examples(Dataset[Any]):
         flip: bool = False,
         weights: tuple[float, float] | None = None,
         grain: int | None = None,
+        hints: bool = False,
         word: Word | None = None,
     ) -> None:
         self.examples, self.captions, self.tokenizers = list(examples), captions, list(tokenizers)
         self.latents, self.states, self.sizes = latents, states, sizes
-        self.flip, self.weights, self.grain, self.word = flip, weights, grain, word
+        self.flip, self.weights, self.grain = flip, weights, grain
+        self.hints, self.word = hints, word
         self.order = [i for i, e in enumerate(self.examples) for _ in range(e.picture.repeats)]
 
     def __len__(self) -> int:
@@ -108,6 +111,8 @@ class Examples(Dataset[Any]):
             if flipped:  # of the mirrored picture
                 left = how.scaled[1] - how.shape[1] - left
             context["time_ids"] = torch.tensor([*picture.size, top, left, *how.shape]).float()
+        if picture.hint is not None and self.hints:
+            context["hint"] = picture.hint_pixels(how, corner, flipped)
         if self.weights is None and self.grain is None:
             return x_0, context
         weight = torch.tensor(1.0 if self.weights is None else self.weights[picture.prior])

@@ -1,4 +1,5 @@
-"""What is trained, and how it is written: a LoRA, whole networks, or the vectors of a new word."""
+"""What is trained, and how it is written: a LoRA, whole networks, the vectors of a new word, or a
+ControlNet."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from ..files import save_tensors
 from ..models import UNet2DCondition
+from ..models.checkpoints import CONFIG, WEIGHTS
+from ..models.controlnet import ControlNet
 from ..models.embeddings import MOST_VECTORS, PAIR
 from ..models.text import TextEncoders
 from ..ops import checks
@@ -35,10 +38,12 @@ class Method(Protocol):
 
     Attributes:
         vectors: vectors of a new word for each text encoder, where that is what is trained.
+        control: the ControlNet, where that is what is trained.
         text: whether states of captions change while it trains.
     """
 
     vectors: nn.ParameterList | None
+    control: ControlNet | None
     text: bool
 
     def files(self) -> list[str]:
@@ -57,7 +62,7 @@ class Method(Protocol):
 class Lora:
     """Low-rank changes of layers, see :mod:`.lora`."""
 
-    vectors = None
+    vectors = control = None
 
     def __init__(self, parts: Parts, settings: Settings) -> None:
         self.parts, self.settings, self.text = parts, settings, settings.train_text
@@ -82,7 +87,7 @@ class Lora:
 class Full:
     """All weights of the U-Net, and with ``train_text`` of the text encoders."""
 
-    vectors = None
+    vectors = control = None
 
     def __init__(self, parts: Parts, settings: Settings) -> None:
         self.parts, self.settings, self.text = parts, settings, settings.train_text
@@ -117,6 +122,7 @@ class Full:
 class Embedding:
     """Vectors that stand for a new word (textual inversion; Gal et al. 2022, arXiv:2208.01618)."""
 
+    control = None
     text = True
 
     def __init__(self, parts: Parts, settings: Settings) -> None:
@@ -159,6 +165,31 @@ class Embedding:
             save_tensors({word: value}, folder / name, about)
 
 
+class Control:
+    """A ControlNet that begins as the U-Net's first half (Zhang et al. 2023, arXiv:2302.05543)."""
+
+    vectors = None
+    text = False
+
+    def __init__(self, parts: Parts, settings: Settings) -> None:
+        control = ControlNet.from_unet(parts.unet).float()
+        grain = control.control_config.grain
+        if parts.vae.downsampling != grain:
+            wanted = f"a base whose latents are {grain} times smaller than its images"
+            checks.fail("model", wanted, f"{settings.model} ({parts.vae.downsampling} times)")
+        self.control = control
+
+    def files(self) -> list[str]:
+        return [CONFIG, WEIGHTS]
+
+    def write(self, folder: Path, weights: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+        own = {name.partition(".")[2]: value.detach().cpu() for name, value in weights.items()}
+        with torch.device("meta"):  # that in the trainer may be spread over processes
+            made = ControlNet(self.control.control_config)
+        made.load_state_dict(own, assign=True)
+        made.save_pretrained(folder)
+
+
 def attach(parts: Parts, settings: Settings) -> Method:
     """Freeze the networks but for what the settings' method trains.
 
@@ -169,6 +200,7 @@ def attach(parts: Parts, settings: Settings) -> Method:
     for network in (parts.unet, parts.vae, *parts.text.encoders):
         network.requires_grad_(False)
     kinds: dict[str, Any] = {"lora": Lora, "full": Full, "embedding": Embedding}
+    kinds["controlnet"] = Control
     made: Method = kinds[settings.method](parts, settings)
     return made
 

@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..models import UNet2DCondition
 from ..models.blocks import ResBlock, Transformer2D
+from ..models.controlnet import ControlNet
 from ..models.text import TextEncoders
+from ..ops import checks
 
 
 class Finetuned(nn.Module):
@@ -27,6 +29,7 @@ class Finetuned(nn.Module):
         text: its text encoders.
         vectors: vectors [n, C] of a new word for each encoder, whose ids come behind those of the
             vocabulary; None for none.
+        control: a ControlNet that steers the U-Net; None for none.
         clip_skip: layers to leave out at the text encoders' ends.
         gradient_checkpointing: keep the inputs of blocks alone, and compute the rest again in the
             backward pass (Chen et al. 2016, arXiv:1604.06174).
@@ -38,6 +41,7 @@ class Finetuned(nn.Module):
         text: TextEncoders,
         *,
         vectors: nn.ParameterList | None = None,
+        control: ControlNet | None = None,
         clip_skip: int = 0,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -45,11 +49,11 @@ class Finetuned(nn.Module):
         self.unet = unet
         for name, encoder in text.modules().items():
             self.add_module(name, encoder)
-        self.vectors = vectors
+        self.vectors, self.controlnet = vectors, control
         self._text, self.clip_skip = [text], clip_skip  # in a list: its modules are ours already
         self._units: list[nn.Module] = []
         if gradient_checkpointing:
-            self._units = [m for m in unet.modules() if isinstance(m, (ResBlock, Transformer2D))]
+            self._units = [m for m in self.modules() if isinstance(m, (ResBlock, Transformer2D))]
             for encoder in text.encoders:
                 encoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
@@ -69,6 +73,7 @@ class Finetuned(nn.Module):
         text_embeds: Tensor | None = None,
         tokens: Tensor | None = None,
         time_ids: Tensor | None = None,
+        hint: Tensor | None = None,
     ) -> Tensor:
         """The U-Net's output.
 
@@ -79,17 +84,31 @@ class Finetuned(nn.Module):
             text_embeds: pooled text [B, P] (SDXL).
             tokens: token ids int64 [B, E, L] in the place of both, for the E text encoders.
             time_ids: sizes and crops [B, 6] (SDXL).
+            hint: what the ControlNet reads, [B, 3, f h, f w] in [0, 1].
         """
         if tokens is not None:
             with self._word_in_place(tokens) as ids:
                 states = self._text[0].states(ids, self.clip_skip)
             context, text_embeds = states.context, states.pooled
-        dtype = self.unet.conv_in.weight.dtype
         given = {"context": context, "text_embeds": text_embeds}
-        words = {name: one.to(dtype) for name, one in given.items() if one is not None}
+        words = {name: one for name, one in given.items() if one is not None}
         sizes = {} if time_ids is None else {"time_ids": time_ids}
+
+        def call(network: Any, **more: Tensor) -> Any:
+            dtype = network.conv_in.weight.dtype
+            in_dtype = {name: one.to(dtype) for name, one in (words | more).items()}
+            return network(x.to(dtype), t, **in_dtype, **sizes, **steering)
+
+        steering: dict[str, Any] = {}
         with _recomputed(self._units if torch.is_grad_enabled() else ()):
-            return self.unet(x.to(dtype), t, **words, **sizes)
+            if self.controlnet is not None:
+                if hint is None:
+                    checks.fail("hint", "an image, because a ControlNet reads it", None)
+                dtype = self.unet.conv_in.weight.dtype
+                added = call(self.controlnet, hint=hint)
+                steering["residuals"] = [[(one.to(dtype), None)] for one in added]
+            output: Tensor = call(self.unet)
+        return output
 
     @contextlib.contextmanager
     def _word_in_place(self, tokens: Tensor) -> Iterator[list[Tensor]]:

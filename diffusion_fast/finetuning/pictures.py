@@ -16,10 +16,13 @@ from torch import Tensor
 from ..files import read_text, visible_files
 from ..images import picture_size, read_picture
 from ..ops import checks
-from ..training.image_folder import METADATA, SUFFIXES, read_captions, some
+from ..training.image_folder import METADATA, SUFFIXES, read_captions, read_entries, some
 from .buckets import Fit, Size
 from .settings import DataFolder, of_kohya
 
+# Keys of a conditioning image's name: of the datasets library (whose column is then
+# conditioning_image), and of fill50k.
+_HINTS = ("conditioning_image_file_name", "conditioning_file_name", "conditioning_image")
 _BESIDE = (".txt", ".caption")  # suffixes of a caption's file, which has the image's name
 
 
@@ -35,6 +38,7 @@ class Picture:
         prior: it is a class image of DreamBooth.
         mask: an image that is white where it counts; the picture itself for its transparency, None
             where all counts.
+        hint: what a ControlNet reads, an image of the same shape; None for none.
     """
 
     file: Path
@@ -43,6 +47,7 @@ class Picture:
     repeats: int = 1
     prior: bool = False
     mask: Path | None = None
+    hint: Path | None = None
 
     def weights(self, how: Fit, corner: Size, flipped: bool, grain: int) -> Tensor:
         """What of it counts in the loss, [1, H / grain, W / grain] in [0, 1], by its mask.
@@ -61,6 +66,15 @@ class Picture:
         small = torch.nn.functional.avg_pool2d(whole, grain)
         return small.flip(-1) if flipped else small
 
+    def hint_pixels(self, how: Fit, corner: Size, flipped: bool) -> Tensor:
+        """Its conditioning image, [3, H, W] in [0, 1], scaled, cut and mirrored as itself.
+
+        Raises:
+            ValueError: it can't be read; names it.
+        """
+        assert self.hint is not None  # checked when pictures were read
+        return (replace(self, file=self.hint).pixels(how, corner, flipped) + 1) / 2
+
     def pixels(self, how: Fit, corner: Size, flipped: bool) -> Tensor:
         """Its pixels [3, H, W] in [-1, 1], scaled, cut and mirrored.
 
@@ -72,8 +86,10 @@ class Picture:
         return pixels.flip(-1) if flipped else pixels
 
     def check(self) -> None:
-        """Read it once. Raises ValueError: it can't be read; names it."""
+        """Read it once, and its hint. Raises ValueError: one can't be read; names it."""
         self._read()
+        if self.hint is not None:
+            replace(self, file=self.hint)._read()
 
     def _read(self) -> Image.Image:
         try:
@@ -92,6 +108,40 @@ def _alpha(file: Path) -> Image.Image:
     """What is opaque in a picture, upright."""
     with Image.open(file) as picture:
         return ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")
+
+
+def with_hints(
+    pictures: Sequence[Picture], folder: Path | None, skip_broken: bool = False
+) -> list[Picture]:
+    """Pictures with the conditioning images in a folder, or those that they have.
+
+    Raises:
+        ValueError: a picture without one, or one of another shape; names it.
+    """
+    if folder is not None:
+        if not folder.is_dir():
+            checks.fail("conditioning", "a folder", f"{folder}, which is none")
+        found = {file.stem: file for file in visible_files(folder, SUFFIXES)}
+        pictures = [replace(p, hint=found.get(p.file.stem)) for p in pictures]
+    bare = [p.file for p in pictures if p.hint is None]
+    if bare:
+        where = METADATA if folder is None else folder
+        wanted = f"a conditioning image for each image, in {where}"
+        checks.fail("conditioning", wanted, some(bare, "without"))
+    kept = []
+    for one in pictures:
+        assert one.hint is not None
+        try:
+            height, width = picture_size(one.hint)
+        except ValueError as error:
+            report(f"{one.hint}: {error}", skip_broken)
+            continue
+        ratio = height * one.size[1] / (width * one.size[0])
+        if not 0.98 < ratio < 1.02:
+            wanted = f"the shape of {one.file} ({one.size[1]} x {one.size[0]})"
+            checks.fail(str(one.hint), wanted, f"{width} x {height}")
+        kept.append(one)
+    return kept
 
 
 def with_masks(pictures: Sequence[Picture], masks: str) -> list[Picture]:
@@ -113,7 +163,10 @@ def with_masks(pictures: Sequence[Picture], masks: str) -> list[Picture]:
 
 
 def read_pictures(
-    folders: Sequence[DataFolder], prompt: str | None = None, skip_broken: bool = False
+    folders: Sequence[DataFolder],
+    prompt: str | None = None,
+    skip_broken: bool = False,
+    beside: Sequence[Path] = (),
 ) -> list[Picture]:
     """The images of some folders, in the order of folders and names.
 
@@ -121,26 +174,43 @@ def read_pictures(
         folders: what :class:`DataFolder` says.
         prompt: caption of images that have none, and whose folder has none.
         skip_broken: leave out what can't be read, with one warning for each.
+        beside: folders of masks or conditioning images, which are not trained on where they lie
+            among the images.
 
     Raises:
         ValueError: a folder that is none or holds no images, captions that are missing or without
             an image, an image that can't be read; names it.
     """
-    return [picture for folder in folders for picture in _of_folder(folder, prompt, skip_broken)]
+    return [
+        picture for folder in folders for picture in _of_folder(folder, prompt, skip_broken, beside)
+    ]
 
 
-def _of_folder(folder: DataFolder, prompt: str | None, skip_broken: bool) -> list[Picture]:
+def _of_folder(
+    folder: DataFolder, prompt: str | None, skip_broken: bool, beside: Sequence[Path]
+) -> list[Picture]:
     root = folder.folder
     if not root.is_dir():
         checks.fail("data", "a folder", f"{root}, which is none")
     files = visible_files(root, SUFFIXES)
+    listed = [file for file in visible_files(root, (".jsonl",)) if file.name == METADATA]
+    hints: dict[Path, Path] = {}
+    for metadata in listed:
+        hints |= _hints(metadata)
+    others = {file.resolve() for file in hints.values()}
+    folders = [one.resolve() for one in beside]
+    files = [
+        file
+        for file in files
+        if file.resolve() not in others
+        and not any(file.resolve().is_relative_to(one) for one in folders)
+    ]
     if not files:
         checks.fail("data", f"images ({' '.join(SUFFIXES)}) in {root}", "none")
     _check_names(files)
     captions: dict[Path, str] = {}
-    for metadata in visible_files(root, (".jsonl",)):
-        if metadata.name == METADATA:
-            captions |= read_captions(metadata, files)
+    for metadata in listed:
+        captions |= read_captions(metadata, files)
     found, bare = [], []
     for file in files:
         repeats, caption = folder.repeats, captions.get(file) or _beside(file)
@@ -157,12 +227,30 @@ def _of_folder(folder: DataFolder, prompt: str | None, skip_broken: bool) -> lis
         except ValueError as error:
             report(f"{file}: {error}", skip_broken)
             continue
-        found.append(Picture(file, caption, size, repeats, folder.prior))
+        found.append(Picture(file, caption, size, repeats, folder.prior, hint=hints.get(file)))
     if bare:
         wanted = f"a caption for each image ({METADATA}, a .txt beside it, or a prompt for all)"
         checks.fail("data", wanted, some(bare, "images without"))
     if not found:
         checks.fail("data", f"an image that can be read in {root}", "none")
+    return found
+
+
+def _hints(metadata: Path) -> dict[Path, Path]:
+    """The conditioning images in a ``metadata.jsonl``, by image.
+
+    Raises:
+        ValueError: a line that can't be read, or one that is not there; names it.
+    """
+    found = {}
+    for number, entry in read_entries(metadata):
+        named = [entry[key] for key in _HINTS if key in entry]
+        if not named:
+            continue
+        where = f"{metadata}, line {number}"
+        if not isinstance(named[0], str) or not (metadata.parent / named[0]).is_file():
+            checks.fail(where, "a conditioning image that is there", repr(named[0]))
+        found[metadata.parent / entry["file_name"]] = metadata.parent / named[0]
     return found
 
 

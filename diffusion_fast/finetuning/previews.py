@@ -27,6 +27,7 @@ class Previews:
         prompts: what to draw.
         folder: where pictures are written.
         every: steps between two pictures; drawn when the losses are read next.
+        before: called before they are drawn, with the weights to draw with in place.
         on_drawn: called with the step and the picture.
         options: keywords of the pipeline's call, such as ``steps`` and ``seed``.
     """
@@ -39,11 +40,12 @@ class Previews:
         folder: Path,
         *,
         every: int,
+        before: Callable[[], object] | None = None,
         on_drawn: Callable[[int, Image.Image], object] | None = None,
         **options: Any,
     ) -> None:
         self.pipe, self.trainer, self.prompts, self.folder = pipe, trainer, list(prompts), folder
-        self.every, self.on_drawn, self.options = every, on_drawn, options
+        self.every, self.before, self.on_drawn, self.options = every, before, on_drawn, options
         self.collective = any(map(is_sharded, trainer.model.parameters()))
         self._drawn = trainer.step // every
 
@@ -56,6 +58,8 @@ class Previews:
         trainer.model.eval()
         try:
             with trainer.ema.applied() if trainer.ema else contextlib.nullcontext():
+                if self.before is not None:
+                    self.before()
                 images = self.pipe(self.prompts, output="tensor", **self.options).images
         finally:
             trainer.model.train(was_training)
@@ -63,7 +67,8 @@ class Previews:
             return
         assert isinstance(images, torch.Tensor)
         picture = grid(images, columns=min(len(self.prompts), 4))
-        settings = {"step": progress.step, "prompts": self.prompts, **self.options}
+        options = {n: v for n, v in self.options.items() if n != "control_image"}
+        settings = {"step": progress.step, "prompts": self.prompts, **options}
         save_picture(picture, self.folder / f"step_{progress.step:08d}.png", settings)
         if self.on_drawn is not None:
             self.on_drawn(progress.step, picture)

@@ -20,7 +20,7 @@ from ..ops import checks
 from ..training.optimizers import OPTIMIZERS
 from ..training.options import PRECISIONS, SHARDINGS
 
-METHODS = ("lora", "full", "embedding")
+METHODS = ("lora", "full", "embedding", "controlnet")
 FORMATS = ("peft", "kohya", "both")
 WEIGHTINGS = ("none", "min_snr", "p2", "debiased")
 TARGETS = ("attention", "transformer", "all")
@@ -79,6 +79,11 @@ class Settings:
     prior_weight: float = _option(1.0, "DreamBooth: weight of the prior's loss.", least=0.0)
     masks: str | None = _option(
         None, "What counts in the loss: a folder of masks with the images' names, or alpha."
+    )
+    conditioning: Path | None = _option(
+        None,
+        "ControlNet: folder of conditioning images with the images' names; else metadata.jsonl"
+        " names them (conditioning_image_file_name or conditioning_image).",
     )
     validation_data: Path | None = _option(
         None, "Folder of images for a validation loss, at checkpoints; the best one is kept."
@@ -174,6 +179,9 @@ class Settings:
     validation_prompts: tuple[str, ...] = _option(
         (), "Prompt to draw while training, in OUT/samples; repeatable."
     )
+    validation_conditioning: tuple[str, ...] = _option(
+        (), "ControlNet: a conditioning image for each of these prompts; repeatable."
+    )
     validation_every: int = _option(250, "Steps between these pictures.", least=1)
     validation_steps: int = _option(20, "Sampler's steps of these pictures.", least=1)
     tensorboard: Path | None = _option(None, "Folder of a TensorBoard log (needs that package).")
@@ -188,10 +196,26 @@ class Settings:
             checks.fail("keep_tokens", "0, because captions aren't shuffled", self.keep_tokens)
         if self.method == "embedding" and self.train_text:
             checks.fail("train_text", "False, because only vectors are trained", True)
+        self._check_controlnet()
         if self.class_data is not None and self.class_prompt is None:
             checks.fail("class_prompt", "a prompt, because of class_data", None)
         if not self.targets:
             checks.fail("targets", f"names of layers, or {', '.join(TARGETS)}", "none")
+
+    def _check_controlnet(self) -> None:
+        for name in ("conditioning", "validation_conditioning"):
+            if getattr(self, name) and self.method != "controlnet":
+                checks.fail(name, f"none, because the method is {self.method}", getattr(self, name))
+        if self.method != "controlnet":
+            return
+        if self.train_text:
+            checks.fail("train_text", "False, because only a ControlNet is trained", True)
+        if self.class_prompt is not None:
+            wanted = "none, because class images have no conditioning images"
+            checks.fail("class_prompt", wanted, repr(self.class_prompt))
+        prompts, images = len(self.validation_prompts), len(self.validation_conditioning)
+        if prompts != images:
+            checks.fail("validation_conditioning", f"one for each of {prompts} prompts", images)
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Settings:

@@ -16,7 +16,7 @@ from .blocks import Composite, Conv2d
 from .checkpoints import save_model
 from .controlnet_config import HINT_CHANNELS, KIND, MID_BLOCKS, ControlNetConfig
 from .controlnet_file import find_controlnet
-from .unet import ContextProjections, TimeProjections, UNetEncoder
+from .unet import ContextProjections, TimeProjections, UNet2DCondition, UNetEncoder
 
 GUESS = 0.1  # of the finest residual in guess mode; the coarsest has 1
 
@@ -63,6 +63,24 @@ class ControlNet(UNetEncoder):
             skips += [width] * (config.unet.per_level("layers_per_block")[level] + (not last))
         self.controlnet_down_blocks = nn.ModuleList(Conv2d(n, n, 1) for n in skips)
         self.controlnet_mid_block = Conv2d(widths[-1], widths[-1], 1)
+
+    @classmethod
+    def from_unet(cls, unet: UNet2DCondition) -> ControlNet:
+        """A ControlNet to train for a U-Net (section 3.2 of the paper): its first half as it is,
+        and layers of zeros behind it and behind the hint's, so that it adds nothing yet.
+
+        The hint's other layers are drawn from the global generator. Dtype and device are those of
+        the U-Net.
+        """
+        made = cls(ControlNetConfig(unet.config)).to(unet.conv_in.weight)
+        own = made.state_dict()
+        made.load_state_dict(own | {n: v for n, v in unet.state_dict().items() if n in own})
+        zeros = made.controlnet_cond_embedding.conv_out, *made.controlnet_down_blocks
+        with torch.no_grad():
+            for layer in (*zeros, made.controlnet_mid_block):
+                for parameter in layer.parameters():
+                    parameter.zero_()
+        return made
 
     @classmethod
     def from_pretrained(

@@ -43,20 +43,32 @@ class Controls:
         self, path: AnyPath, unet: UNet2DCondition, grain: int, name: str, variant: str | None
     ) -> None:
         """Read a ControlNet or T2I-Adapter, see :meth:`StableDiffusion.load_control`."""
+        self._check_name(name)
+        weight = unet.conv_in.weight
+        control = _read(path, variant, weight.dtype, weight.device)
+        try:
+            self.put(name, control, unet, grain)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+    def put(self, name: str, control: Control, unet: UNet2DCondition, grain: int) -> None:
+        """Take a network that was loaded before, of the U-Net's dtype and device.
+
+        Raises:
+            ValueError: one for another base, or a name that is taken.
+        """
+        self._check_name(name)
+        check_base(control, unet)
+        if grain_of(control) != grain:
+            wanted = f"one that reads {grain} x {grain} pixels for each of the latents"
+            checks.fail("control", wanted, grain_of(control))
+        self._loaded[name] = control
+
+    def _check_name(self, name: str) -> None:
         if not isinstance(name, str) or not name.strip():
             checks.fail("name", "a word", repr(name))
         if name in self._loaded:
             checks.fail("name", f"one that isn't taken ({', '.join(self.names)})", repr(name))
-        weight = unet.conv_in.weight
-        control = _read(path, variant, weight.dtype, weight.device)
-        try:
-            check_base(control, unet)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        if grain_of(control) != grain:
-            message = f"{path}: control: expected one that reads {grain} x {grain} pixels for each"
-            raise CheckpointError(f"{message} of the latents, got {grain_of(control)}")
-        self._loaded[name] = control
 
     def unload(self, name: str) -> None:
         """Forget a network. Raises ValueError: it isn't loaded."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,12 +177,13 @@ def read_captions(path: Path, files: Iterable[Path], key: str = "text") -> dict[
             that are not there; names them.
     """
     captions: dict[Path, str] = {}
-    for number, line in enumerate(read_lines(path), 1):
-        if line.strip():
-            name, text = _caption(line, key, f"{path}, line {number}")
-            if path.parent / name in captions:
-                raise ValueError(f"{path}, line {number}: a second caption for {name}")
-            captions[path.parent / name] = text
+    for number, entry in read_entries(path):
+        name, text = entry["file_name"], entry.get(key)
+        if not isinstance(text, str):
+            checks.fail(f"{path}, line {number}", f"a text {key!r}", text)
+        if path.parent / name in captions:
+            raise ValueError(f"{path}, line {number}: a second caption for {name}")
+        captions[path.parent / name] = text
     known = set(files)
     lost = [file for file in captions if file not in known]
     if lost:
@@ -190,17 +191,25 @@ def read_captions(path: Path, files: Iterable[Path], key: str = "text") -> dict[
     return captions
 
 
-def _caption(line: str, key: str, where: str) -> tuple[str, str]:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: can't be read as JSON: {error}") from error
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(entry).__name__}")
-    for name in ("file_name", key):
-        if not isinstance(entry.get(name), str):
-            checks.fail(where, f"a text {name!r}", entry.get(name))
-    return entry["file_name"], entry[key]
+def read_entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines of a ``metadata.jsonl`` by number; each has a ``file_name``.
+
+    Raises:
+        ValueError: a line that can't be read; names it.
+    """
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: can't be read as JSON: {error}") from error
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where}: expected a JSON object, got {type(entry).__name__}")
+        if not isinstance(entry.get("file_name"), str):
+            checks.fail(where, "a text 'file_name'", entry.get("file_name"))
+        yield number, entry
 
 
 def some(paths: list[Path], what: str) -> str:

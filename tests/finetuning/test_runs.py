@@ -21,6 +21,7 @@ from small_runs import run, write_images
 
 import diffusion_fast as df
 from diffusion_fast.finetuning import Settings, finetune, read_toml
+from diffusion_fast.finetuning.plan import plan
 from diffusion_fast.training.checkpoint import read_checkpoint
 
 HERE = Path(__file__).parent
@@ -126,12 +127,12 @@ def test_bad_data_is_named(tiny_folder: Tiny, tmp_path: Path) -> None:
     (bare / "metadata.jsonl").write_text('{"file_name": "7.png", "text": "a dog"}\n')
     refused(bare, r"metadata.jsonl: expected an image for each caption, got 1 .*7\.png$")
     (bare / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a dog"}\n')
-    captions = [e.picture.caption for e in run(model, bare, tmp_path / "out").examples]
+    captions = [e.picture.caption for e in run(model, bare, tmp_path / "out").data.examples]
     assert captions == ["a cat, red, number 0", "a dog"]
     (bare / "1.png").write_bytes(b"<html>")
     refused(bare, r"1\.png: can't be read as an image: it is a web page")
     with pytest.warns(UserWarning, match=r"1\.png: .*; skipped"):
-        assert len(run(model, bare, tmp_path / "out", broken="skip").examples) == 1
+        assert len(run(model, bare, tmp_path / "out", broken="skip").data.examples) == 1
     wide = write_images(tmp_path / "wide", ((640, 64),))
     refused(wide, r"0\.png: expected an image of a ratio from 1:4 to 4:1", extreme="refuse")
     with pytest.warns(UserWarning, match="0.png: 640 x 64 is longer than all shapes"):
@@ -163,7 +164,7 @@ def test_folders_of_kohya(tmp_path: Path, tiny_folder: Tiny) -> None:
     (tmp_path / "data" / "3_a red cat" / "0.txt").unlink()
     write_images(tmp_path / "data" / "1_dog", ((64, 64),))
     made = run(tiny_folder("sd15"), tmp_path / "data", tmp_path / "out")
-    found = {(e.picture.caption, e.picture.repeats) for e in made.examples}
+    found = {(e.picture.caption, e.picture.repeats) for e in made.data.examples}
     assert found == {("a red cat", 3), ("a cat, red, number 0", 1)}
 
 
@@ -171,7 +172,7 @@ def test_dreambooth(tiny_folder: Tiny, images: Path, tmp_path: Path) -> None:
     """Class images are drawn, and count as equation 2 of the paper says, however many there are."""
     options = {"class_prompt": "a cat", "class_images": 2, "prior_weight": 0.5, "steps": 2}
     made = run(tiny_folder("sd15"), images, tmp_path / "out", **options)
-    assert "class images: 0, 2 more to be drawn" in made.plan()
+    assert "class images: 0, 2 more to be drawn" in plan(made)
     data = made.trainer().dataloader.dataset
     assert len(list((tmp_path / "out" / "class").glob("*.png"))) == 2
     assert len(data) == 7
@@ -180,7 +181,7 @@ def test_dreambooth(tiny_folder: Tiny, images: Path, tmp_path: Path) -> None:
     mean = (torch.tensor(weights, dtype=torch.float64) * losses).mean()
     assert abs(mean - (losses[:5].mean() + 0.5 * losses[5:].mean())) < 1e-6
     again = run(tiny_folder("sd15"), images, tmp_path / "out", **options)
-    assert "class images: 2, 0 more to be drawn" in again.plan()
+    assert "class images: 2, 0 more to be drawn" in plan(again)
     assert len(again.train()) == 2
 
 

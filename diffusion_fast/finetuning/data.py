@@ -1,0 +1,277 @@
+"""What a run is trained on: pictures in their shapes, class images, and the batches of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import visible_files
+from ..images import save_picture
+from ..models.embeddings import pattern
+from ..ops import checks
+from ..pipelines import StableDiffusion
+from ..pipelines.parts import Parts
+from ..training.distributed import Processes
+from ..training.image_folder import SUFFIXES
+from ..training.tensor_store import fingerprint
+from .bucket_batches import BucketBatches
+from .buckets import Size, best_fit, fit, shapes
+from .captions import Captions, Word, is_cut
+from .examples import Encoding, Example, Examples, cache_latents, cache_states
+from .methods import TEMPLATES, WORD, Method
+from .pictures import checked, read_pictures, with_hints, with_masks
+from .settings import DataFolder, Settings
+
+Tell = Callable[[str], object]
+
+
+class Data:
+    """The pictures of a run, checked; nothing has been computed or written yet.
+
+    Args:
+        settings: those of the run.
+        parts: the base.
+        tell: called with lines that say what is done.
+
+    Attributes:
+        examples: the pictures and the shapes that they are trained in.
+        steered: whether each has a conditioning image.
+
+    Raises:
+        ValueError: data that can't be; the message names it.
+    """
+
+    def __init__(self, settings: Settings, parts: Parts, tell: Tell) -> None:
+        self.settings, self.parts, self.tell = settings, parts, tell
+        self.steered = settings.method == "controlnet"
+        self.examples = self._examples()
+
+    @property
+    def _class_folder(self) -> Path:
+        return self.settings.class_data or self.settings.out / "class"
+
+    def draw_class_images(self, device: torch.device) -> None:
+        """Fill the folder of class images up (Ruiz et al. 2022, arXiv:2208.12242, section 3.2).
+
+        What is trained changes nothing yet, so that they are the base's own.
+        """
+        settings, prompt = self.settings, self.settings.class_prompt
+        if prompt is None:
+            return
+        processes = Processes.join(device)
+        folder = self._class_folder
+        if processes.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            there = len(visible_files(folder, SUFFIXES))
+            pipe, size = StableDiffusion(self.parts), self._resolution()
+            for number in range(there, settings.class_images):
+                (picture,) = pipe(prompt, size=size, seed=settings.seed + number).images
+                save_picture(picture, folder / f"{number:05d}.png", {"prompt": prompt})
+                self._counter("class images")(number + 1, settings.class_images)
+        processes.wait()
+        self.examples = self._examples()
+
+    def _examples(self, folders: Sequence[DataFolder] | None = None) -> list[Example]:
+        """The pictures of folders, by default of the run's, and the shapes they are trained in."""
+        settings = self.settings
+        if folders is None:
+            folders = settings.data
+            prior = self._class_folder
+            if settings.class_prompt and prior.is_dir() and visible_files(prior, SUFFIXES):
+                folders = [*folders, DataFolder(prior, 1, settings.class_prompt, prior=True)]
+        prompt = settings.prompt
+        if prompt is None and settings.method == "embedding":
+            prompt = WORD
+        beside = [settings.conditioning] if settings.conditioning else []
+        if settings.masks not in (None, "alpha"):
+            beside.append(Path(str(settings.masks)))
+        pictures = read_pictures(folders, prompt, settings.broken == "skip", beside)
+        if settings.word is not None and settings.method == "embedding":
+            word = pattern([settings.word])
+            for one in pictures:
+                if not one.prior and WORD not in one.caption and not word.search(one.caption):
+                    wanted = f"the word {settings.word} (or {WORD}) in each caption"
+                    checks.fail("data", wanted, f"{one.caption!r} of {one.file}")
+        if self.steered:
+            skip = settings.broken == "skip"
+            pictures = with_hints(pictures, settings.conditioning, skip)
+        if settings.masks is not None:
+            pictures = with_masks(pictures, settings.masks)
+        resolution, step = self._resolution(), settings.bucket_step
+        if not settings.buckets:
+            return [Example(one, fit(one.size, (resolution, resolution))) for one in pictures]
+        known = shapes(resolution, step)
+        found = [Example(one, best_fit(one.size, known)) for one in pictures]
+        for example in found:
+            if example.fit.cut > step:
+                (h, w), name = example.picture.size, example.picture.file
+                what = f"{w} x {h} is longer than all shapes, {example.fit.cut} pixels are cut off"
+                if settings.extreme == "refuse":
+                    checks.fail(str(name), "an image of a ratio from 1:4 to 4:1", f"{w} x {h}")
+                warnings.warn(f"{name}: {what}", stacklevel=2)
+        return found
+
+    def _resolution(self) -> int:
+        """Side of the square of the area that images are scaled to."""
+        grain = self.parts.vae.downsampling
+        trained = self.parts.unet.config.sample_size or 64
+        side = max(trained) if isinstance(trained, tuple) else trained
+        resolution = self.settings.resolution or side * grain
+        for name, value in (("resolution", resolution), ("bucket_step", self.settings.bucket_step)):
+            if value % grain:
+                checks.fail(name, f"a multiple of {grain}", value)
+        return resolution
+
+    def _weights(self, examples: Sequence[Example]) -> tuple[float, float] | None:
+        """Factors of the losses of instance and of class images, so that the mean over a pass is
+
+        L = mean over instances + prior_weight * mean over class images (Ruiz et al. 2022, eq. 2),
+        however many there are of each.
+        """
+        counts = [0, 0]
+        for example in examples:
+            counts[example.picture.prior] += example.picture.repeats
+        if not all(counts):
+            return None
+        return sum(counts) / counts[0], self.settings.prior_weight * sum(counts) / counts[1]
+
+    def batches(self, method: Method) -> BucketBatches:
+        """The batches to train on; computes what their cache lacks."""
+        return self._batches(method, self.examples)
+
+    def held_out(self, method: Method) -> BucketBatches | None:
+        """The batches of the validation loss, None for none; computes what their cache lacks."""
+        if self.settings.validation_data is None:
+            return None
+        examples = self._examples((DataFolder(self.settings.validation_data),))
+        return self._batches(method, examples, validation=True)
+
+    def caches_text(self, method: Method) -> bool:
+        """Whether text states are kept on the disk."""
+        return not method.text and not self.settings.shuffle_captions
+
+    def _batches(
+        self, method: Method, examples: list[Example], validation: bool = False
+    ) -> BucketBatches:
+        """The batches of some pictures; computes what their cache lacks.
+
+        Args:
+            method: what is trained.
+            examples: the pictures.
+            validation: nothing of them is random, and all of them count alike.
+        """
+        settings, text = self.settings, self.parts.text
+        cache = settings.cache or settings.out / "cache"
+        skip, latents, states = settings.broken == "skip", None, None
+        crops = settings.random_crop and not validation
+        if crops or self.steered:  # else the cache finds out
+            examples = self._all_read(examples)
+        if not crops:
+            examples, latents = cache_latents(
+                cache,
+                self.parts.vae,
+                examples,
+                flip=settings.flip,
+                skip_broken=skip,
+                on_made=self._counter("latents"),
+            )
+        if not examples:
+            checks.fail("data", "an image that can be read", "none")
+        word = None
+        if method.vectors is not None:
+            encoders: list[Any] = text.encoders
+            first = tuple(one.get_input_embeddings().num_embeddings for one in encoders)
+            word = Word(str(settings.word), settings.vectors, first)
+        captions = Captions(
+            0.0 if validation else settings.caption_dropout,
+            settings.shuffle_captions and not validation,
+            settings.keep_tokens,
+            None if word is None else word.text,
+            TEMPLATES[:1] if validation else TEMPLATES,
+        )
+        texts = list(dict.fromkeys(["", *(example.picture.caption for example in examples)]))
+        if self.caches_text(method):
+            report = self._counter("text states")
+            clip_skip = settings.clip_skip
+            states = cache_states(cache, text, texts, clip_skip=clip_skip, on_made=report)
+        data = Examples(
+            examples,
+            captions,
+            text.tokenizers,
+            latents=latents,
+            states=states,
+            sizes=self.parts.unet.config.addition_embed_type is not None,
+            flip=settings.flip and not validation,
+            weights=None if validation else self._weights(examples),
+            grain=None if validation or not settings.masks else self.parts.vae.downsampling,
+            hints=self.steered,
+            word=word,
+        )
+        known = sorted({example.fit.shape for example in examples})
+        return BucketBatches(
+            data,
+            settings.batch_size,
+            [known.index(examples[number].fit.shape) for number in data.order],
+            seed=settings.seed,
+            workers=settings.workers,
+            prepare=Encoding(
+                self.parts.vae if latents is None else None,
+                text if states is None and not method.text else None,
+                settings.clip_skip,
+            ),
+        )
+
+    def _all_read(self, examples: list[Example]) -> list[Example]:
+        """Those whose pictures can be read to the end, which a run finds out before it begins."""
+        skip = self.settings.broken == "skip"
+        good = {one.file for one in checked([e.picture for e in examples], skip)}
+        return [example for example in examples if example.picture.file in good]
+
+    def notes(self, method: Method) -> list[str]:
+        """What the settings switch off, and what is cut."""
+        settings, notes = self.settings, []
+        if settings.random_crop:
+            notes.append("latents are not cached, because crops are random")
+        if not self.caches_text(method):
+            why = "what they say is trained" if method.text else "captions are shuffled"
+            notes.append(f"text states are not cached, because {why}")
+        tokenizer = self.parts.text.tokenizers[0]
+        long = [e.picture for e in self.examples if is_cut(tokenizer, e.picture.caption)]
+        if long:
+            most = tokenizer.model_max_length - 2
+            name = long[0].file.name
+            notes.append(f"captions cut to {most} tokens: {len(long)}, the first that of {name}")
+        return notes
+
+    def shapes(self) -> dict[Size, int]:
+        """How many items of a pass have each shape."""
+        found: Counter[Size] = Counter()
+        for example in self.examples:
+            found[example.fit.shape] += example.picture.repeats
+        return dict(found)
+
+    def contents(self) -> str:
+        """A hash of what is trained on: names, captions, shapes and repeats."""
+        return fingerprint(
+            {},
+            [
+                [p.file.name, p.caption, p.size, p.repeats, p.prior, e.fit.shape]
+                + ([p.hint.name] if p.hint is not None and self.steered else [])
+                for e in self.examples
+                for p in (e.picture,)
+            ],
+        )
+
+    def _counter(self, what: str) -> Callable[[int, int], None]:
+        """Tells of the first, every hundredth and the last that is made."""
+
+        def report(done: int, count: int) -> None:
+            if done == count or done % 100 == 0:
+                self.tell(f"caching {what}: {done}/{count}")
+
+        return report
