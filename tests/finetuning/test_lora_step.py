@@ -143,4 +143,4 @@ def test_loss_and_gradients(
     exact = torch.cat(
         [(g / scales[n].double().abs().max()).flatten() for n, g in true_gradients.items()]
     )
-    assert_close(joined(own), exact, joined(plain_gradients))
+    assert_close(joined(own), exact, joined(plain_gradients), factor=3)  # of attention
