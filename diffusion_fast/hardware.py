@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -47,6 +48,7 @@ def processor() -> dict[str, str]:
     }
 
 
+@functools.cache
 def _processor_name() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as info:

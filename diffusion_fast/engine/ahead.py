@@ -108,7 +108,7 @@ def launches(found: list[tuple[str, tuple[Any, ...]]]) -> list[Any]:
         for name, args in found:
             for backend in known_ops[name].backends:
                 if backend.name == "triton":
-                    backend.load()(*_as_on_cuda(name, args))
+                    backend.run(*_as_on_cuda(name, args))
     return recorded
 
 

@@ -95,7 +95,6 @@ def _check(
     packed: Any,
 ) -> None:
     checks.floating("x", x)
-    checks.tensor("weight", weight)
     if x.dim() != 4:
         checks.fail("x", "shape [B, C, H, W]", list(x.shape))
     checks.positive_int("stride", stride)
@@ -182,7 +181,7 @@ def pack_conv2d(
         return None
     if weight.device.type == "cuda":
         return (weight.detach().contiguous(memory_format=torch.channels_last),)
-    if not onednn.supports(weight):
+    if not onednn.supports(weight.device.type, weight.dtype):
         return None
     batch, channels, height, width = size
     pads = [top, left]

@@ -80,16 +80,14 @@ def _check(
     packed: Any,
 ) -> None:
     checks.floating("x", x)
-    checks.tensor("weight", weight)
     if x.dim() < 1:
         checks.fail("x", "shape [..., K]", list(x.shape))
+    for name, value in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if value is not None:
+            checks.beside(name, value, x)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         checks.fail("weight", f"shape [N, K] with K = {x.shape[-1]}", list(weight.shape))
     out = weight.shape[0]
-    values = (("weight", weight), ("bias", bias), ("residual", residual))
-    for name, value in values:
-        if value is not None:
-            checks.beside(name, value, x)
     if bias is not None and bias.shape != (out,):
         checks.shape("bias", bias, (out,), "[N]")
     if geglu and out % 2:
@@ -133,7 +131,7 @@ def pack_linear(weight: Tensor, rows: int, *, geglu: bool = False) -> onednn.Pac
     checks.positive_int("rows", rows)
     if weight.dim() != 2 or (geglu and weight.shape[0] % 2):
         checks.fail("weight", "shape [N, K], N even with geglu", list(weight.shape))
-    if not onednn.supports(weight):
+    if not onednn.supports(weight.device.type, weight.dtype):
         return None
     parts = weight.chunk(2) if geglu else (weight,)
     return tuple(onednn.pack_linear(part, rows) for part in parts)

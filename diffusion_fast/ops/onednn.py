@@ -34,7 +34,10 @@ def machine() -> list[str]:
 
 
 @functools.cache
-def _supports(dtype: torch.dtype) -> bool:
+def supports(device: str, dtype: torch.dtype) -> bool:
+    """Whether oneDNN is here and takes tensors of this type of device and this dtype."""
+    if machine() or device != "cpu":
+        return False
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if dtype == torch.float16:
@@ -42,14 +45,9 @@ def _supports(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def supports(x: Tensor) -> bool:
-    """Whether oneDNN is here and takes tensors of this device and dtype."""
-    return not machine() and x.device.type == "cpu" and _supports(x.dtype)
-
-
 def takes(x: Tensor, *others: Tensor | None) -> list[str]:
     """Why oneDNN can't take these tensors, whatever the op; empty if it can."""
-    if not supports(x):
+    if not supports(x.device.type, x.dtype):
         return [f"{x.dtype} on {x.device}"]
     return ["a gradient is needed"] if needs_gradient(x, *others) else []
 

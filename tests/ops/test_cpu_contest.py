@@ -34,11 +34,11 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str,
         def run(*args: object) -> None:
             now[0] += seconds[name]
 
-        return lambda: run
+        return run
 
     ways = [backend for backend in op.backends if backend.name in seconds]
     for backend in ways:
-        monkeypatch.setitem(backend.__dict__, "load", timed(backend.name))
+        monkeypatch.setitem(backend.__dict__, "run", timed(backend.name))
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     yield seconds
     forget()

@@ -174,6 +174,7 @@ def test_which_backend_runs_and_why() -> None:
 def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     onednn.machine.cache_clear()
+    onednn.supports.cache_clear()
     try:
         x = torch.randn(256, 256)
         assert ops.pack_linear(x, 256) is None
@@ -182,6 +183,7 @@ def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "without oneDNN" in ops.explain("linear").rejected["onednn"]
     finally:
         onednn.machine.cache_clear()
+        onednn.supports.cache_clear()
 
 
 @pytest.mark.parametrize("geglu", [False, True])

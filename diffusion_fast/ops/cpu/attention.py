@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..dispatch import checks
+from . import library
 from .contest import Kind
-from .library import DTYPES, function
+from .library import DTYPES
 
 _POINTER, _INT, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -112,5 +113,5 @@ def forward(
         c.lengths = key_lengths.data_ptr()
     out = torch.empty(q.shape, dtype=q.dtype)
     c.out = out.data_ptr()
-    function("attention")(ctypes.byref(c))
+    library.kernels.attention(ctypes.byref(c))
     return out, q.new_empty(0, dtype=torch.float32)

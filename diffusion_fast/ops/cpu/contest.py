@@ -50,6 +50,7 @@ class Contest:
         default: Callable[[Kind], str | None],
     ) -> None:
         self.op, self.kinds, self.kind_of, self.default = op, kinds, kind_of, default
+        self._keys = {kind: f"{op.name} {kind}" for kind in kinds}
         _contests.append(self)
 
     def slower(self, name: str) -> Callable[..., list[str]]:
@@ -59,7 +60,7 @@ class Contest:
             kind = self.kind_of(*args)
             if kind is None or requested(self.op.name) != "auto" or library.machine():
                 return []
-            best = lookup(_file(), self._key(kind))
+            best = lookup(_file(), self._keys[kind])
             if best is None:
                 default = self.default(kind)
                 return [] if default in (None, name) else [f"{default} is taken until measured"]
@@ -69,14 +70,12 @@ class Contest:
 
     def measure(self) -> None:
         """Take the times that are missing, and decide about this op's calls anew."""
-        missing = [kind for kind in self.kinds if lookup(_file(), self._key(kind)) is None]
+        file = _file()
+        missing = [kind for kind in self.kinds if lookup(file, self._keys[kind]) is None]
         for kind in missing:
-            remember(_file(), self._key(kind), self._fastest(self.kinds[kind]()))
+            remember(file, self._keys[kind], self._fastest(self.kinds[kind]()))
         if missing:
             self.op.forget()
-
-    def _key(self, kind: Kind) -> str:
-        return f"{self.op.name} {kind}"
 
     def _fastest(self, args: tuple[Any, ...]) -> str:
         ways = {}
@@ -85,7 +84,7 @@ class Contest:
             if not why and backend.supports is not None:
                 why = backend.supports(*args)
             if not why and backend.name != "reference":
-                ways[backend.name] = backend.load()
+                ways[backend.name] = backend.run
         seconds = dict.fromkeys(ways, float("inf"))
         with torch.no_grad():
             for _ in range(ROUNDS):
@@ -107,7 +106,12 @@ def prepare() -> None:
 
 def _file() -> Path:
     machine = f"{processor()['processor']}-{_features()}-{torch.get_num_threads()}threads"
-    return file_of(machine, f"torch{torch.__version__}-{library.key()}")
+    return file_of(machine, _version())
+
+
+@functools.cache
+def _version() -> str:
+    return f"torch{torch.__version__}-{library.key()}"
 
 
 @functools.cache

@@ -13,7 +13,8 @@ from ...kernels.layout import format_of
 from ..dispatch import checks
 from ..dispatch.backend import requested
 from ..rows import picked_row
-from .library import DTYPES, function
+from . import library
+from .library import DTYPES
 
 _POINTER, _INT, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -46,52 +47,57 @@ class _Arguments(ctypes.Structure):
     )
 
 
-class _Call:
-    """A call's arguments, and the tensors that they point to."""
+def _run(
+    x: Tensor,
+    x2: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    per_channel: dict[str, Tensor | None],
+    made: dict[str, int],
+    others: dict[str, Tensor] | None = None,
+) -> list[Tensor]:
+    """Call the kernel.
 
-    def __init__(self, x: Tensor, x2: Tensor | None, silu: bool, groups: int, eps: float) -> None:
-        self.layout = format_of(x)
-        self.c = c = _Arguments()
-        self._kept: list[Tensor] = []
-        self.x = self.image("x", x)
-        self.x2 = None if x2 is None else self.image("x2", x2)
-        c.batch, c.channels = x.shape[:2]
-        c.channels2 = 0 if x2 is None else x2.shape[1]
-        c.pixels, c.groups, c.eps = math.prod(x.shape[2:]), groups, eps
-        c.dtype, c.last = DTYPES[x.dtype], self.layout == torch.channels_last
-        c.silu, c.threads = silu, torch.get_num_threads()
+    Args:
+        x, x2, num_groups, eps, silu: as in :func:`~diffusion_fast.ops.group_norm_silu`.
+        per_channel: weight, bias, add, scale and shift, [C] or [B or 1, C].
+        made: names of the images that it makes, with their channels.
+        others: what else it is given, as it lies in memory.
 
-    def image(self, name: str, value: Tensor) -> Tensor:
-        """An image in the layout of x."""
-        return self._at(name, value.contiguous(memory_format=self.layout))
-
-    def channels(self, name: str, value: Tensor) -> None:
-        """float32 [C], or [B or 1, C] with a stride of its own."""
-        value = value.float()
-        if value.stride(-1) != 1:
-            value = value.contiguous()
-        self._at(name, value)
-        if value.dim() == 2:
-            setattr(self.c, f"{name}_stride", value.stride(0) if len(value) > 1 else 0)
-
-    def made(self, name: str, like: Tensor | None, *shape: int) -> Tensor:
-        """A float32 tensor of the result; empty, and not asked for, where ``like`` is None."""
-        if like is None:
-            return torch.empty(0, dtype=torch.float32)
-        return self._at(name, torch.empty(shape, dtype=torch.float32))
-
-    def out(self, name: str, channels: int) -> Tensor:
-        """An image of the result."""
-        size = (len(self.x), channels, *self.x.shape[2:])
-        return self._at(name, torch.empty(size, dtype=self.x.dtype, memory_format=self.layout))
-
-    def _at(self, name: str, value: Tensor) -> Tensor:
-        setattr(self.c, name, value.data_ptr())
-        self._kept.append(value)
-        return value
-
-    def run(self) -> None:
-        function("group_norm_silu")(ctypes.byref(self.c))
+    Returns:
+        The images made, in the layout of ``x``.
+    """
+    layout = format_of(x)
+    kept = {"x": x.contiguous(memory_format=layout), **(others or {})}
+    if x2 is not None:
+        kept["x2"] = x2.contiguous(memory_format=layout)
+    c = _Arguments(
+        batch=x.shape[0],
+        channels=x.shape[1],
+        channels2=0 if x2 is None else x2.shape[1],
+        pixels=math.prod(x.shape[2:]),
+        groups=num_groups,
+        eps=eps,
+        dtype=DTYPES[x.dtype],
+        last=layout == torch.channels_last,
+        silu=silu,
+        threads=torch.get_num_threads(),
+    )
+    for name, value in per_channel.items():
+        if value is not None:
+            value = value.float()
+            kept[name] = value = value if value.stride(-1) == 1 else value.contiguous()
+            if value.dim() == 2:
+                setattr(c, f"{name}_stride", value.stride(0) if len(value) > 1 else 0)
+    images = {
+        name: torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, memory_format=layout)
+        for name, channels in made.items()
+    }
+    for name, value in (*kept.items(), *images.items()):
+        setattr(c, name, value.data_ptr())
+    library.kernels.group_norm_silu(ctypes.byref(c))
+    return [*images.values()]
 
 
 def forward(
@@ -108,15 +114,11 @@ def forward(
     row: Tensor | None = None,
 ) -> Tensor:
     """[B, C, ...], in the memory format of ``x``."""
-    call = _Call(x, x2, silu, num_groups, eps)
-    call.channels("weight", weight)
-    call.channels("bias", bias)
-    for name, value in (("add", add), ("scale", scale), ("shift", shift)):
-        if value is not None:
-            call.channels(name, value if row is None else picked_row(value, row))
-    y = call.out("y", weight.shape[0])
-    call.run()
-    return y
+    if row is not None:
+        picked = (v if v is None else picked_row(v, row) for v in (add, scale, shift))
+        add, scale, shift = picked
+    given = {"weight": weight, "bias": bias, "add": add, "scale": scale, "shift": shift}
+    return _run(x, x2, num_groups, eps, silu, given, {"y": weight.shape[0]})[0]
 
 
 def backward(
@@ -133,18 +135,16 @@ def backward(
     x2: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """Gradients of x, weight, bias, add, scale, shift and x2; empty for one that is None."""
-    call = _Call(x, x2, silu, num_groups, eps)
-    call.image("grad", grad)
-    given = (("add", add), ("scale", scale), ("shift", shift))
-    for name, value in (("weight", weight), ("bias", bias), *given):
-        if value is not None:
-            call.channels(name, value)
-    dx = call.out("dx", x.shape[1])
-    dx2 = x.new_empty(0) if x2 is None else call.out("dx2", x2.shape[1])
-    channels = weight.shape[0]
-    dweight, dbias = (call.made(name, weight, channels) for name in ("dweight", "dbias"))
-    others = [call.made(f"d{name}", value, len(x), channels) for name, value in given]
-    call.run()
-    if x2 is not None:
-        dx2 = dx2.contiguous(memory_format=format_of(x2))
-    return dx, *(one.to(x.dtype) for one in (dweight, dbias, *others)), dx2
+    given = {"weight": weight, "bias": bias, "add": add, "scale": scale, "shift": shift}
+    made = {"dx": x.shape[1]} | ({} if x2 is None else {"dx2": x2.shape[1]})
+    sums = {
+        f"d{name}": torch.empty((len(x), len(weight))[value.dim() == 1 :], dtype=torch.float32)
+        for name, value in given.items()
+        if value is not None
+    }
+    others = {"grad": grad.contiguous(memory_format=format_of(x)), **sums}
+    dx, *dx2 = _run(x, x2, num_groups, eps, silu, given, made, others)
+    empty = x.new_empty(0)
+    found = (sums[f"d{name}"].to(x.dtype) if f"d{name}" in sums else empty for name in given)
+    last = empty if x2 is None else dx2[0].contiguous(memory_format=format_of(x2))
+    return dx, *found, last

@@ -46,12 +46,11 @@ FLAGS = (
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/cpu counts them
 LATER = "it is compiled in the background; engines and trainers made from now on wait for it"
 
-_watchers = torch._C._len_torch_dispatch_stack
 _lock = threading.RLock()
 _building: Future[Path] | None = None
 _answer: list[str] | None = None  # why the library isn't used; empty: it is; None: not asked yet
 _final = False  # whether the answer stays for good
-_library: ctypes.CDLL | None = None
+kernels: ctypes.CDLL  # once loaded: its functions, by name; a call releases the GIL
 
 
 def level() -> str:
@@ -100,14 +99,14 @@ def _target() -> Path:
 
 def machine() -> list[str]:
     """Why this machine can't run the kernels, and what to install; empty if it can."""
+    if _final:
+        return _answer or []
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
         return [f"the kernels are for Linux on x86-64, this is {sys.platform} on {_processor()}"]
     if level() not in LEVELS:
         return [f"the CPU has no AVX2 (PyTorch found {level()})"]
     if _openmp() is None:
         return ["this PyTorch has loaded no OpenMP library, whose threads the kernels use"]
-    if _final:
-        return _answer or []
     return [] if _target().exists() else _no_compiler()
 
 
@@ -200,24 +199,19 @@ def settle() -> list[str]:
 
 
 def _load(path: Path) -> list[str]:
-    global _library
+    global kernels
     try:
-        _library = ctypes.CDLL(str(path))
+        kernels = ctypes.CDLL(str(path))
     except OSError as error:
         return [f"the kernels for this CPU could not be loaded: {error}"]
     return []
 
 
-def function(name: str) -> Callable[..., None]:
-    """A function of the loaded library; a call of it releases the GIL."""
-    assert _library is not None
-    found: Callable[..., None] = getattr(_library, name)
-    return found
-
-
 def _ready(op: str) -> list[str]:
     """Why a call is not for the kernels after all; decided once, as far as nobody waits."""
     global _answer
+    if _final:
+        return _answer or []
     if requested(op) == NAME:
         return settle()
     with _lock:
@@ -233,16 +227,6 @@ def _foresee() -> list[str]:
     if _answer is not None:
         return _answer
     return [] if _target().exists() else [LATER]
-
-
-def tensors_fit(args: tuple[Any, ...]) -> list[str]:
-    """Why no kernel can take these tensors, whatever the op."""
-    tensors = [value for value in args if isinstance(value, Tensor)]
-    if tensors[0].device.type != "cpu":
-        return [f"the tensors are on {tensors[0].device}"]
-    floating = (value.dtype for value in tensors if value.is_floating_point())
-    why = [f"dtype {dtype}" for dtype in floating if dtype not in DTYPES][:1]
-    return why or ([] if tensors[0].numel() else ["x is empty"])
 
 
 def add(
@@ -261,30 +245,23 @@ def add(
     """
 
     def fits(*args: Any) -> list[str]:
-        return tensors_fit(args) or ([] if supports is None else supports(*args))
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        if tensors[0].device.type != "cpu":
+            return [f"the tensors are on {tensors[0].device}"]
+        for value in tensors:
+            if value.is_floating_point() and value.dtype not in DTYPES:
+                return [f"dtype {value.dtype}"]
+        if not tensors[0].numel():
+            return ["x is empty"]
+        return [] if supports is None else supports(*args)
 
-    def unless_slower(why: list[str], args: tuple[Any, ...]) -> list[str]:
-        return why or ([] if slower is None else slower(*args))
+    def ready(*args: Any) -> list[str]:
+        return _ready(op.name) or ([] if slower is None else slower(*args))
 
-    def seen() -> Callable[..., Any]:
-        run = load()
+    def foresee(*args: Any) -> list[str]:
+        return _foresee() or ([] if slower is None else slower(*args))
 
-        def call(*args: Any) -> Any:
-            # What watches PyTorch's operators (a counter, a recorder) must see this one.
-            return op.torch_op(*args) if _watchers() else run(*args)
-
-        return call
-
-    op.add(
-        Backend(
-            NAME,
-            seen,
-            machine,
-            fits,
-            ready=lambda *args: unless_slower(_ready(op.name), args),
-            foresee=lambda *args: unless_slower(_foresee(), args),
-        )
-    )
+    op.add(Backend(NAME, load, machine, fits, ready, foresee, hidden=True))
 
 
 def first_order(*args: Any) -> list[str]:

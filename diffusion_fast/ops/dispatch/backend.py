@@ -42,6 +42,8 @@ class Backend:
             can tell.
         composite: made of PyTorch's differentiable functions, so that autograd, torch.func and fake
             tensors pass through it; everything else goes through the registered operator there.
+        hidden: calls no operator of PyTorch's, so that what watches those (a counter, a recorder)
+            is to see the registered operator.
     """
 
     name: str
@@ -51,6 +53,12 @@ class Backend:
     ready: Callable[..., Reasons] | None = None
     foresee: Callable[..., Reasons | None] | None = None
     composite: bool = False
+    hidden: bool = False
+
+    @functools.cached_property
+    def run(self) -> Callable[..., Any]:
+        """The function that computes, loaded once."""
+        return self.load()
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from .backend import BACKENDS, Backend, BackendError
 
 _LIBRARY = torch.library.Library("diffusion_fast", "FRAGMENT")
 _MOST = 4096  # signatures that an op remembers
+_watchers = torch._C._len_torch_dispatch_stack
 _any_autocast, _is_compiling = torch._C._is_any_autocast_enabled, torch.compiler.is_compiling
 _grad_enabled, _functorch_level = torch.is_grad_enabled, torch._C._functorch.maybe_current_level
 NO_TRANSFORM = "torch.func transforms PyTorch's own functions only"
@@ -31,11 +32,13 @@ class Resolved(NamedTuple):
         call: takes an op's arguments, in eager code.
         run: computes without a gradient; the registered operator's way.
         backend: the backend's name.
+        hidden: whether watchers of PyTorch's operators would miss the call.
     """
 
     call: Callable[..., Any]
     run: Callable[..., Any]
     backend: str
+    hidden: bool
 
 
 class Op:
@@ -113,7 +116,7 @@ class Op:
         elif _any_autocast() and autocast.enabled(args[0]):
             return self._under_autocast(args)
         elif _is_compiling():
-            return self._compiled(args)
+            return self._through(args)
         grad = _grad_enabled()
         key: Any = (  # all that a choice can depend on; written out, as it is made at every call
             _backend.overrides,
@@ -142,9 +145,11 @@ class Op:
             found = self._found.get(key)
         except TypeError:  # a value that no signature can hold: sizes of a trace, or none of ours
             key, found = None, None
-        call, run, self.last_ran = found or self.resolve(key, args)
+        call, run, self.last_ran, hidden = found or self.resolve(key, args)
         if _registered:
             return run(*args)
+        if hidden and _watchers():
+            return self._through(args)
         if self._values is not None:
             self._values(*args)
         return call(*args)
@@ -155,8 +160,8 @@ class Op:
             result = self(*args)
         return result if dtype is None else result.to(dtype)
 
-    def _compiled(self, args: tuple[Any, ...]) -> Any:
-        """A call in a trace, where everything is asked once."""
+    def _through(self, args: tuple[Any, ...]) -> Any:
+        """A call of the registered operator: in a trace, or beside what watches operators."""
         if self._check is not None:
             self._check(*args)
         return (self._recording if checks.needs_gradient(*args) else self.torch_op)(*args)
@@ -223,16 +228,18 @@ class Op:
         if why:
             told = f"{self.name}: backend {asked!r} was asked for and can't run: "
             raise BackendError(told + "; ".join(why))
-        run = candidate.load()
+        run = candidate.run
         tensors = [value for value in args if isinstance(value, Tensor)]
         records = not candidate.composite and checks.needs_gradient(*tensors)
         foreign = not candidate.composite and any(type(one) not in PLAIN for one in tensors)
         through = foreign or tensors[0].is_meta
         if records and not through and self._function is not None:
-            return Resolved(functools.partial(self._recording_eagerly, run), run, candidate.name)
-        if records:
-            return Resolved(self._recording, run, candidate.name)
-        return Resolved(self.torch_op if through else run, run, candidate.name)
+            call: Callable[..., Any] = functools.partial(self._recording_eagerly, run)
+        elif records:
+            call = self._recording
+        else:
+            call = self.torch_op if through else run
+        return Resolved(call, run, candidate.name, candidate.hidden)
 
 
 class Question(Tensor):
@@ -290,4 +297,4 @@ def _of_plain_numbers(found: Resolved) -> Resolved:
     def converted(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args: function(*map(_plain, args))
 
-    return Resolved(converted(found.call), converted(found.run), found.backend)
+    return found._replace(call=converted(found.call), run=converted(found.run))

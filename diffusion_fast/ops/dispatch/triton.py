@@ -87,5 +87,5 @@ def add(
             return []
         return _measured.known(op.name, args, args[0].device)
 
-    asks = (ready, foresee) if measured else (None, None)
-    op.add(Backend("triton", load, machine, fits, *asks))
+    asks: dict[str, Any] = {"ready": ready, "foresee": foresee} if measured else {}
+    op.add(Backend("triton", load, machine, fits, hidden=True, **asks))
