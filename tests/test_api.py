@@ -37,7 +37,8 @@ def entries(prefix: str, module: object) -> Iterator[str]:
             continue
         yield f"{prefix}.{name}{signature(value)}"
         if inspect.isclass(value) and value.__module__.startswith("diffusion_fast"):
-            for method in sorted(vars(value)):
+            ours = [one for one in value.__mro__ if one.__module__.startswith("diffusion_fast")]
+            for method in sorted({name for one in ours for name in vars(one)}):
                 if method.startswith("_") and method != "__call__":
                     continue
                 bound = getattr(value, method)

@@ -143,7 +143,15 @@ def sample(
         Path | None,
         typer.Option(help="CLIP's vision tower; default the image_encoder beside the adapter."),
     ] = None,
-    vae: Annotated[str | None, typer.Option(help="Another autoencoder.")] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="Another autoencoder, also a tiny one (TAESD).")
+    ] = None,
+    preview: Annotated[
+        str | None,
+        typer.Option(
+            help="A tiny autoencoder (TAESD): draws OUT.preview.png (or .jpg, .webp) at each step."
+        ),
+    ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder of the tokenizer, for single files.")
     ] = None,
@@ -172,7 +180,7 @@ def sample(
 ) -> None:
     """Draw prompts (or classes) into one PNG, or many into a folder. Files carry their settings."""
     given = {name: value for name, value in locals().items() if value is not None}
-    for name in ("out", "out_dir", "again", "metadata"):
+    for name in ("out", "out_dir", "again", "metadata", "preview"):
         given.pop(name, None)
 
     if (out is None) == (out_dir is None):
@@ -184,6 +192,8 @@ def sample(
         if not metadata:
             expected = "no --out-dir beside it, where a restart compares the settings in the files"
             checks.fail("--no-metadata", expected, out_dir)
+        if preview is not None:
+            checks.fail("--preview", "no --out-dir beside it", out_dir)
         _new(given).draw_many(out_dir)
         return
     assert out is not None
@@ -198,7 +208,12 @@ def sample(
         names = ", ".join(sorted(given))
         checks.fail("--again", "no other option but --out: the picture holds them all", names)
     drawing = read_drawing(again) if again is not None else _new(given)
-    picture, settings, done = drawing.draw()
+    if isinstance(drawing, PromptDrawing):
+        picture, settings, done = drawing.draw(out, preview)
+    elif preview is None:
+        picture, settings, done = drawing.draw()
+    else:
+        checks.fail("--preview", f"nothing for {drawing.KIND}", preview)
     save_picture(picture, out, {"kind": drawing.KIND, **settings} if metadata else None)
     typer.echo(f"wrote {out}: {done}")
 

@@ -21,6 +21,7 @@ from ..pipelines import Result, StableDiffusion
 from ..pipelines.infotext import infotext
 from ..pipelines.loading import SHIPPED, TINY
 from .common import check_device
+from .previews import preview_file, previewing
 from .sample_many import many_prompts
 
 
@@ -79,11 +80,24 @@ class PromptDrawing:
     device: str = "cpu"
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def draw(self) -> tuple[Image, dict[str, Any], str]:
-        """The picture, its settings, and what was done in words."""
+    def draw(
+        self, out: Path | None = None, preview: str | None = None
+    ) -> tuple[Image, dict[str, Any], str]:
+        """The picture, its settings, and what was done in words.
+
+        Args:
+            out: the file that it is for.
+            preview: a tiny autoencoder that draws it beside ``out`` after each step.
+        """
         steps, guidance, size, pictures = self._checked()
         digests = self._digests()
         pipe = self._pipeline()
+        if preview is not None and out is not None:
+            try:
+                pipe.previews.load(preview)
+            except ValueError as error:
+                raise ValueError(f"--preview: {error}") from error
+            pictures["callback"] = previewing(pipe, preview_file(out))
         results = [self._run(pipe, n, g, size, pictures) for n in steps for g in guidance]
         if pipe.random_weights:
             typer.echo(f"{self.model}: random weights, so the picture shows nothing", err=True)

@@ -54,7 +54,9 @@ def serve(
     lora: Annotated[
         list[str] | None, typer.Option(help="A LoRA, FILE or FILE=SCALE; on for all requests.")
     ] = None,
-    vae: Annotated[str | None, typer.Option(help="Another autoencoder.")] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="Another autoencoder, also a tiny one (TAESD).")
+    ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder of the tokenizer, for single files.")
     ] = None,

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..files import visible_files
 from ..images import read_picture, to_uint8
 from ..models import vae_memory
+from ..models.autoencoder import Autoencoder
 from ..models.vae import AutoencoderKL
 from ..ops import checks
 from ..pipelines import StableDiffusion
@@ -74,7 +75,7 @@ def vae_check(
     Console().print(table)
 
 
-def _autoencoder(model: str, device: str) -> AutoencoderKL:
+def _autoencoder(model: str, device: str) -> Autoencoder:
     if model not in TINY:
         return AutoencoderKL.from_pretrained(model, device=device)
     typer.echo(f"{model}: random weights, so the figures show nothing", err=True)
@@ -115,9 +116,9 @@ def _read(path: Path, size: int | None, grain: int) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _round_trip(vae: AutoencoderKL, pixels: Tensor, path: Path) -> tuple[float, str]:
+def _round_trip(vae: Autoencoder, pixels: Tensor, path: Path) -> tuple[float, str]:
     """PSNR in dB of uint8 [3, H, W] through the model, and how memory allowed it."""
-    weight = vae.encoder.conv_in.weight
+    weight = vae.weight
     x = (pixels[None].float() / 127.5 - 1).to(weight)
     encoded = vae_memory.encode(vae, x)
     decoded = vae_memory.decode(vae, encoded.latents.mode())

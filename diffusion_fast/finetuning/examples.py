@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..models.autoencoder import Autoencoder
 from ..models.text import TextEncoders
-from ..models.vae import AutoencoderKL
 from ..training.distributed import Processes
 from ..training.tensor_store import Tensors, fingerprint, place, read, write
 from .buckets import Fit
@@ -123,7 +123,7 @@ class Examples(Dataset[Any]):
 
 def cache_latents(
     folder: Path,
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     examples: Sequence[Example],
     *,
     flip: bool,
@@ -236,7 +236,7 @@ def text_states(text: TextEncoders, tokens: Tensor, clip_skip: int) -> Tensors:
 
 
 @torch.no_grad()
-def _encoded(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+def _encoded(vae: Autoencoder, pixels: Tensor) -> Tensor:
     return vae.scale(vae.encode(pixels).mode())
 
 
@@ -250,7 +250,7 @@ class Encoding:
         clip_skip: layers to leave out at the text encoders' ends.
     """
 
-    vae: AutoencoderKL | None
+    vae: Autoencoder | None
     text: TextEncoders | None
     clip_skip: int = 0
 

@@ -536,11 +536,11 @@ def project_onto(x: Tensor, layer: nn.Module, h: Tensor) -> Tensor:
 class Downsample(Composite):
     """Half the height and width by a strided convolution."""
 
-    def __init__(self, channels: int, padding: int) -> None:
+    def __init__(self, channels: int, padding: int, bias: bool = True) -> None:
         super().__init__()
         # Without padding the window would not reach the last row and column of an even size.
         self.pads = padding or (0, 1, 0, 1)
-        self.conv = Conv2d(channels, channels, 3, stride=2, padding=self.pads)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=self.pads, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
@@ -549,9 +549,9 @@ class Downsample(Composite):
 class Upsample(Composite):
     """Nearest neighbours up to a size of about twice the input's, then a convolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, bias: bool = True) -> None:
         super().__init__()
-        self.conv = Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1, bias=bias)
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
         return self.conv(F.interpolate(x, size=size, mode="nearest"))

@@ -117,8 +117,15 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def save_model(model: nn.Module, config: Mapping[str, Any], folder: AnyPath) -> None:
+def save_model(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    folder: AnyPath,
+    file_name: Callable[[str], str] = str,
+) -> None:
     """Write ``config.json`` and one safetensors file, as diffusers does.
+
+    ``file_name`` gives the name in the file for a name of the model's; the same by default.
 
     Both files are complete on the disk before either takes its name, so an interruption or a full
     disk leaves what was there before.
@@ -129,5 +136,5 @@ def save_model(model: nn.Module, config: Mapping[str, Any], folder: AnyPath) -> 
     folder = Path(folder)
     with whole(folder / CONFIG, folder / WEIGHTS) as (config_file, weights_file):
         config_file.write_text(json_text(config), encoding="utf-8")
-        save_tensors(model.state_dict(), weights_file)
+        save_tensors({file_name(n): v for n, v in model.state_dict().items()}, weights_file)
     (folder / INDEX).unlink(missing_ok=True)  # of weights saved earlier, in several files

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..files import AnyPath
-from ..ops import checks
+from .autoencoder import Autoencoder, LatentDistribution
 from .blocks import (
     Composite,
     Conv2d,
@@ -28,49 +25,6 @@ from .pretrained import find_pretrained
 from .vae_config import VAEConfig
 
 EPS = 1e-6  # of all norms
-Generators = torch.Generator | Sequence[torch.Generator]
-
-
-@dataclass(frozen=True)
-class LatentDistribution:
-    """Independent normal distributions, one for each number of the latents.
-
-    Args:
-        mean, log_variance: [B, C, h, w].
-    """
-
-    mean: Tensor
-    log_variance: Tensor
-
-    def mode(self) -> Tensor:
-        """The most likely latents [B, C, h, w]."""
-        return self.mean
-
-    def sample(self, generator: Generators | None = None) -> Tensor:
-        """Latents [B, C, h, w] drawn at random.
-
-        Args:
-            generator: one for all, or one for each image, so that its latents do not depend on its
-                neighbours. The noise is drawn where the generator lives.
-
-        Raises:
-            ValueError: as many generators as images were expected.
-        """
-        if generator is None or isinstance(generator, torch.Generator):
-            noise = self._noise(len(self.mean), generator)
-        else:
-            if len(generator) != len(self.mean):
-                checks.fail("generator", f"one, or {len(self.mean)}", len(generator))
-            noise = torch.cat([self._noise(1, each) for each in generator])
-        return self.mean + (0.5 * self.log_variance).exp() * noise
-
-    def _noise(self, count: int, generator: torch.Generator | None) -> Tensor:
-        mean = self.mean
-        device = mean.device if generator is None else generator.device
-        shape = (count, *mean.shape[1:])
-        return torch.randn(shape, generator=generator, dtype=mean.dtype, device=device).to(
-            mean.device
-        )
 
 
 class PixelAttention(MultiHead):
@@ -193,7 +147,7 @@ class Decoder(Composite):
         return self.conv_out(self.conv_norm_out(x))
 
 
-class AutoencoderKL(nn.Module):
+class AutoencoderKL(Autoencoder):
     """Images to latents of an eighth of their height and width, and back.
 
     Parameters have the names and shapes of diffusers' ``AutoencoderKL`` of the same config.
@@ -210,9 +164,10 @@ class AutoencoderKL(nn.Module):
         config: the shape, see :class:`VAEConfig`.
     """
 
+    config: VAEConfig
+
     def __init__(self, config: VAEConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         latents = config.latent_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
@@ -250,29 +205,13 @@ class AutoencoderKL(nn.Module):
         return source.build(cls, dtype, device)
 
     def save_pretrained(self, folder: AnyPath) -> None:
-        """Write a folder that :meth:`from_pretrained` and diffusers load.
-
-        Raises:
-            OSError: it can't be written, for example because the disk is full. What the folder held
-                before is still there then.
-        """
         save_model(self, {"_class_name": "AutoencoderKL", **self.config.to_dict()}, folder)
 
     @property
-    def downsampling(self) -> int:
-        """Height and width of images over those of their latents: 8 for Stable Diffusion."""
-        return 2 ** (self.config.num_levels - 1)
+    def upcasts(self) -> bool:
+        return self.weight.dtype == torch.float16 and self.config.force_upcast
 
     def encode(self, images: Tensor) -> LatentDistribution:
-        """The distribution of the latents of images, not scaled.
-
-        Args:
-            images: [B, C, H, W] in [-1, 1], of the model's dtype; H and W multiples of
-                :attr:`downsampling`.
-
-        Raises:
-            ValueError: another shape, dtype or device.
-        """
         self.check_images(images)
         moments = self._run(self.encoder, images)  # [B, 2C', h, w]
         if self.quant_conv is not None:
@@ -280,66 +219,15 @@ class AutoencoderKL(nn.Module):
         mean, log_variance = moments.chunk(2, dim=1)
         return LatentDistribution(mean, log_variance.clamp(-30, 20))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images of latents.
-
-        Args:
-            latents: [B, C', h, w] of the model's dtype, not scaled (see :meth:`unscale`).
-
-        Returns:
-            [B, C, H, W], about in [-1, 1]: not clipped.
-
-        Raises:
-            ValueError: another shape, dtype or device.
-        """
-        self.check_latents(latents)
-        if self.post_quant_conv is not None:
-            latents = self.post_quant_conv(latents)
-        return self._run(self.decoder, latents)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """The images [B, C, H, W] that the most likely latents of images decode to."""
-        return self.decode(self.encode(images).mode())
-
-    def scale(self, latents: Tensor) -> Tensor:
-        """Latents as the U-Net knows them, about of unit variance."""
-        if self.config.shift_factor is not None:
-            latents = latents - self.config.shift_factor
-        return latents * self.config.scaling_factor
-
-    def unscale(self, latents: Tensor) -> Tensor:
-        """Latents to decode, from those of the U-Net: undoes :meth:`scale`."""
-        latents = latents / self.config.scaling_factor
-        if self.config.shift_factor is not None:
-            latents = latents + self.config.shift_factor
-        return latents
+    def decoder_input(self, latents: Tensor) -> Tensor:
+        return latents if self.post_quant_conv is None else self.post_quant_conv(latents)
 
     def _run(self, half: nn.Module, x: Tensor) -> Tensor:
         """The encoder or decoder, in float32 where float16 overflows."""
-        if x.dtype != torch.float16 or not self.config.force_upcast:
+        if not self.upcasts:
             return half(x)
         weights = {name: value.float() for name, value in half.named_parameters()}
         return torch.func.functional_call(half, weights, (x.float(),)).to(x.dtype)
-
-    def check_images(self, images: Any) -> None:
-        """What :meth:`encode` refuses."""
-        self._check("images", images, self.config.in_channels)
-        if images.shape[2] % self.downsampling or images.shape[3] % self.downsampling:
-            expected = f"height and width to be multiples of {self.downsampling}"
-            checks.fail("images", expected, list(images.shape))
-
-    def check_latents(self, latents: Any) -> None:
-        """What :meth:`decode` refuses."""
-        self._check("latents", latents, self.config.latent_channels)
-
-    def _check(self, name: str, x: Any, channels: int) -> None:
-        checks.floating(name, x)
-        if x.dim() != 4 or x.shape[1] != channels or not x.shape[2] or not x.shape[3]:
-            checks.fail(name, f"shape [B, {channels}, height, width]", list(x.shape))
-        weight = self.encoder.conv_in.weight
-        if x.dtype != weight.dtype:
-            checks.fail(name, f"the dtype of the model ({weight.dtype})", x.dtype)
-        checks.same_device(name, x, "the model", weight)
 
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import checks
-from .vae import AutoencoderKL, LatentDistribution
+from .autoencoder import Autoencoder, LatentDistribution
 
 HOW = ("auto", "whole", "sliced", "tiled")
 
@@ -39,9 +39,7 @@ class Encoded:
     how: str
 
 
-def decode(
-    vae: AutoencoderKL, latents: Tensor, how: str = "auto", run: Run | None = None
-) -> Decoded:
+def decode(vae: Autoencoder, latents: Tensor, how: str = "auto", run: Run | None = None) -> Decoded:
     """Images of latents, in parts where memory is short. Keeps nothing for gradients.
 
     ``"whole"`` decodes the batch at once and ``"sliced"`` one image at a time: the same images to
@@ -57,7 +55,7 @@ def decode(
         run: what decodes the whole or a part; ``vae.decode`` by default.
 
     Raises:
-        ValueError: another ``how``, or what :meth:`AutoencoderKL.decode` refuses.
+        ValueError: another ``how``, or what :meth:`Autoencoder.decode` refuses.
         RuntimeError: out of memory, even so.
     """
     vae.check_latents(latents)
@@ -65,7 +63,7 @@ def decode(
     return Decoded(images, ran)
 
 
-def encode(vae: AutoencoderKL, images: Tensor, how: str = "auto") -> Encoded:
+def encode(vae: Autoencoder, images: Tensor, how: str = "auto") -> Encoded:
     """The distribution of the latents of images, in parts where memory is short.
 
     Args:
@@ -74,17 +72,20 @@ def encode(vae: AutoencoderKL, images: Tensor, how: str = "auto") -> Encoded:
         how: as in :func:`decode`.
 
     Raises:
-        ValueError: another ``how``, or what :meth:`AutoencoderKL.encode` refuses.
+        ValueError: another ``how``, or what :meth:`Autoencoder.encode` refuses.
         RuntimeError: out of memory, even so.
     """
 
     def moments(part: Tensor) -> Tensor:
-        distribution = vae.encode(part)
-        return torch.cat((distribution.mean, distribution.log_variance), dim=1)
+        found = vae.encode(part)
+        if found.log_variance is None:
+            return found.mean
+        return torch.cat((found.mean, found.log_variance), dim=1)
 
     vae.check_images(images)
     both, ran = _run(moments, images, how, vae.downsampling, 1)
-    return Encoded(LatentDistribution(*both.chunk(2, dim=1)), ran)
+    mean, *log_variance = both.split(vae.config.latent_channels, dim=1)
+    return Encoded(LatentDistribution(mean, *log_variance or (None,)), ran)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..models import vae_memory
-from ..models.vae import AutoencoderKL, LatentDistribution
+from ..models.autoencoder import Autoencoder, LatentDistribution
 
 
 class Autoencoding:
@@ -20,7 +20,7 @@ class Autoencoding:
             :class:`~diffusion_fast.engine.rewrites.decoder.FreshDecoder`.
     """
 
-    def __init__(self, vae: AutoencoderKL, run: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, vae: Autoencoder, run: Callable[[Tensor], Tensor] | None = None) -> None:
         self.vae, self._run = vae, run
         self._ways: list[str] = []
 
@@ -31,16 +31,17 @@ class Autoencoding:
 
     def encode(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """Latents [N, C, h, w], float32, for N generators of N images [N, 3, H, W], or of one."""
-        encoded = vae_memory.encode(self.vae, images.to(self.vae.encoder.conv_in.weight))
+        encoded = vae_memory.encode(self.vae, images.to(self.vae.weight))
         self._ways.append(encoded.how)
         mean, log_variance = encoded.latents.mean, encoded.latents.log_variance
         shape = len(generators), *mean.shape[1:]
-        drawn = LatentDistribution(mean.expand(shape), log_variance.expand(shape))
+        spread = None if log_variance is None else log_variance.expand(shape)
+        drawn = LatentDistribution(mean.expand(shape), spread)
         return self.vae.scale(drawn.sample(generators)).float()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [N, 3, H, W] in [-1, 1], float32."""
-        unscaled = self.vae.unscale(latents).to(self.vae.decoder.conv_in.weight)
+        unscaled = self.vae.unscale(latents).to(self.vae.weight)
         decoded = vae_memory.decode(self.vae, unscaled, run=self._run)
         self._ways.append(decoded.how)
         return decoded.images.float().clamp(-1, 1)

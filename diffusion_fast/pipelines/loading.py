@@ -12,10 +12,13 @@ import torch
 
 from ..files import AnyPath, CheckpointError, read_json
 from ..models import UNet2DCondition
+from ..models.autoencoder import Autoencoder
 from ..models.checkpoints import CONFIG, STEM, has_weights
 from ..models.hub import MODELS, resolve
 from ..models.single_file import SUPPORTED, Kind, identify, scaling_factor
 from ..models.text import TextEncoders
+from ..models.tiny_autoencoder import AutoencoderTiny
+from ..models.tiny_autoencoder_file import is_tiny
 from ..models.vae import AutoencoderKL
 from ..ops import checks
 from . import card
@@ -35,7 +38,7 @@ SHIPPED = {"emoji": Path(__file__).parent / "emoji"}  # trained by examples/emoj
 def load(
     path: AnyPath,
     *,
-    vae: AutoencoderKL | AnyPath | None = None,
+    vae: Autoencoder | AnyPath | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     variant: str | None = None,
@@ -74,7 +77,7 @@ def load(
 
 def _from_folder(
     folder: Path,
-    vae: AutoencoderKL | AnyPath | None,
+    vae: Autoencoder | AnyPath | None,
     variant: str | None,
     tokenizer: AnyPath | None,
     safety_checker: bool,
@@ -91,7 +94,8 @@ def _from_folder(
             f" got {len(text.encoders)} (the SDXL refiner is not supported)"
         )
     if vae is None:
-        vae = AutoencoderKL.from_pretrained(folder, variant=found["vae"], **placing)
+        kind: Any = AutoencoderTiny if is_tiny(folder / "vae") else AutoencoderKL
+        vae = kind.from_pretrained(folder, variant=found["vae"], **placing)
     return Parts(
         UNet2DCondition.from_pretrained(folder, variant=found["unet"], **placing),
         _given_vae(vae, _own_scaling(folder, two), placing),
@@ -114,7 +118,7 @@ def _variants(folder: Path, variant: str | None) -> dict[str, str | None]:
 
 def _from_file(
     file: Path,
-    vae: AutoencoderKL | AnyPath | None,
+    vae: Autoencoder | AnyPath | None,
     tokenizer: AnyPath | None,
     prediction_type: str | None,
     placing: dict[str, Any],
@@ -181,13 +185,13 @@ def _own_scaling(folder: Path, two: bool) -> float:
     return read_json(config).get("scaling_factor", usual) if config.is_file() else usual
 
 
-def _given_vae(
-    vae: AutoencoderKL | AnyPath, scaling: float, placing: dict[str, Any]
-) -> AutoencoderKL:
+def _given_vae(vae: Autoencoder | AnyPath, scaling: float, placing: dict[str, Any]) -> Autoencoder:
     """A VAE, loaded or to be loaded; ``scaling`` for a file that doesn't tell its own."""
-    if isinstance(vae, AutoencoderKL):
+    if isinstance(vae, Autoencoder):
         return vae.to(**placing).eval()
     path = resolve(vae, models={"vae": STEM, "": STEM}, others=())
+    if is_tiny(path):
+        return AutoencoderTiny.from_pretrained(path, **placing)
     return AutoencoderKL.from_pretrained(path, scaling_factor=scaling, **placing)
 
 

@@ -46,6 +46,7 @@ def model_index(
     safety_checker: bool = False,
     zero_empty: bool = True,
     random_weights: bool = False,
+    vae: str = "AutoencoderKL",
 ) -> dict[str, Any]:
     """The contents of ``model_index.json`` for a scheduler of this class and these parts."""
     name = "StableDiffusion" + "XL" * two_encoders + "Inpaint" * inpainting + "Pipeline"
@@ -53,7 +54,7 @@ def model_index(
         "_class_name": name,
         "_diffusers_version": LAYOUT,
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "vae": ["diffusers", vae],
         "scheduler": ["diffusers", scheduler],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..models import UNet2DCondition
+from ..models.autoencoder import Autoencoder
 from ..models.text import TextEncoders
-from ..models.vae import AutoencoderKL
 from ..ops import checks
 from .card import Defaults
 from .scheduler_config import SchedulerSettings
@@ -34,7 +34,7 @@ class Parts:
     """
 
     unet: UNet2DCondition
-    vae: AutoencoderKL
+    vae: Autoencoder
     text: TextEncoders
     scheduler: SchedulerSettings
     safety_checker: SafetyChecker | None = None

@@ -23,6 +23,7 @@ def save(parts: Parts, folder: AnyPath) -> None:
         safety_checker=parts.safety_checker is not None,
         zero_empty=parts.zero_empty,
         random_weights=parts.random_weights,
+        vae=type(parts.vae).__name__,
     )
     with staged(folder) as place:
         parts.unet.save_pretrained(place / "unet")

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from ..files import AnyPath, save_tensors, whole
 from ..models import AutoencoderKL, UNet2DCondition
+from ..models.autoencoder import Autoencoder
 from ..models.compvis_text import OPEN_CLIP, OPEN_CLIP_LAYER
 from ..models.compvis_unet import unet_name
 from ..models.compvis_vae import vae_name
+from ..ops import checks
 from .parts import Parts
 
 _OPEN_NAMES = {new: old for old, new in OPEN_CLIP.items()}
@@ -44,7 +46,7 @@ def save_single_file(parts: Parts, path: AnyPath, about: Mapping[str, str] | Non
 
 
 def compvis_states(
-    unet: UNet2DCondition, vae: AutoencoderKL, encoders: Mapping[str, nn.Module]
+    unet: UNet2DCondition, vae: Autoencoder, encoders: Mapping[str, nn.Module]
 ) -> dict[str, Tensor]:
     """The tensors of the networks by their names in a CompVis file.
 
@@ -52,11 +54,16 @@ def compvis_states(
         unet: that of SD 1.x, 2.x or SDXL, which is told by its layers.
         vae: the autoencoder.
         encoders: the text encoders, ``text_encoder`` and for SDXL ``text_encoder_2``.
+
+    Raises:
+        ValueError: an autoencoder of another kind.
     """
     found = {
         f"model.diffusion_model.{unet_name(name, unet.config)}": value
         for name, value in unet.state_dict().items()
     }
+    if not isinstance(vae, AutoencoderKL):
+        checks.fail("vae", "an AutoencoderKL, which such files have", type(vae).__name__)
     for name, value in vae.state_dict().items():
         name = vae_name(name, vae.config)
         # There the attention's projections are 1x1 convolutions.

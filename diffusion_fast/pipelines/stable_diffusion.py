@@ -17,12 +17,12 @@ from ..engine.engine import Callback
 from ..engine.rewrites.decoder import FreshDecoder
 from ..files import AnyPath
 from ..models import UNet2DCondition
+from ..models.autoencoder import Autoencoder
 from ..models.blocks import guidance_embedding
 from ..models.controlled import ControlledUNet
 from ..models.embeddings import Embeddings
 from ..models.lora import LoRAs
 from ..models.text import TextStates
-from ..models.vae import AutoencoderKL
 from ..ops import checks
 from ..prediction import PREDICTION_TYPES
 from ..samplers import SamplerOptions, reads_unconditional, table_of
@@ -33,6 +33,7 @@ from .ip_adapters import IPAdapters
 from .latents import Autoencoding
 from .loading import load
 from .parts import Parts
+from .previews import Previews
 from .result import Result
 from .saving import save
 
@@ -48,7 +49,8 @@ class StableDiffusion:
     (:class:`~.ip_adapters.IPAdapters`), ``defaults`` are its card's steps and
     guidance, ``embeddings`` gives prompts new words
     (:class:`~diffusion_fast.models.embeddings.Embeddings`), ``controls`` are the ControlNets and
-    T2I-Adapters that :meth:`load_control` read. One engine is kept between calls, so
+    T2I-Adapters that :meth:`load_control` read, ``previews`` decodes a callback's latents fast
+    (:class:`~.previews.Previews`). One engine is kept between calls, so
     that prompts, seeds, samplers and guidance change without new buffers or graphs.
 
     Args:
@@ -69,13 +71,14 @@ class StableDiffusion:
         self._graph, self._rewrites = graph, rewrites
         self._engine: Engine | None = None
         self._decode = FreshDecoder(self.vae, rewrites)
+        self.previews = Previews(self.unet, self.vae.downsampling, rewrites)
 
     @classmethod
     def from_pretrained(
         cls,
         path: AnyPath,
         *,
-        vae: AutoencoderKL | AnyPath | None = None,
+        vae: Autoencoder | AnyPath | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         variant: str | None = None,
@@ -93,8 +96,9 @@ class StableDiffusion:
                 Face hub. ``"emoji"`` is the small trained model that comes with the package (in
                 float32 unless ``dtype`` says another). ``"tiny"`` is one with random weights, made
                 on the fly; so are ``"tiny-sd21"``, ``"tiny-sdxl"`` and ``"tiny-inpainting"``.
-            vae: another autoencoder in place of the model's: one loaded before, or a path. A file
-                that doesn't tell its scaling factor takes that of the model.
+            vae: another autoencoder in place of the model's: one loaded before, or a path, also of
+                a tiny one (TAESD) that decodes fast. A file that doesn't tell its scaling factor
+                takes that of the model.
             dtype: dtype of all parameters; None for that of the files. A VAE that may overflow in
                 float16 computes in float32 all the same
                 (:class:`~diffusion_fast.models.AutoencoderKL` says when, and how to change it).
@@ -190,7 +194,7 @@ class StableDiffusion:
     def to(self, *args: Any, **kwargs: Any) -> StableDiffusion:
         """Move or cast all networks, as ``nn.Module.to``."""
         networks = *self.controls.networks, self.unet, self.vae
-        for part in (*networks, self.text, self.safety_checker, self.ip_adapters):
+        for part in (*networks, self.text, self.safety_checker, self.ip_adapters, self.previews):
             if part is not None:
                 part.to(*args, **kwargs)
         return self

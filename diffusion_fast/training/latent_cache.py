@@ -27,8 +27,8 @@ from .image_folder import ImageFolder
 from .tensor_store import Tensors, fingerprint, place, read, write
 
 if TYPE_CHECKING:
+    from ..models.autoencoder import Autoencoder
     from ..models.text import TextEncoders
-    from ..models.vae import AutoencoderKL
 
 _PIXELS = "upright, cover, Lanczos, middle, [-1, 1]"  # what ImageFolder does to a file
 
@@ -93,7 +93,7 @@ class LatentData(Dataset[Any]):
 def cache_latents(
     images: ImageFolder,
     folder: AnyPath,
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     text: TextEncoders | None = None,
     *,
     flip: bool = False,
@@ -195,7 +195,7 @@ def _batches(entries: Sequence[_Entry], size: int) -> list[Sequence[_Entry]]:
 
 @torch.no_grad()
 def _encode_images(
-    vae: AutoencoderKL, images: ImageFolder, entries: Sequence[_Entry]
+    vae: Autoencoder, images: ImageFolder, entries: Sequence[_Entry]
 ) -> Iterator[tuple[_Entry, Tensors]]:
     kept, pixels = [], []
     for entry in entries:

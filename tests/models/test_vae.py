@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from vae_parity import differences, moments, pictures, twins
 
 from diffusion_fast.models import CheckpointError
+from diffusion_fast.models.autoencoder import LatentDistribution
 from diffusion_fast.models.checkpoints import CONFIG, INDEX, WEIGHTS
-from diffusion_fast.models.vae import AutoencoderKL, LatentDistribution, renamed
+from diffusion_fast.models.vae import AutoencoderKL, renamed
 from diffusion_fast.models.vae_config import VAEConfig
 
 TINY = VAEConfig.preset("tiny")

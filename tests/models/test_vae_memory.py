@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from vae_parity import pictures, twins
 
 from diffusion_fast.models import vae_memory
-from diffusion_fast.models.vae import AutoencoderKL, LatentDistribution
+from diffusion_fast.models.autoencoder import LatentDistribution
+from diffusion_fast.models.vae import AutoencoderKL
 from diffusion_fast.models.vae_config import VAEConfig
 from diffusion_fast.models.vae_memory import OVERLAP, TILE
 

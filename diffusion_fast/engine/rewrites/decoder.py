@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ...edits import Edit, Watch
-from ...models.vae import AutoencoderKL
-from ...models.vae_config import VAEConfig
+from ...models.autoencoder import Autoencoder
 from ...turns import Turns
 from .plan import asked_for, bypassed, check_placement
 from .prepare import rewritten
@@ -20,7 +19,7 @@ DECODER_REWRITES = ("folded_upsample", "fused_qkv", "epilogues", "packed_weights
 
 
 class PreparedDecoder:
-    """Decodes as :meth:`AutoencoderKL.decode` does. Parameters are shared with the model.
+    """Decodes as :meth:`Autoencoder.decode` does. Parameters are shared with the model.
 
     A float16 model that must compute in float32 (``force_upcast``) has its decoder copied to
     float32 once, not at each call.
@@ -33,13 +32,11 @@ class PreparedDecoder:
         ValueError: an unknown name.
     """
 
-    def __init__(self, vae: AutoencoderKL, rewrites: str | Iterable[str] = "all") -> None:
+    def __init__(self, vae: Autoencoder, rewrites: str | Iterable[str] = "all") -> None:
         self.vae = vae
         self.on = asked_for(rewrites, DECODER_REWRITES)
-        weight = vae.decoder.conv_in.weight
-        self._placement = weight.dtype, weight.device
-        upcast = weight.dtype == torch.float16 and vae.config.force_upcast
-        self._decoder = copy.deepcopy(vae.decoder).float() if upcast else vae.decoder
+        self._placement = vae.weight.dtype, vae.weight.device
+        self._decoder = copy.deepcopy(vae.decoder).float() if vae.upcasts else vae.decoder
         self.network, self._leaves = rewritten(self._decoder, self.on)
 
     @torch.no_grad()
@@ -50,10 +47,7 @@ class PreparedDecoder:
             ValueError: another shape, dtype or device.
         """
         self.vae.check_latents(latents)
-        x = latents
-        if self.vae.post_quant_conv is not None:
-            x = self.vae.post_quant_conv(x)
-        x = x.to(self._decoder.conv_in.weight.dtype)
+        x = self.vae.decoder_input(latents).to(self._decoder.conv_in.weight.dtype)
         if "packed_weights" in self.on:
             x = x.contiguous(memory_format=torch.channels_last)
         return self.network(x).to(latents.dtype)
@@ -65,7 +59,7 @@ class PreparedDecoder:
         Raises:
             ValueError: the model was moved or cast: that takes a new decoder.
         """
-        check_placement("vae", self.vae.decoder.conv_in.weight, *self._placement)
+        check_placement("vae", self.vae.weight, *self._placement)
         if self._decoder is not self.vae.decoder:
             self._decoder.load_state_dict(self.vae.decoder.state_dict())
         for leaf in self._leaves:
@@ -83,7 +77,7 @@ class FreshDecoder:
         rewrites: as :class:`~diffusion_fast.Engine` takes them, those that a decoder has not too.
     """
 
-    def __init__(self, vae: AutoencoderKL, rewrites: str | Iterable[str] = "all") -> None:
+    def __init__(self, vae: Autoencoder, rewrites: str | Iterable[str] = "all") -> None:
         self.vae = vae
         names = [rewrites] if isinstance(rewrites, str) else list(rewrites)
         self.rewrites = (
@@ -92,7 +86,7 @@ class FreshDecoder:
         self._turns = Turns("FreshDecoder")
         self._prepared: PreparedDecoder | None = None
         self._watch = Watch()
-        self._config: VAEConfig | None = None  # of what was prepared
+        self._config: Any = None  # of what was prepared
 
     def __call__(self, latents: Tensor) -> Tensor:
         """As :meth:`PreparedDecoder.__call__`."""
