@@ -77,14 +77,16 @@ def encode(vae: Autoencoder, images: Tensor, how: str = "auto") -> Encoded:
     """
 
     def moments(part: Tensor) -> Tensor:
+        nonlocal count
         found = vae.encode(part)
-        if found.log_variance is None:
-            return found.mean
-        return torch.cat((found.mean, found.log_variance), dim=1)
+        known = [one for one in (found.mean, found.log_variance) if one is not None]
+        count = len(known)
+        return torch.cat(known, dim=1)
 
     vae.check_images(images)
+    count = 0
     both, ran = _run(moments, images, how, vae.downsampling, 1)
-    mean, *log_variance = both.split(vae.config.latent_channels, dim=1)
+    mean, *log_variance = both.chunk(count, dim=1)
     return Encoded(LatentDistribution(mean, *log_variance or (None,)), ran)
 
 
