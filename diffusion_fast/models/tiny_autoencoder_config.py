@@ -25,7 +25,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class TinyAutoencoderConfig:
-    """Shape of an :class:`~.tiny_autoencoder.AutoencoderTiny`, in the names of diffusers' ``config.json``.
+    """Shape of an :class:`~.tiny_autoencoder.AutoencoderTiny`, in diffusers' names.
 
     Args:
         in_channels, out_channels: channels of the images read and drawn.
