@@ -76,6 +76,8 @@ def encode(vae: Autoencoder, images: Tensor, how: str = "auto") -> Encoded:
         RuntimeError: out of memory, even so.
     """
 
+    count = 0  # 2 with log variances
+
     def moments(part: Tensor) -> Tensor:
         nonlocal count
         found = vae.encode(part)
@@ -84,7 +86,6 @@ def encode(vae: Autoencoder, images: Tensor, how: str = "auto") -> Encoded:
         return torch.cat(known, dim=1)
 
     vae.check_images(images)
-    count = 0
     both, ran = _run(moments, images, how, vae.downsampling, 1)
     mean, *log_variance = both.chunk(count, dim=1)
     return Encoded(LatentDistribution(mean, *log_variance or (None,)), ran)
