@@ -49,18 +49,30 @@ class Cost:
 
 
 class Counter(TorchDispatchMode):
-    """Adds up the cost of everything called inside the ``with`` block, by op."""
+    """The cost of everything called inside the ``with`` block.
+
+    Attributes:
+        calls: each op's name, its arguments and its cost, in order.
+    """
 
     def __init__(self) -> None:
         from torch.utils.flop_counter import flop_registry  # imports triton
 
         super().__init__()
         self._formulas = flop_registry
-        self.by_op: dict[str, Cost] = {}
+        self.calls: list[tuple[str, tuple[Any, ...], Cost]] = []
+
+    @property
+    def by_op(self) -> dict[str, Cost]:
+        """The sum for each op, by its name."""
+        found: dict[str, Cost] = {}
+        for name, _, cost in self.calls:
+            found[name] = found.get(name, Cost()) + cost
+        return found
 
     @property
     def total(self) -> Cost:
-        return sum(self.by_op.values(), Cost())
+        return sum((cost for _, _, cost in self.calls), Cost())
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -72,7 +84,7 @@ class Counter(TorchDispatchMode):
             size = sum(value.numel() * value.element_size() for value in arrays)
             name = func._schema.name.split("::")[-1]
             cost = Cost(1, size, self._flops(func, args, kwargs, out))
-            self.by_op[name] = self.by_op.get(name, Cost()) + cost
+            self.calls.append((name, args, cost))
         return out
 
     def _flops(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
