@@ -143,6 +143,12 @@ def sample(
         Path | None,
         typer.Option(help="CLIP's vision tower; default the image_encoder beside the adapter."),
     ] = None,
+    refiner: Annotated[
+        str | None, typer.Option(help="SDXL's refiner, which draws the last part of the steps.")
+    ] = None,
+    refiner_start: Annotated[
+        float | None, typer.Option(help="From which part on, 0 to 1; default 0.8.")
+    ] = None,
     vae: Annotated[
         str | None, typer.Option(help="Another autoencoder, also a tiny one (TAESD).")
     ] = None,

@@ -68,6 +68,8 @@ class PromptDrawing:
     ip_adapter_image: list[str] = dataclasses.field(default_factory=list)
     ip_adapter_mask: list[str] = dataclasses.field(default_factory=list)
     image_encoder: str | None = None
+    refiner: str | None = None
+    refiner_start: float | None = None
     vae: str | None = None
     tokenizer: str | None = None
     prediction_type: str | None = None
@@ -98,7 +100,8 @@ class PromptDrawing:
             except ValueError as error:
                 raise ValueError(f"--preview: {error}") from error
             pictures["callback"] = previewing(pipe, preview_file(out))
-        results = [self._run(pipe, n, g, size, pictures) for n in steps for g in guidance]
+        refiner = self._refiner()
+        results = [self._run(pipe, n, g, size, pictures, refiner) for n in steps for g in guidance]
         if pipe.random_weights:
             typer.echo(f"{self.model}: random weights, so the picture shows nothing", err=True)
         images = torch.stack([result.images for result in results], dim=1)  # type: ignore
@@ -129,11 +132,11 @@ class PromptDrawing:
             checks.fail("--steps, --guidance", "one number each with --out-dir", "a list")
         settings = dataclasses.asdict(self) | {"kind": self.KIND, "digests": self._digests()}
         settings = {n: v for n, v in settings.items() if n not in ("prompt", "seed", "batch")}
-        pipe = self._pipeline()
+        pipe, refiner = self._pipeline(), self._refiner()
 
         def one(prompt: str, seed: int) -> Image:
             single = dataclasses.replace(self, prompt=[prompt], seed=seed, batch=1)
-            result = single._run(pipe, steps[0], guidance[0], size, pictures, "pil")
+            result = single._run(pipe, steps[0], guidance[0], size, pictures, refiner, "pil")
             assert isinstance(result.images, list)
             result.images[0].info[PARAMETERS] = single._text(result)
             return result.images[0]
@@ -168,6 +171,8 @@ class PromptDrawing:
             )
             if path
         }
+        if self.refiner is None and self.refiner_start is not None:
+            checks.fail("--refiner-start", "--refiner beside it", self.refiner_start)
         if len(self.control) != len(self.control_image):
             expected = f"one for each --control ({len(self.control)})"
             checks.fail("--control-image", expected, len(self.control_image))
@@ -208,11 +213,9 @@ class PromptDrawing:
                     checks.fail(f"--{name}", f"{path} as it was (SHA-256)", "another file")
         return found
 
-    def _pipeline(self) -> StableDiffusion:
-
-        loras = [lora_of(text) for text in self.lora]
-        pipe = StableDiffusion.from_pretrained(
-            self.model,
+    def _loaded(self, model: str) -> StableDiffusion:
+        return StableDiffusion.from_pretrained(
+            model,
             vae=self.vae,
             tokenizer=self.tokenizer,
             prediction_type=self.prediction_type,
@@ -224,6 +227,22 @@ class PromptDrawing:
             dtype=None if self.dtype is None else _dtype(self.dtype),
             device=self.device,
         )
+
+    def _refiner(self) -> StableDiffusion | None:
+        if self.refiner is None:
+            return None
+        try:
+            refiner = self._loaded(self.refiner)
+        except ValueError as error:
+            raise ValueError(f"--refiner: {error}") from error
+        if not refiner.refines:
+            checks.fail("--refiner", "SDXL's refiner", self.refiner)
+        return refiner
+
+    def _pipeline(self) -> StableDiffusion:
+
+        loras = [lora_of(text) for text in self.lora]
+        pipe = self._loaded(self.model)
         option = "--lora"
         try:
             for path, scale in loras:
@@ -248,6 +267,7 @@ class PromptDrawing:
         guidance: float | None,
         size: Any,
         pictures: dict[str, Any],
+        refiner: StableDiffusion | None,
         output: str = "tensor",
     ) -> Result:
         interval = self.guidance_interval
@@ -259,22 +279,26 @@ class PromptDrawing:
             "guidance_interval": interval and tuple(_numbers("--guidance-interval", interval)),
             "guidance_rescale": self.guidance_rescale,
         }
-        return pipe(
-            self.prompt,
-            self.negative,
-            steps=steps,
-            guidance_scale=guidance,
-            sampler=self.sampler,
-            seed=self.seed,
-            size=size,
-            batch=self.batch,
-            strength=self.strength,
-            clip_skip=self.clip_skip,
-            output=output,
-            progress=sys.stderr.isatty(),
-            **pictures,
+        asked = {
+            "guidance_scale": guidance,
+            "sampler": self.sampler,
+            "seed": self.seed,
+            "batch": self.batch,
+            "clip_skip": self.clip_skip,
+            "progress": sys.stderr.isatty(),
             **{name: value for name, value in table.items() if value is not None},
+        }
+        given = {**asked, **pictures, "size": size, "strength": self.strength}
+        if refiner is None:
+            return pipe(self.prompt, self.negative, steps=steps, output=output, **given)
+        part = 0.8 if self.refiner_start is None else self.refiner_start
+        begun = pipe(
+            self.prompt, self.negative, steps=steps, output="latent", denoising_end=part, **given
         )
+        again = {name: begun.settings[name] for name in ("steps", "sampler", "guidance_scale")}
+        asked |= again | {"image": begun.latents, "denoising_start": part}
+        asked |= {"callback": pictures.get("callback")}
+        return refiner(self.prompt, self.negative, output=output, **asked)
 
     def _text(self, result: Result) -> str:
         """Settings of the first image as other programs read them."""

@@ -335,9 +335,10 @@ class Run:
 
 
 def known_levels(table: StepTable) -> Tensor:
-    """A and S after each row, the image itself after the last step; and whether it ends a step."""
+    """A and S after each row, the image itself at the end; and whether it ends a step."""
     levels = table.next_levels.clone()
-    levels[table.step_of_row == table.step_of_row[-1]] = torch.tensor([1.0, 0.0]).to(levels)
+    if table.ends:
+        levels[table.step_of_row == table.step_of_row[-1]] = torch.tensor([1.0, 0.0]).to(levels)
     return torch.cat((levels, table.ends_step[:, None].to(levels)), dim=1)
 
 

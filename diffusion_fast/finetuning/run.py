@@ -64,6 +64,9 @@ class Finetuning:
         if self.parts.inpainting:
             wanted = f"{settings.model}: expected a text-to-image model, got one for inpainting"
             raise CheckpointError(wanted)
+        if self.parts.refines:
+            wanted = f"{settings.model}: expected a text-to-image model, got SDXL's refiner"
+            raise CheckpointError(wanted)
         self._schedule()
         self.data = Data(settings, self.parts, tell)
         text = self.parts.text

@@ -133,6 +133,8 @@ def _config(
     widths = [level.width for level in levels]
     attention = [level.transformers > 0 for level in levels]
     depths = [max(level.transformers, 1) for level in levels]
+    if not attention[-1]:  # of the last level the bottom has attention all the same (the refiner)
+        depths[-1] = 1 + max(_numbers(shapes, f"{mid}.transformer_blocks"))
     layers = [level.layers for level in levels]
     linear = len(shapes[f"{mid}.proj_in.weight"]) == 2
     if linear and any(width % HEAD_DIM for width in widths):

@@ -27,7 +27,6 @@ _NAMES = tuple(
         ("Playground v2.5 (EDM)", r"^edm_(mean|std)$"),
         ("CosXL (EDM with v-prediction)", r"^edm_vpred\."),
         ("a ControlNet", r"^control_model\.|(^|\.)(controlnet_cond_embedding|input_hint_block)\."),
-        ("the SDXL refiner", r"^conditioner\.embedders\.0\.model\."),
         ("the Stable Diffusion upscaler", r"^model\.diffusion_model\.label_emb\.weight$"),
         ("Stable Cascade", r"^clip_txt_mapper\.|^down_blocks\.1\.0\.channelwise\."),
         ("Stable Video Diffusion", r"\.(time_stack|temporal_res_block|temporal_transformer_block)"),

@@ -27,13 +27,17 @@ from .config import UNetConfig
 from .tensors import Source, Stored, metadata, read, stored
 from .vae_config import VAEConfig
 
-SUPPORTED = "SD 1.x, SD 2.x and SDXL base"
+SUPPORTED = "SD 1.x, SD 2.x and SDXL"
 
 _UNETS = ("model.diffusion_model.", "diffusion_model.", "")  # the last: nothing but a U-Net
 _VAES = ("first_stage_model.", "vae.", "")  # the last: nothing but an autoencoder
 _VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _CLIPS = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
-_OPEN_CLIPS = ("cond_stage_model.model.", "conditioner.embedders.1.model.")
+_OPEN_CLIPS = {
+    "cond_stage_model.model.": "text_encoder",
+    "conditioner.embedders.1.model.": "text_encoder_2",
+    "conditioner.embedders.0.model.": "text_encoder_2",  # the refiner's only one
+}
 _FIRST = "input_blocks.0.0.weight"  # of every U-Net
 _PREDICTIONS = {
     **dict.fromkeys(("v", "v_pred", "vpred", "v_prediction", "v-prediction"), "v_prediction"),
@@ -81,7 +85,7 @@ class Kind:
     Attributes:
         name: ``"sd1"``, ``"sd2"``, ``"sdxl"``, or ``"vae"`` for an autoencoder alone.
         unet, vae: their configs and tensors, None where the file has none.
-        text: ``"text_encoder"`` and for SDXL ``"text_encoder_2"``.
+        text: ``"text_encoder"`` and for SDXL ``"text_encoder_2"``; the refiner's is the latter.
         prediction_type: what the file says that its U-Net predicts, None where it says nothing.
         zero_terminal_snr: the file says that the last step of its schedule is pure noise.
     """
@@ -236,7 +240,7 @@ def _text_states(tensors: Mapping[str, Stored]) -> dict[str, TextState]:
     for prefix, penultimate in zip(_CLIPS, (False, True), strict=True):
         if clip := clip_tensors(_under(tensors, prefix), penultimate):
             found["text_encoder"] = TextState(text_config(clip, False), partial(read, clip))
-    for prefix, encoder in zip(_OPEN_CLIPS, ("text_encoder", "text_encoder_2"), strict=True):
+    for prefix, encoder in _OPEN_CLIPS.items():
         projected = encoder == "text_encoder_2"
         if clip := open_clip_tensors(_under(tensors, prefix), projected):
             found[encoder] = TextState(text_config(clip, True), partial(read, clip))

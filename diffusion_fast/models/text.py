@@ -44,15 +44,18 @@ class TextStates:
 
 
 class TextEncoders:
-    """The text encoders of one model: one for SD 1 and 2, two for SDXL.
+    """The text encoders of one model: one for SD 1 and 2, two for SDXL, its second for the refiner.
 
     SD 1 and 2 see the last layer's states after the final norm. SDXL sees the penultimate layers'
     states of both encoders, without it, side by side; and the second one's projection, pooled at
-    the end token, joins the time embedding.
+    the end token, joins the time embedding. So does the refiner, of that one alone.
 
     Args:
         tokenizers: one ``CLIPTokenizer`` for each encoder.
-        encoders: ``CLIPTextModel``, and ``CLIPTextModelWithProjection`` as the second one.
+        encoders: ``CLIPTextModel``, and ``CLIPTextModelWithProjection`` as SDXL's second one.
+
+    Attributes:
+        projected: whether the last one has a projection, as in SDXL.
     """
 
     def __init__(self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module]) -> None:
@@ -64,6 +67,7 @@ class TextEncoders:
             if len(tokenizer) > known:  # type: ignore[operator]
                 checks.fail("tokenizer", f"at most the encoder's {known} tokens", len(tokenizer))
         self.tokenizers, self.encoders = list(tokenizers), [one.eval() for one in encoders]
+        self.projected = hasattr(encoders[-1], "text_projection")
         self._turns = Turns("TextEncoders")  # vectors of embeddings belong to one call
         self.embeddings = Embeddings([one.config.hidden_size for one in encoders])  # type: ignore
 
@@ -89,7 +93,7 @@ class TextEncoders:
         """
         folder = Path(folder)
         names = [name for name in SUBFOLDERS if (folder / name).is_dir()]
-        if names[:1] != [SUBFOLDERS[0]]:
+        if not names:
             raise CheckpointError(f"{folder}: expected a folder {SUBFOLDERS[0]} in it")
         encoders = []
         for name in names:
@@ -104,7 +108,7 @@ class TextEncoders:
                 config = config.get("text_config") or config
             states = read_states(folder / name, dtype, device, variant)
             encoders.append(_encoder(name, config, states, folder / name))
-        return cls(load_tokenizers(tokenizer or folder, len(encoders)), encoders)
+        return cls(load_tokenizers(tokenizer or folder, names), encoders)
 
     @classmethod
     def from_single_file(
@@ -134,7 +138,7 @@ class TextEncoders:
                 " (a diffusers folder of the same model, or one with vocab.json and merges.txt)"
             )
         names = [name for name in SUBFOLDERS if name in text]
-        tokenizers = load_tokenizers(tokenizer, len(names))
+        tokenizers = load_tokenizers(tokenizer, names)
         encoders = []
         for name in names:
             states = text[name].load(dtype=dtype, device=device)
@@ -143,7 +147,11 @@ class TextEncoders:
 
     def modules(self) -> dict[str, nn.Module]:
         """The networks under their folders' names."""
-        return dict(zip(SUBFOLDERS, self.encoders, strict=False))
+        return dict(zip(self._of_them(SUBFOLDERS), self.encoders, strict=True))
+
+    def _of_them(self, names: tuple[str, str]) -> tuple[str, ...]:
+        """Names of the first, the second or both, as the encoders are there."""
+        return names if len(self.encoders) == 2 else names[self.projected :][:1]
 
     def to(self, *args: Any, **kwargs: Any) -> TextEncoders:
         """Move or cast all encoders, as ``nn.Module.to``."""
@@ -160,13 +168,13 @@ class TextEncoders:
         folder = Path(folder)
         for name, encoder in self.modules().items():
             save(encoder, folder / name)
-        for name, tokenizer in zip(TOKENIZERS, self.tokenizers, strict=False):
+        for name, tokenizer in zip(self._of_them(TOKENIZERS), self.tokenizers, strict=True):
             tokenizer.save_pretrained(folder / name)
 
     def check_clip_skip(self, clip_skip: Any) -> None:
         """Raise ValueError unless so many layers can be left out."""
         encoders: list[Any] = self.encoders
-        most = min(one.config.num_hidden_layers for one in encoders) - len(encoders)
+        most = min(one.config.num_hidden_layers for one in encoders) - 1 - self.projected
         if not isinstance(clip_skip, int) or not 0 <= clip_skip <= most:
             checks.fail("clip_skip", f"an integer in [0, {most}]", repr(clip_skip))
 
@@ -238,13 +246,12 @@ class TextEncoders:
     ) -> tuple[Tensor, Tensor | None]:
         """What one of the encoders says of tokens [N, L]: states [N, L, C], pooled [N, P]."""
         encoder: Any = self.encoders[number]
-        two = len(self.encoders) == 2
-        most = encoder.config.num_hidden_layers - 1 - two
+        most = encoder.config.num_hidden_layers - 1 - self.projected
         if not isinstance(clip_skip, int) or not 0 <= clip_skip <= most:
             checks.fail("clip_skip", f"an integer in [0, {most}]", repr(clip_skip))
         output = encoder(ids.to(next(encoder.parameters()).device), output_hidden_states=True)
-        states = output.hidden_states[-1 - clip_skip - two]
-        if not two:
+        states = output.hidden_states[-1 - clip_skip - self.projected]
+        if not self.projected:
             states = getattr(encoder, "text_model", encoder).final_layer_norm(states)
         return states, getattr(output, "text_embeds", None)
 
@@ -266,8 +273,8 @@ def _in_place(layer: nn.Module, tokens: Tokens) -> Iterator[None]:
         handle.remove()
 
 
-def load_tokenizers(folder: AnyPath, count: int) -> list[Any]:
-    """The tokenizers in a pipeline's folder, or one in a folder of its own.
+def load_tokenizers(folder: AnyPath, encoders: Sequence[str]) -> list[Any]:
+    """The tokenizers of these encoders in a pipeline's folder, or one in a folder of its own.
 
     Raises:
         CheckpointError: there is none, or it can't be read.
@@ -276,9 +283,10 @@ def load_tokenizers(folder: AnyPath, count: int) -> list[Any]:
 
     folder = Path(folder)
     found = []
-    for name in TOKENIZERS[:count]:
+    for encoder in encoders:
+        name = TOKENIZERS[SUBFOLDERS.index(encoder)]
         place = folder / name if (folder / name).is_dir() else folder
-        if place == folder and name == TOKENIZERS[1]:
+        if place == folder and len(encoders) == 2 and name == TOKENIZERS[1]:
             raise CheckpointError(f"{folder}: expected a folder {name} in it (SDXL has two)")
         if not any((place / file).is_file() for file in ("vocab.json", "tokenizer.json")):
             raise CheckpointError(f"{place}: expected a tokenizer (vocab.json and merges.txt)")

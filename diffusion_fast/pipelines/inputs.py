@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Size = tuple[int, int]  # height, width
+AESTHETIC_SCORES = 6.0, 2.5  # what SDXL's refiner is told of the prompt's half and of the other
 
 
 def prompt_list(name: str, value: Any, embeddings: Collection[str] = ()) -> list[str]:
@@ -100,6 +101,48 @@ def seed_list(seed: int | Sequence[int], count: int) -> list[int]:
     if not all(0 <= s < 2**63 for s in values):
         checks.fail("seed", "integers in [0, 2^63)", repr(seed)[:60])
     return list(values)
+
+
+def scores(value: Any, refines: bool) -> tuple[float, float]:
+    """Aesthetic scores of both halves of guidance, 6 and 2.5 by default.
+
+    Raises:
+        ValueError: no two numbers, or a model that isn't told of them.
+    """
+    if value is None:
+        return AESTHETIC_SCORES
+    if not refines:
+        checks.fail("aesthetic_scores", "None: the model is no refiner", repr(value)[:60])
+    pair = plain(value)
+    numbers = isinstance(pair, (list, tuple)) and all(type(one) in (int, float) for one in pair)
+    if not numbers or len(pair) != 2 or not all(map(math.isfinite, pair)):
+        expected = "two numbers, of the prompt and of the negative prompt"
+        checks.fail("aesthetic_scores", expected, repr(value)[:60])
+    return float(pair[0]), float(pair[1])
+
+
+def unfinished(latents: Any, count: int, channels: int, mask: Any) -> Tensor:
+    """Latents that another model left with noise, one for each image.
+
+    Args:
+        latents: what the user gave as the image.
+        count: the number of images.
+        channels: of the latents.
+        mask: what the user gave.
+
+    Raises:
+        ValueError: no latents, another number of them, or a mask.
+    """
+    expected = f"latents [N, {channels}, h, w] (output='latent'), because denoising_start is given"
+    if not isinstance(latents, Tensor) or latents.dim() not in (3, 4):
+        checks.fail("image", expected, f"{type(latents).__name__}")
+    latents = latents if latents.dim() == 4 else latents[None]
+    if latents.shape[1] != channels or not latents.is_floating_point():
+        checks.fail("image", expected, f"{latents.dtype} {list(latents.shape)}")
+    if mask is not None:
+        checks.fail("mask", "None beside denoising_start", type(mask).__name__)
+    check_batch("image", latents, count)
+    return latents.expand(count, -1, -1, -1)
 
 
 def checked_size(size: Any, grain: int) -> Size:

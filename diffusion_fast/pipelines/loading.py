@@ -85,24 +85,25 @@ def _from_folder(
     placing: dict[str, Any],
 ) -> Parts:
     index = read_index(folder)
-    two = "XL" in index["_class_name"]
+    xl = "XL" in index["_class_name"]
     found = _variants(folder, variant)
     text = TextEncoders.from_pretrained(folder, variant=variant, tokenizer=tokenizer, **placing)
-    if two != (len(text.encoders) == 2):
+    if xl != text.projected:
+        with_it = "text_encoder_2" if xl else "text_encoder"
+        names = " and ".join(text.modules())
         raise CheckpointError(
-            f"{folder}: expected {1 + two} text encoders for {index['_class_name']},"
-            f" got {len(text.encoders)} (the SDXL refiner is not supported)"
+            f"{folder}: expected a {with_it} for {index['_class_name']}, got {names}"
         )
     if vae is None:
         kind: Any = AutoencoderTiny if is_tiny(folder / "vae") else AutoencoderKL
         vae = kind.from_pretrained(folder, variant=found["vae"], **placing)
     return Parts(
         UNet2DCondition.from_pretrained(folder, variant=found["unet"], **placing),
-        _given_vae(vae, _own_scaling(folder, two), placing),
+        _given_vae(vae, _own_scaling(folder, xl), placing),
         text,
         _scheduler(folder / "scheduler" / "scheduler_config.json", prediction_type),
         _safety_checker(folder, index, variant, placing) if safety_checker else None,
-        zero_empty=two and bool(index.get("force_zeros_for_empty_prompt", True)),
+        zero_empty=xl and bool(index.get("force_zeros_for_empty_prompt", True)),
         random_weights=bool(index.get(RANDOM, False)),
         defaults=card.read_defaults(folder, card.LCM if index["_class_name"] in LCM else None),
     )
@@ -127,9 +128,9 @@ def _from_file(
     if kind.unet is None:
         raise CheckpointError(f"{file}: expected {SUPPORTED}, got an autoencoder alone")
     text = TextEncoders.from_single_file(file, kind.text, tokenizer, **placing)
-    two = kind.name == "sdxl"
+    xl = kind.name == "sdxl"
     config = {
-        "_class_name": "EulerDiscreteScheduler" if two else "DPMSolverMultistepScheduler",
+        "_class_name": "EulerDiscreteScheduler" if xl else "DPMSolverMultistepScheduler",
         "num_train_timesteps": 1000,
         "beta_schedule": "scaled_linear",
         "beta_start": 0.00085,
@@ -153,7 +154,8 @@ def _from_file(
     vae = _given_vae(vae, scaling_factor(kind.name), placing)
     distilled = unet.config.time_cond_proj_dim is not None
     defaults = card.LCM if distilled else card.Defaults()
-    return Parts(unet, vae, text, read_scheduler(config), zero_empty=two, defaults=defaults)
+    zero_empty = len(text.encoders) == 2
+    return Parts(unet, vae, text, read_scheduler(config), zero_empty=zero_empty, defaults=defaults)
 
 
 def _usual_prediction(file: Path, kind: Kind) -> str:
@@ -178,9 +180,9 @@ def _scheduler(path: Path, prediction_type: str | None) -> SchedulerSettings:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _own_scaling(folder: Path, two: bool) -> float:
+def _own_scaling(folder: Path, xl: bool) -> float:
     """The scaling factor of the folder's VAE, whether that is loaded or not."""
-    usual = scaling_factor("sdxl" if two else "sd1")
+    usual = scaling_factor("sdxl" if xl else "sd1")
     config = folder / "vae" / CONFIG
     return read_json(config).get("scaling_factor", usual) if config.is_file() else usual
 

@@ -41,7 +41,8 @@ def read_index(folder: Path) -> dict[str, Any]:
 def model_index(
     scheduler: str,
     *,
-    two_encoders: bool = False,
+    xl: bool = False,
+    refiner: bool = False,
     inpainting: bool = False,
     safety_checker: bool = False,
     zero_empty: bool = True,
@@ -49,7 +50,8 @@ def model_index(
     vae: str = "AutoencoderKL",
 ) -> dict[str, Any]:
     """The contents of ``model_index.json`` for a scheduler of this class and these parts."""
-    name = "StableDiffusion" + "XL" * two_encoders + "Inpaint" * inpainting + "Pipeline"
+    kind = "Inpaint" if inpainting else "Img2Img" if refiner else ""
+    name = "StableDiffusion" + "XL" * xl + kind + "Pipeline"
     index: dict[str, Any] = {
         "_class_name": name,
         "_diffusers_version": LAYOUT,
@@ -63,7 +65,10 @@ def model_index(
     }
     if random_weights:
         index[RANDOM] = True
-    if two_encoders:
+    if refiner:
+        index |= {name: [None, None] for name in ("text_encoder", "tokenizer")}
+        index |= {"requires_aesthetics_score": True}
+    if xl:
         return index | {
             "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
             "tokenizer_2": ["transformers", "CLIPTokenizer"],

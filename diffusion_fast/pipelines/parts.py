@@ -47,6 +47,21 @@ class Parts:
         """Whether the U-Net reads a mask and the masked image beside the noisy latents."""
         return self.unet.config.in_channels != self.unet.config.out_channels
 
+    @property
+    def refines(self) -> bool:
+        """Whether it is SDXL's refiner: an aesthetic score is among its U-Net's conditions."""
+        return self._time_ids == 5
+
+    @property
+    def _time_ids(self) -> int | None:
+        """How many numbers join the time embedding beside pooled text; None for none of it."""
+        unet = self.unet.config
+        if unet.addition_embed_type is None or not self.text.projected:
+            return None
+        pooled: int = self.text.encoders[-1].config.projection_dim  # type: ignore
+        rest = (unet.projection_class_embeddings_input_dim or 0) - pooled
+        return rest // (unet.addition_time_embed_dim or 1)
+
     def check_fit(self) -> None:
         """Raise ValueError if the networks don't fit together."""
         unet, latents = self.unet.config, self.vae.config.latent_channels
@@ -59,6 +74,12 @@ class Parts:
                 f"{unet.in_channels} ({kind}, which is not supported)" if kind else unet.in_channels
             )
             checks.fail("unet", expected, got)
+        if (unet.addition_embed_type is not None) != self.text.projected:
+            expected = "one with a projection" if not self.text.projected else "one without"
+            checks.fail("text_encoder", f"{expected}, as the U-Net", "another")
+        if self._time_ids not in (None, 5, 6):
+            expected = "six sizes and crops (SDXL), or four and a score (its refiner)"
+            checks.fail("unet", f"{expected} beside pooled text", self._time_ids)
         width = sum(one.config.hidden_size for one in self.text.encoders)  # type: ignore
         if width != unet.cross_attention_dim:
             expected = f"states of {unet.cross_attention_dim} channels, as the U-Net"

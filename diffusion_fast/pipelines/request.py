@@ -78,6 +78,9 @@ def checked(
         if text is not None:
             inputs.prompt_list(name, text, pipe.embeddings.names)
     checks.one_of("output", output, OUTPUTS)
+    if more.get("denoising_start") is not None:
+        expected = "None: a request of a batch starts from noise or an image"
+        checks.fail("denoising_start", expected, more["denoising_start"])
     [number] = inputs.seed_list(inputs.plain(seed), 1)
     images, masks = pipe._pictures(image, mask, inputs.plain(size), 1)
     options, strength, scale = pipe._options(
@@ -121,8 +124,8 @@ def job(pipe: StableDiffusion, request: Request) -> tuple[Job, tuple[int, int]]:
     beside = pipe._embedded_guidance(request.scale)
     made = Job(
         table=request.table,
-        context=pipe._context(positive, 1, request.size, beside),
-        null_context=pipe._context(negative, 1, request.size, beside),
+        context=pipe._context(positive, 1, request.size, beside, inputs.AESTHETIC_SCORES[0]),
+        null_context=pipe._context(negative, 1, request.size, beside, inputs.AESTHETIC_SCORES[1]),
         from_image=options.strength is not None,
         **start,
     )

@@ -18,7 +18,8 @@ def save(parts: Parts, folder: AnyPath) -> None:
     scheduler = write_scheduler(parts.scheduler)
     index = model_index(
         scheduler["_class_name"],
-        two_encoders=len(parts.text.encoders) == 2,
+        xl=parts.text.projected,
+        refiner=parts.refines,
         inpainting=parts.inpainting,
         safety_checker=parts.safety_checker is not None,
         zero_empty=parts.zero_empty,

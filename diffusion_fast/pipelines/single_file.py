@@ -74,7 +74,7 @@ def compvis_states(
     if not unet.config.use_linear_projection:
         open_clip = set()
     for component, encoder in encoders.items():
-        number = int(component == "text_encoder_2")
+        number = list(encoders).index(component)
         place = f"conditioner.embedders.{number}" if sdxl else "cond_stage_model"
         states = _older_names(encoder)
         if component in open_clip:

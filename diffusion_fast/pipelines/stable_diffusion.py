@@ -41,7 +41,8 @@ OUTPUTS = ("pil", "tensor", "latent")
 
 
 class StableDiffusion:
-    """Text-to-image, image-to-image and inpainting with SD 1.x, SD 2.x or SDXL base.
+    """Text-to-image, image-to-image and inpainting with SD 1.x, SD 2.x or SDXL,
+    its refiner too.
 
     Make one with :meth:`from_pretrained` and call it. ``unet``, ``vae`` and ``text`` are the
     networks (``text.modules()`` the text encoders under their names), ``loras`` switches LoRAs on
@@ -214,6 +215,7 @@ class StableDiffusion:
         image: Any = None,
         mask: Any = None,
         strength: float | None = None,
+        aesthetic_scores: tuple[float, float] | None = None,
         control_image: Any = None,
         control_scale: float | Sequence[float] = 1.0,
         control_start: float | Sequence[float] = 0.0,
@@ -252,7 +254,9 @@ class StableDiffusion:
                 [B, 3, H, W] in [-1, 1]); one for all, or a list with one for each.
             mask: inpainting: where to draw (white, or 1) in ``image``, and what to keep.
             strength: how much of the image's noise schedule to run, in (0, 1]; 0.8 by default, and
-                1 with a mask. ``int(steps * strength)`` steps are run.
+                1 with a mask, 0.3 for the refiner. ``int(steps * strength)`` steps are run.
+            aesthetic_scores: SDXL's refiner only: of what the prompt asks for, 1 to 10, and of what
+                it is guided away from; 6 and 2.5 by default.
             control_image: what the loaded controls read (see :meth:`load_control`): an image for
                 one, a list with an image for each of several, in the order of loading. PIL images
                 are scaled; a tensor [3, H, W] or [B, 3, H, W], with one for each image, is in
@@ -272,7 +276,10 @@ class StableDiffusion:
             callback: ``callback(step, t, latents)`` after each step, with a copy of the latents.
             progress: show a progress bar.
             more: what else :class:`~diffusion_fast.Engine` takes, such as ``eta``,
-                ``timestep_spacing``, ``guidance_rescale`` or ``guidance_interval``.
+                ``timestep_spacing``, ``guidance_rescale`` or ``guidance_interval``. With
+                ``denoising_end=0.8, output="latent"`` a model leaves its latents with the noise of
+                the last fifth, and another (the refiner) goes on with ``image=result.latents,
+                denoising_start=0.8``.
 
         Raises:
             TypeError: a prompt that is no string, an image that is none.
@@ -285,13 +292,16 @@ class StableDiffusion:
         checks.positive_int("batch", batch)
         checks.one_of("output", output, OUTPUTS)
         seeds = inputs.seed_list(seed, len(prompts) * batch)
+        scores = inputs.scores(aesthetic_scores, self.refines)
         steering = Steering(
             self.controls, control_image, control_scale, control_start, control_end, guess_mode
         )
-        images, masks = self._pictures(image, mask, size, len(seeds))
-        if images is None and size is None:
+        unfinished = self._unfinished(image, mask, len(seeds), more)
+        given = None if unfinished is not None else image
+        images, masks = self._pictures(given, mask, size, len(seeds), unfinished is not None)
+        if images is None and size is None and unfinished is None:
             size = steering.size(self.vae.downsampling)
-        height, width = self._size(size) if images is None else images.shape[2:]
+        height, width = self._size(size, unfinished) if images is None else images.shape[2:]
         options, strength, scale = self._options(
             *(steps, guidance_scale, sampler, strength),
             *(images is not None, masks is not None, negative_prompt, more),
@@ -312,11 +322,11 @@ class StableDiffusion:
         vae = self._autoencoding()
         latents = self._engine_now(model, table, progress).sample(
             shape,
-            self._context(positive, batch, (height, width), beside[0]),
-            self._context(negative, batch, (height, width), beside[1]),
+            self._context(positive, batch, (height, width), beside[0], scores[0]),
+            self._context(negative, batch, (height, width), beside[1], scores[1]),
             callback=callback,
             table=table,
-            **self._start(vae, shape, images, masks, options.strength, seeds),
+            **self._start(vae, shape, images, masks, options.strength, seeds, unfinished),
         )
         drawn, flagged = (latents, None) if output == "latent" else self._decoded(vae, latents)
         settings = {
@@ -328,6 +338,7 @@ class StableDiffusion:
             **table,
             "guidance_scale": scale,
             "strength": strength,
+            **({"aesthetic_scores": list(scores)} if self.refines else {}),
             **steering.settings(),
         }
         from ..images import to_pil  # imports Pillow
@@ -342,6 +353,11 @@ class StableDiffusion:
         return self._parts().inpainting
 
     @property
+    def refines(self) -> bool:
+        """Whether it is SDXL's refiner, which is given an image or another model's latents."""
+        return self._parts().refines
+
+    @property
     def embeds_guidance(self) -> bool:
         """Whether the U-Net takes the guidance scale as an input (LCM)."""
         return self.unet.config.time_cond_proj_dim is not None
@@ -351,14 +367,28 @@ class StableDiffusion:
         made = self.unet, self.vae, self.text, self.scheduler, self.safety_checker
         return Parts(*made, self.zero_empty, self.random_weights, self.defaults)
 
+    def _unfinished(
+        self, image: Any, mask: Any, count: int, more: Mapping[str, Any]
+    ) -> Tensor | None:
+        """The latents [N, C, h, w] that another model began; None without ``denoising_start``."""
+        if more.get("denoising_start") is None:
+            return None
+        return inputs.unfinished(image, count, self.unet.config.out_channels, mask)
+
     def _pictures(
-        self, image: Any, mask: Any, size: Any, count: int
+        self, image: Any, mask: Any, size: Any, count: int, begun: bool = False
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Images [B, 3, H, W] and masks [B, 1, H, W], checked."""
+        """Images [B, 3, H, W] and masks [B, 1, H, W], checked.
+
+        ``begun``: there are latents that another model began.
+        """
         if self.inpainting and (image is None or mask is None):
             missing = "image" if image is None else "mask"
             checks.fail(missing, "one, because the model is made for inpainting", None)
         if image is None:
+            if self.refines and not begun:
+                expected = "one, or latents with denoising_start, because the model is a refiner"
+                checks.fail("image", expected, None)
             inputs.absent("mask", mask, "image")
             return None, None
         grain = self.vae.downsampling
@@ -390,7 +420,7 @@ class StableDiffusion:
         if not from_image:
             inputs.absent("strength", strength, "image")
         elif strength is None:
-            strength = 1.0 if masked else 0.8
+            strength = 1.0 if masked else 0.3 if self.refines else 0.8
         told = guidance_scale
         if self.embeds_guidance:
             inputs.check_embedded(guidance_scale, negative_prompt, more)
@@ -409,9 +439,14 @@ class StableDiffusion:
             checks.fail("sampler", expected, sampler)
         return options, strength, guidance_scale if self.embeds_guidance else told
 
-    def _size(self, size: Any) -> inputs.Size:
-        """Height and width as asked for, or as the model was trained."""
+    def _size(self, size: Any, latents: Tensor | None = None) -> inputs.Size:
+        """Height and width as asked for, or of latents, or as the model was trained."""
         grain = self.vae.downsampling
+        if latents is not None:
+            own = latents.shape[2] * grain, latents.shape[3] * grain
+            if size is not None and inputs.checked_size(size, grain) != own:
+                checks.fail("size", f"None, or {own} as the latents", repr(size))
+            return own
         if size is not None:
             return inputs.checked_size(size, grain)
         trained = self.unet.config.sample_size or 64
@@ -457,7 +492,12 @@ class StableDiffusion:
         return model, steering.contexts(size, count, timesteps, self.unet.conv_in.weight)
 
     def _context(
-        self, states: TextStates | None, batch: int, size: inputs.Size, beside: dict[str, Any]
+        self,
+        states: TextStates | None,
+        batch: int,
+        size: inputs.Size,
+        beside: dict[str, Any],
+        score: float,
     ) -> Context:
         """What the U-Net is conditioned on, for ``batch`` images of each prompt.
 
@@ -466,6 +506,7 @@ class StableDiffusion:
             batch: images of each.
             size: height and width of the images.
             beside: what else the model takes by keyword.
+            score: the refiner's aesthetic score.
         """
         if states is None:
             return None
@@ -473,7 +514,8 @@ class StableDiffusion:
         context = states.context.to(weight).repeat_interleave(batch, 0)
         if states.pooled is None:
             return {"context": context, **beside} if beside else context
-        time_ids = torch.tensor([[*size, 0, 0, *size]], device=weight.device)  # not cropped
+        last = [score] if self.refines else size
+        time_ids = torch.tensor([[*size, 0, 0, *last]], device=weight.device)  # not cropped
         return {
             "context": context,
             "text_embeds": states.pooled.to(weight).repeat_interleave(batch, 0),
@@ -504,10 +546,13 @@ class StableDiffusion:
         masks: Tensor | None,
         strength: float | None,
         seeds: list[int],
+        unfinished: Tensor | None = None,
     ) -> dict[str, Any]:
         """What the loop starts from. Each generator is asked in the order of diffusers."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         start: dict[str, Any] = {"generator": generators}
+        if unfinished is not None:
+            return {**start, "x_T": unfinished.to(self.device, torch.float32)}
         if images is not None and (strength is not None or not self.inpainting):
             start["x_0"] = vae.encode(images, generators).to(self.device)
         noise = [torch.randn(shape[1:], generator=generator) for generator in generators]

@@ -19,7 +19,7 @@ from ..ops import checks
 from .model_index import model_index
 from .tiny_tokenizer import LENGTH, vocabulary, write_tokenizer
 
-KINDS = ("sd15", "sd21", "sdxl", "inpainting")
+KINDS = ("sd15", "sd21", "sdxl", "refiner", "inpainting")
 _WIDTH = 32  # of a text encoder
 _UNET: dict[str, Any] = {
     "sample_size": 8,
@@ -48,6 +48,16 @@ _UNETS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": _WIDTH + 6 * 8,
     },
 }
+_UNETS["refiner"] = {
+    **_UNETS["sdxl"],
+    "block_out_channels": (16, 32, 32),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": 2,
+    "attention_head_dim": (1, 2, 2),
+    "cross_attention_dim": _WIDTH,
+    "projection_class_embeddings_input_dim": _WIDTH + 5 * 8,
+}
 _BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 _SCHEDULER: dict[str, Any] = {
     **_BETAS,
@@ -65,7 +75,7 @@ _SCHEDULERS: dict[str, dict[str, Any]] = {
         "set_alpha_to_one": False,
         "clip_sample": False,
     },
-    "sdxl": {**_SCHEDULER, "_class_name": "EulerDiscreteScheduler"},
+    **{xl: {**_SCHEDULER, "_class_name": "EulerDiscreteScheduler"} for xl in ("sdxl", "refiner")},
 }
 
 
@@ -74,8 +84,8 @@ def make_tiny(folder: AnyPath, kind: str = "sd15", seed: int = 0) -> Path:
 
     Args:
         folder: the folder to write.
-        kind: ``"sd15"``, ``"sd21"`` (v-prediction), ``"sdxl"`` (two text encoders) or
-            ``"inpainting"`` (9 channels).
+        kind: ``"sd15"``, ``"sd21"`` (v-prediction), ``"sdxl"`` (two text encoders),
+            ``"refiner"`` (SDXL's) or ``"inpainting"`` (9 channels).
         seed: random seed of the weights; PyTorch's global generator is left as it is.
 
     Returns:
@@ -85,18 +95,21 @@ def make_tiny(folder: AnyPath, kind: str = "sd15", seed: int = 0) -> Path:
         ValueError: another kind; ImportError: ``transformers`` is not installed.
     """
     checks.one_of("kind", kind, KINDS)
+    xl = kind in ("sdxl", "refiner")
     with torch.random.fork_rng(devices=[]), staged(folder) as part:
         torch.manual_seed(seed)
         UNet2DCondition(UNetConfig(**_UNETS[kind])).save_pretrained(part / "unet")
-        factor = {"scaling_factor": 0.13025} if kind == "sdxl" else {}
+        factor = {"scaling_factor": 0.13025} if xl else {}
         vae = VAEConfig.preset("tiny", **factor)
         AutoencoderKL(vae).save_pretrained(part / "vae")
-        _write_text(part, two=kind == "sdxl")
+        _write_text(part, first=kind != "refiner", second=xl)
         scheduler = _SCHEDULERS.get(kind, _SCHEDULER)
         write_json(scheduler, part / "scheduler" / "scheduler_config.json")
         index = model_index(
             scheduler["_class_name"],
-            two_encoders=kind == "sdxl",
+            xl=xl,
+            refiner=kind == "refiner",
+            zero_empty=kind != "refiner",
             inpainting=kind == "inpainting",
             random_weights=True,
         )
@@ -104,11 +117,10 @@ def make_tiny(folder: AnyPath, kind: str = "sd15", seed: int = 0) -> Path:
     return Path(folder)
 
 
-def _write_text(folder: Path, two: bool) -> None:
+def _write_text(folder: Path, first: bool, second: bool) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     ids, _ = vocabulary()
-    write_tokenizer(folder / "tokenizer")
     shape: dict[str, Any] = {
         "vocab_size": len(ids),
         "hidden_size": _WIDTH,
@@ -120,8 +132,10 @@ def _write_text(folder: Path, two: bool) -> None:
         "bos_token_id": len(ids) - 2,
         "eos_token_id": len(ids) - 1,
     }
-    save(CLIPTextModel(CLIPTextConfig(**shape)), folder / "text_encoder")
-    if two:
+    if first:
+        write_tokenizer(folder / "tokenizer")
+        save(CLIPTextModel(CLIPTextConfig(**shape)), folder / "text_encoder")
+    if second:
         write_tokenizer(folder / "tokenizer_2", pad="!")
         config = CLIPTextConfig(**shape, hidden_act="gelu")
         save(CLIPTextModelWithProjection(config), folder / "text_encoder_2")

@@ -110,13 +110,21 @@ def table_of(options: SamplerOptions, schedule: DiffusionSchedule) -> StepTable:
         skipped = len(grid) - options.steps_to_run(len(grid))
         later = tuple(i - skipped for i in options.disable_corrector or () if i >= skipped)
         grid, options = grid.part(skipped), options.replace(disable_corrector=later)
+    start, end = options.hand_over(schedule.timesteps)
+    if skipped := int((grid.timesteps >= start).sum()):
+        later = tuple(i - skipped for i in options.disable_corrector or () if i >= skipped)
+        grid, options = grid.part(skipped), options.replace(disable_corrector=later)
+    run = int((grid.timesteps >= end).sum())
+    if not run:
+        asked = f"{options.denoising_start} to {options.denoising_end} of {steps} steps"
+        checks.fail("denoising_start, denoising_end", "parts with a step between them", asked)
     # Solver grids put a small SNR in the place of zero, where epsilon says nothing all the same.
     if (
         options.prediction_type == "epsilon"
         and not schedule.alpha_bar[math.ceil(grid.timesteps[0])]
     ):
         x0_coefficients("epsilon", np.zeros(1), np.ones(1))
-    return _table(sampler, grid, options)
+    return _table(sampler, grid, options, run)
 
 
 def table_from_grid(sampler: str | Sampler, grid: Grid, **options: Any) -> StepTable:
@@ -137,8 +145,13 @@ def table_from_grid(sampler: str | Sampler, grid: Grid, **options: Any) -> StepT
     return _table(entry, grid, entry.resolved(chosen))
 
 
-def _table(sampler: Sampler, grid: Grid, options: SamplerOptions) -> StepTable:
+def _table(
+    sampler: Sampler, grid: Grid, options: SamplerOptions, run: int | None = None
+) -> StepTable:
+    """The table of a grid, or of its first ``run`` steps."""
     clip, calls = options.clip, sampler.calls(grid, options)
+    ends = run is None or run == len(grid)
+    calls = calls if ends or run is None else calls.first(run)
     starts = np.flatnonzero(np.diff(calls.step, prepend=-1))
     with np.errstate(divide="ignore"):
         sigma = calls.noise[starts] / calls.signal[starts]
@@ -168,6 +181,7 @@ def _table(sampler: Sampler, grid: Grid, options: SamplerOptions) -> StepTable:
         levels=torch.from_numpy(np.stack((calls.signal, calls.noise), axis=1)),
         next_levels=torch.from_numpy(np.stack((calls.next_signal, calls.next_noise), axis=1)),
         draws=torch.from_numpy(draws),
+        ends=ends,
     )
 
 

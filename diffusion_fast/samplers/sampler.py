@@ -52,6 +52,10 @@ class SamplerOptions(GridOptions):
         disable_corrector: steps of UniPC whose result is not corrected, counted from 0.
         strength: image-to-image, in (0, 1]: run only the last ``int(steps * strength)`` steps,
             starting from ``signal * image + noise * z``.
+        denoising_start, denoising_end: in (0, 1), parts of the schedule's timesteps: run only the
+            steps that begin below, or not below, the one that is left of all T behind that part.
+            So two models share one picture, as SDXL's base and refiner do: the first ends where the
+            second starts, with a state that still holds its noise.
         guidance_scale, guidance_interval, guidance_rescale: see
             :func:`~diffusion_fast.guidance.plan_guidance`; the steps are those that run.
     """
@@ -74,6 +78,8 @@ class SamplerOptions(GridOptions):
     euler_at_final: bool | None = None
     disable_corrector: Sequence[int] | None = None
     strength: float | None = None
+    denoising_start: float | None = None
+    denoising_end: float | None = None
     guidance_scale: float | Sequence[float] = 1.0
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float = 0.0
@@ -122,6 +128,30 @@ class SamplerOptions(GridOptions):
             checks.fail("strength", f"at least 1 / steps = {1 / steps:.3g}", self.strength)
         return run
 
+    def hand_over(self, count: int) -> tuple[float, float]:
+        """The timesteps, of ``count``, below which steps begin, and not below which they do.
+
+        Raises:
+            ValueError: parts that are none, or that leave nothing between them.
+        """
+        found = []
+        for name in ("denoising_start", "denoising_end"):
+            part = getattr(self, name)
+            if part is None:
+                found.append(math.inf if name == "denoising_start" else -math.inf)
+                continue
+            checks.finite(name, part)
+            if not 0 < part < 1:
+                checks.fail(name, "a number in (0, 1)", part)
+            found.append(round(count - part * count))
+        start, end = found
+        if start <= end:
+            expected = f"less than denoising_end ({self.denoising_end:g})"
+            checks.fail("denoising_start", expected, self.denoising_start)
+        if self.denoising_start is not None and self.strength is not None:
+            checks.fail("strength", "None beside denoising_start", self.strength)
+        return start, end
+
     def check(self) -> None:
         """
         Raises:
@@ -156,6 +186,13 @@ class Calls:
     next_noise: FloatArray
     draws: np.ndarray | None = None
     churn: float = 0.0
+
+    def first(self, steps: int) -> Calls:
+        """Those of the first so many steps."""
+        count = int((self.step < steps).sum())
+        values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        cut: dict[str, Any] = {k: v[:count] for k, v in values.items() if isinstance(v, np.ndarray)}
+        return dataclasses.replace(self, **cut)
 
     @classmethod
     def one_per_step(cls, grid: Grid, **columns: float | FloatArray) -> Calls:

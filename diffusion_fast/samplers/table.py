@@ -48,6 +48,8 @@ class StepTable:
             noised to, to take the place of the state there.
         draws: bool [N], the rows that take noise from the generator: those that read it, and where
             a sampler has others draw some too, those.
+        ends: whether the last row leads to an image, and not to a state that another table goes on
+            with.
 
     The state is in the variance-preserving form (A^2 + S^2 = 1) for every sampler, so that the
     model sees the state itself as its input.
@@ -67,6 +69,7 @@ class StepTable:
     levels: Tensor
     next_levels: Tensor
     draws: Tensor
+    ends: bool = True
 
     def __post_init__(self) -> None:
         n = len(self.rows)

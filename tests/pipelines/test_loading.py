@@ -269,10 +269,12 @@ def test_an_unsupported_model_is_named(
         StableDiffusion.from_pretrained(folder)
 
 
-def test_the_refiner_is_not_supported(tiny_folder: Folder, tmp_path: Path) -> None:
+def test_text_encoders_that_the_pipeline_does_not_have(tiny_folder: Folder, tmp_path: Path) -> None:
     name = "StableDiffusionXLImg2ImgPipeline"
     folder = changed(tiny_folder("sd15"), tmp_path / "copy", _class_name=name)
-    with pytest.raises(CheckpointError, match=r"expected 2 text encoders .*, got 1 .*refiner"):
+    with pytest.raises(
+        CheckpointError, match=r"expected a text_encoder_2 for .*, got text_encoder"
+    ):
         StableDiffusion.from_pretrained(folder)
 
 
