@@ -74,13 +74,13 @@ class Parts:
                 f"{unet.in_channels} ({kind}, which is not supported)" if kind else unet.in_channels
             )
             checks.fail("unet", expected, got)
+        width = sum(one.config.hidden_size for one in self.text.encoders)  # type: ignore
+        if width != unet.cross_attention_dim:
+            expected = f"states of {unet.cross_attention_dim} channels, as the U-Net"
+            checks.fail("text_encoder", expected, width)
         if (unet.addition_embed_type is not None) != self.text.projected:
             expected = "one with a projection" if not self.text.projected else "one without"
             checks.fail("text_encoder", f"{expected}, as the U-Net", "another")
         if self._time_ids not in (None, 5, 6):
             expected = "six sizes and crops (SDXL), or four and a score (its refiner)"
             checks.fail("unet", f"{expected} beside pooled text", self._time_ids)
-        width = sum(one.config.hidden_size for one in self.text.encoders)  # type: ignore
-        if width != unet.cross_attention_dim:
-            expected = f"states of {unet.cross_attention_dim} channels, as the U-Net"
-            checks.fail("text_encoder", expected, width)
