@@ -20,9 +20,9 @@ Folder = Callable[[str], Path]
 def test_the_layout(tiny_folder: Folder, kind: str) -> None:
     folder = tiny_folder(kind)
     names = {path.name for path in folder.iterdir()}
-    two = {"text_encoder_2", "tokenizer_2"} if kind == "sdxl" else set()
-    parts = {"unet", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json"}
-    assert names == parts | two
+    first, second = {"text_encoder", "tokenizer"}, {"text_encoder_2", "tokenizer_2"}
+    text = {"sdxl": first | second, "refiner": second}.get(kind, first)
+    assert names == {"unet", "vae", "scheduler", "model_index.json"} | text
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 8e6
 
 
@@ -69,6 +69,6 @@ def test_the_tokenizer_knows_words_and_all_bytes(tiny_folder: Folder) -> None:
 
 
 def test_another_kind(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="kind: expected one of sd15, sd21, sdxl, inpainting"):
+    with pytest.raises(ValueError, match="kind: expected one of sd15, sd21, sdxl, refiner, inpainting"):
         make_tiny(tmp_path / "x", "sd3")
     assert not list(tmp_path.iterdir())
