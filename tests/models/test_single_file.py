@@ -264,7 +264,7 @@ def test_layers_that_an_encoder_of_published_width_lacks_are_named(
         width = 1280 if kind == "sdxl" else 1024
         state |= open_clip_states(OPEN_CLIP[kind], width=width, layers=1)
     save_file(state, tmp_path / "model.safetensors")
-    tokenizer = make_tiny(tmp_path / "tiny", "sd15")
+    tokenizer = make_tiny(tmp_path / "tiny", "sdxl")
     found = single_file.identify(tmp_path / "model.safetensors").text
     assert found.keys() == missing.keys()
     for name, layer in missing.items():
