@@ -69,6 +69,6 @@ def test_the_tokenizer_knows_words_and_all_bytes(tiny_folder: Folder) -> None:
 
 
 def test_another_kind(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="kind: expected one of sd15, sd21, sdxl, refiner, inpainting"):
+    with pytest.raises(ValueError, match="kind: expected one of sd15, sd21, sdxl, refiner"):
         make_tiny(tmp_path / "x", "sd3")
     assert not list(tmp_path.iterdir())
