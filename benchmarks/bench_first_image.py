@@ -112,6 +112,7 @@ def rows(model: str, dtype: str, steps: int, ways: list[str]) -> Iterator[dict[s
         for way in ways:
             for caches in ("cold", "warm"):
                 about = {"model": model, "dtype": dtype, "steps": steps, "way": way}
+                row: dict[str, Any]
                 about |= {"caches": caches, "title": WAYS[way], "weights": "random"}
                 try:
                     row = measure(way, folder, dtype, steps, Path(place) / f"caches of {way}")

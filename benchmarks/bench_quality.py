@@ -83,7 +83,7 @@ class Task:
 def digits(steps: int, per_class: int) -> Task:
     """The digits, the network and the judge of examples/digits.py."""
     sys.path.insert(0, str(ROOT / "examples"))
-    from digits import GUIDANCE
+    from digits import GUIDANCE  # type: ignore[import-not-found]
     from digits import Judge as Reader
 
     train, held_out = load_digits()
@@ -172,8 +172,11 @@ def draw(task: Task, trainer: df.Trainer, ema: bool, seed: int) -> tuple[Tensor,
     assert trainer.ema is not None
     labels = torch.arange(10).repeat_interleave(task.per_class)
     engine = df.Engine(
-        *(trainer.model, trainer.schedule),
-        **{"sampler": "dpmpp_2m", "steps": SAMPLING_STEPS, "guidance_scale": task.guidance},
+        trainer.model,
+        trainer.schedule,
+        sampler="dpmpp_2m",
+        steps=SAMPLING_STEPS,
+        guidance_scale=task.guidance,
     )
     generator = torch.Generator().manual_seed(seed)
     with trainer.ema.applied() if ema else contextlib.nullcontext():
@@ -240,7 +243,7 @@ def measure(task: Task, table: Table, work: Path, sampling_seeds: Iterable[int])
         if missing:
             trainer = train(task, variant, work)
         for row in missing:
-            drawn = draw(task, trainer, row["ema"] == "yes", int(row["sampling_seed"]))
+            drawn = draw(task, trainer, row["ema"] == "yes", int(str(row["sampling_seed"])))
             table.add(row, task.judge(*drawn))
 
 
@@ -266,7 +269,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=fashion_mnist.DEBIAN)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "quality")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "quality")
-    both = {"type": int, "nargs": 2, "metavar": ("FASHION", "DIGITS")}
+    both: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("FASHION", "DIGITS")}
     parser.add_argument("--steps", default=(2400, 800), **both)
     parser.add_argument("--per-class", default=(100, 40), help="images to judge", **both)
     parser.add_argument("--sampling-seeds", type=int, default=3)

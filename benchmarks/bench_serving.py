@@ -84,6 +84,7 @@ def model() -> df.StableDiffusion:
 def states(prompt: str) -> tuple[Tensor, Tensor]:
     """What the text encoder makes of a prompt, and of none."""
     positive, negative = model()._states([prompt], None, 0, True)
+    assert negative is not None  # as asked for
     return positive.context, negative.context
 
 
@@ -189,7 +190,7 @@ class Stepped:
     request: Request
     seat: Seat
     x: Tensor
-    state: dict[str, Tensor]
+    state: dict[str, Any]
     generator: Any
     coefficients: list[list[float]]
     last: int = -1  # the step in which it took part last

@@ -180,7 +180,8 @@ def test_steps(benchmark: Any, name: str, mode: str, precision: str) -> None:
     def step() -> None:
         timed("peak_bytes", lambda: trainer.fit(STEPS, lambda p: waiting.append(p.waiting)))
 
-    baseline(), step()  # warm up, and compile
+    baseline()  # warm up, and compile
+    step()
     waiting.clear()
     benchmark.pedantic(
         step, setup=lambda: times.append(timed("plain_peak_bytes", baseline)), rounds=ROUNDS

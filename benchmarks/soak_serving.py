@@ -190,14 +190,14 @@ def soak(seconds: float, clients: int, seed: int, out: TextIO, every: float = 10
         while batcher.occupied or batcher.waiting:
             assert time.monotonic() < until, "a slot or a place in the queue was not freed"
             time.sleep(0.05)
-        now = batcher.statistics
-        fates = now.finished + now.failed + now.cancelled
-        assert now.accepted == fates, f"{now.accepted} accepted, {fates} came to an end"
+        ended = batcher.statistics
+        fates = ended.finished + ended.failed + ended.cancelled
+        assert ended.accepted == fates, f"{ended.accepted} accepted, {fates} came to an end"
         assert batcher.alive, "the batcher died"
         assert httpx.get(url + "/healthz").status_code == 200
     for name, count in sorted(seen.items()):
         print(f"{count:7} {name}", file=out)
-    print(now, file=out)
+    print(ended, file=out)
     assert not failures, failures[:5]
     late = [size for at, size in sizes if at >= seconds / 3]
     if seconds >= SETTLED and len(late) > 1:

@@ -56,6 +56,7 @@ def pipeline(networks: Networks, unet: Any, whole: bool) -> Any:
         parts |= networks.text.modules()
         names = ("tokenizer", "tokenizer_2")
         parts |= dict(zip(names, networks.text.tokenizers, strict=False))
+    pipe: Any
     parts["scheduler"] = diffusers.DDIMScheduler.from_config(SCHEDULER)
     if networks.kind.unet.addition_embed_type is not None:
         parts = {"text_encoder_2": None, "tokenizer_2": None, **parts}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ def step_cost(
     with DEVICE:
         model = UNet2DCondition(kind.unet)
     run = DryRun(model, dtype, 2 * batch, (kind.side, kind.side), TOKENS)
-    plan = {"batch": batch, "halves": 2, "max_rows": 1, "rewrites": rewrites}
+    plan: dict[str, Any] = {"batch": batch, "halves": 2, "max_rows": 1, "rewrites": rewrites}
     return run.step(lambda twin: prepare(twin, **plan))
 
 

@@ -141,9 +141,9 @@ class Networks:
         for sizes, build in zip(
             self.kind.text, (CLIPTextModel, CLIPTextModelWithProjection), strict=False
         ):
-            ends = {"bos_token_id": count - 2, "eos_token_id": count - 1}
+            ends: dict[str, Any] = {"bos_token_id": count - 2, "eos_token_id": count - 1}
             torch.manual_seed(0)
-            encoder = build(CLIPTextConfig(vocab_size=49408, **ends, **sizes))
+            encoder: Any = build(CLIPTextConfig(vocab_size=49408, **ends, **sizes))
             encoders.append(encoder.to(self.device, self.dtype))
         with tempfile.TemporaryDirectory() as folder:
             for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):

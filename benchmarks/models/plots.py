@@ -34,8 +34,8 @@ def _draw(group: Group, rows: list[dict[str, Any]], results: Results) -> Path:
     values = [row[unit] for row in rows][::-1]
     spread = [_spread(row, unit) for row in rows][::-1]
     colours = ["tab:blue" if _ours(group, name) else "tab:gray" for name in names]
-    axes.barh(names, values, color=colours, xerr=list(zip(*spread, strict=True)))
-    axes.bar_label(axes.containers[-1], labels=[f"{v:.4g}" for v in values], padding=4)
+    bars = axes.barh(names, values, color=colours, xerr=list(zip(*spread, strict=True)))
+    axes.bar_label(bars, labels=[f"{v:.4g}" for v in values], padding=4)
     limit = rows[0].get("limit_steps_per_s")
     if limit is not None:
         axes.axvline(limit, color="tab:red", linestyle="--")

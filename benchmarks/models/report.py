@@ -117,8 +117,8 @@ def show(results: Results, groups: Iterable[Group]) -> None:
         for line in lines:
             view.add_row(*line)
         console.print(view)
-        for line in not_run(rows):
-            console.print(f" {line}", highlight=False)
+        for missing in not_run(rows):
+            console.print(f" {missing}", highlight=False)
 
 
 def markdown(results: Results, what: str) -> str:

@@ -37,8 +37,10 @@ COLUMNS = (
     ),
     *("throttled", "does"),
 )
-MACHINE = ("device", "commit", "source", "torch", "triton", "diffusers", "cuda", "driver")
-MACHINE = (*MACHINE, "threads", "time")
+MACHINE = (
+    *("device", "commit", "source", "torch", "triton", "diffusers", "cuda", "driver"),
+    *("threads", "time"),
+)
 
 
 @dataclass(frozen=True)

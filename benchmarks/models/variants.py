@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -88,8 +88,9 @@ def step_variants(networks: Networks, images: int, steps: int, compiles: bool) -
     def theirs(make: MakeUNet) -> Call:
         model, rest = make(networks), dict(given)
         context = rest.pop("context")
-        options = {"timestep_cond": None, "cross_attention_kwargs": None, "return_dict": False}
+        options: dict[str, Any] = {"timestep_cond": None, "cross_attention_kwargs": None}
         options |= {"encoder_hidden_states": context, "added_cond_kwargs": rest or None}
+        options["return_dict"] = False
         return lambda: model(x, t, **options)[0]
 
     def engine() -> Call:
@@ -204,8 +205,9 @@ def our_pipeline(
         random_weights=True,
     )
     pipe = StableDiffusion(parts, graph, rewrites)
-    given = {"steps": steps, "guidance_scale": GUIDANCE, "batch": images, "output": "tensor"}
-    return lambda: pipe(PROMPT, **given).images
+    given: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE}
+    given |= {"batch": images, "output": "tensor"}
+    return lambda: cast("Tensor", pipe(PROMPT, **given).images)
 
 
 def pipeline_variants(networks: Networks, images: int, steps: int, compiles: bool) -> list[Variant]:

@@ -36,7 +36,7 @@ def eager_drawn(x_0: Tensor, t: Tensor, **tables: Tensor) -> tuple[Tensor, Tenso
 PHILOX = ops.Philox(1)
 
 
-def ours_drawn(x_0: Tensor, t: Tensor, **tables: Tensor) -> tuple[Tensor, Tensor]:
+def ours_drawn(x_0: Tensor, t: Tensor, **tables: Any) -> tuple[Tensor, Tensor]:
     return ops.add_noise(x_0, PHILOX, t, **tables)
 
 

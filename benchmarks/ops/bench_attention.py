@@ -109,6 +109,8 @@ def _hopper_fails() -> str | None:
 def _hopper(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The kernel that is never chosen by itself (csrc/README.md); forward only."""
     kernels = attention_cuda.FORWARD
+    assert kernels.machine is not None
+    assert kernels.supports is not None
     refused = kernels.machine() or kernels.supports(q, k, v, 1.0, None)
     refused = refused or build.load(q.shape[-1])
     why = "; ".join(refused) or _hopper_fails()
@@ -123,8 +125,8 @@ def _hopper(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _sdpa(backend: SDPBackend) -> Attention:
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
-            heads_first = (x.transpose(1, 2) for x in (q, k, v))
-            return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     return run
 

@@ -29,7 +29,7 @@ def build(rows: int, width: int, backward: bool, device: str) -> Problem:
         value, gate = x.chunk(2, dim=-1)
         return theirs(gate, value)
 
-    calls = {"eager": eager, "ours": ops.geglu, "liger": other if theirs else None}
+    calls: dict[str, Any] = {"eager": eager, "ours": ops.geglu, "liger": other if theirs else None}
     # Forward x and y; backward x again, the gradient of y, and that of x.
     moved = nbytes(x) * 3 // 2 + (nbytes(x) * 5 // 2 if backward else 0)
     if backward:

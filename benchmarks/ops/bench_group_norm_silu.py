@@ -59,7 +59,7 @@ def build(
         x = joined(x, x2, add).contiguous()
         return F.silu(theirs(x, weight, bias, channels, GROUPS, 1e-5))
 
-    calls = {"eager": eager, "ours": ours, "liger": other if theirs else None}
+    calls: dict[str, Any] = {"eager": eager, "ours": ours, "liger": other if theirs else None}
     size = batch * channels * side * side * 2
     small = nbytes([v for k, v in inputs.items() if k not in ("x", "x2")])
     moved = (2 if fits_on_chip(side, channels, 1) else 3) * size + small

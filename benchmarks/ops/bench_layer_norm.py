@@ -24,7 +24,7 @@ def build(rows: int, width: int, backward: bool, device: str) -> Problem:
     x = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
     weight, bias = torch.randn(2, width, device=device, dtype=torch.bfloat16).unbind()
     theirs = liger("liger_layer_norm")
-    calls = {
+    calls: dict[str, Any] = {
         "eager": eager,
         "ours": ops.layer_norm,
         "liger": (lambda x, weight, bias: theirs(x, weight, bias, 1e-5)) if theirs else None,

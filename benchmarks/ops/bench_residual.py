@@ -27,7 +27,7 @@ def build(side: int, channels: int, backward: bool, device: str) -> Problem:
     pair = torch.randn(2, 2, channels, side, side, device=device, dtype=torch.bfloat16)
     x, residual = (v.contiguous(memory_format=torch.channels_last) for v in pair.unbind())
     bias = torch.randn(channels, device=device, dtype=torch.bfloat16)
-    calls = {"eager": eager, "ours": ours}
+    calls: dict[str, Any] = {"eager": eager, "ours": ours}
     moved = 3 * nbytes(x) + nbytes(bias)
     if backward:
         # The gradient is read for dx and once more for the bias, and dx is written.

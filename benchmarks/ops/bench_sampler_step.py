@@ -48,8 +48,8 @@ def build(batch: int, side: int, device: str) -> Problem:
         if device != "cuda" or not torch.cuda.is_current_stream_capturing():
             now.copy_(x)
             before.copy_(h1)
-        promised = {"rescale": False, "unconditional": False}
-        more = {"h1": before, "model_input": model_input}
+        promised: dict[str, Any] = {"rescale": False, "unconditional": False}
+        more: dict[str, Any] = {"h1": before, "model_input": model_input}
         ops.sampler_step(now, model_output, rows, step, **more, **promised)
         return now, before, model_input
 

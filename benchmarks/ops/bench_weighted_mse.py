@@ -31,7 +31,7 @@ def build(batch: int, side: int, backward: bool, device: str) -> Problem:
     pair = torch.randn(2, batch, 4, side, side, device=device, dtype=torch.bfloat16).unbind()
     inputs = dict(zip(("prediction", "target"), pair, strict=True))
     inputs["weight"] = torch.rand(batch, device=device)
-    calls = {"eager": eager_double, "ours": ops.weighted_mse}
+    calls: dict[str, Any] = {"eager": eager_double, "ours": ops.weighted_mse}
     moved = nbytes(pair)
     if backward:
         moved += 2 * nbytes(pair)  # both again, and both gradients

@@ -18,7 +18,7 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,7 @@ def needed_bytes(problem: Problem) -> int:
     return nbytes(problem.inputs, problem.eager(**problem.inputs))
 
 
-def liger(name: str) -> Call | None:
+def liger(name: str) -> Any:
     """A function of Liger's; None where it is not installed."""
     try:
         functional = importlib.import_module("liger_kernel.transformers.functional")
@@ -137,7 +137,7 @@ def _replay(graph: torch.cuda.CUDAGraph) -> float:
     return 1e3 * start.elapsed_time(stop) / CALLS
 
 
-def device_times(calls: dict[str, Callable[[], object]]) -> dict[str, dict[str, list[float]]]:
+def device_times(calls: Mapping[str, Callable[[], object]]) -> dict[str, dict[str, list[float]]]:
     """Microseconds of each variant, ``hot`` (in L2 as far as it fits) and ``cold`` (L2 flushed)."""
     flush_buffer()
     hot = {name: _capture(call, False) for name, call in calls.items()}

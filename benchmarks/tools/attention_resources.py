@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from diffusion_fast.ops.cuda import build as extension
 from diffusion_fast.ops.cuda.build import HEAD_DIMS
@@ -137,12 +138,13 @@ _USED = re.compile(r"Used (\d+) registers")
 
 def parse(architecture: str, log: str) -> list[Kernel]:
     """The kernels in what ``ptxas -v`` printed."""
-    found, name, frame = [], None, ("0", "0", "0")
+    found: list[Kernel] = []
+    name, frame = None, [0, 0, 0]
     for line in log.splitlines():
         if match := _ENTRY.search(line):
             name = match.groups()
         elif match := _FRAME.search(line):
-            frame = match.groups()
+            frame = [int(one) for one in match.groups()]
         elif (match := _USED.search(line)) and name is not None:
             kernel, type_name, head_dim, tiles = name
             keys = 16 * int(tiles or 0)
@@ -157,9 +159,11 @@ def parse(architecture: str, log: str) -> list[Kernel]:
                     int(head_dim),
                     keys,
                     registers,
-                    *map(int, frame),
-                    shared,
-                    blocks,
+                    stack_bytes=frame[0],
+                    spill_store_bytes=frame[1],
+                    spill_load_bytes=frame[2],
+                    shared_bytes=shared,
+                    blocks_per_multiprocessor=blocks,
                 )
             )
             name = None
@@ -190,13 +194,9 @@ def compile_kernels(head_dim: int, architecture: str) -> list[Kernel]:
 
 def read_table() -> list[Kernel]:
     with TABLE.open(newline="") as file:
+        kinds: dict[str, Any] = {f.name: str if f.type == "str" else int for f in fields(Kernel)}
         return [
-            Kernel(
-                **{
-                    f.name: row[f.name] if f.type == "str" else int(row[f.name])
-                    for f in fields(Kernel)
-                }
-            )
+            Kernel(**{name: kind(row[name]) for name, kind in kinds.items()})
             for row in csv.DictReader(file)
         ]
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +86,12 @@ def _norm_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
             yield (
                 "group_norm_silu",
                 name,
-                lambda x=x, a=args: group_norm_silu.group_norm_silu(x, *a),
+                partial(group_norm_silu.group_norm_silu, x, *args),
             )
             yield (
                 "group_norm_silu",
                 name,
-                lambda dy=dy, x=x, a=args: group_norm_silu_backward.group_norm_silu_backward(
-                    dy, x, *a
-                ),
+                partial(group_norm_silu_backward.group_norm_silu_backward, dy, x, *args),
             )
 
 
@@ -104,28 +103,28 @@ def _table_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]
         table = meta(50, 1, channels)
         args = (shapes.GROUPS, weight, weight, 1e-5, True, table, None, None, None, row)
         name = f"sd15 {side}x{side} {channels} NHWC table"
-        yield "group_norm_silu", name, lambda x=x, a=args: group_norm_silu.group_norm_silu(x, *a)
+        yield "group_norm_silu", name, partial(group_norm_silu.group_norm_silu, x, *args)
 
 
 def _row_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
     for model, rows, width in shapes.LAYER_NORM[1:2] if quick else shapes.LAYER_NORM:
         x, weight, name = meta(rows, width), meta(width), f"{model} {rows}x{width}"
-        yield "layer_norm", name, lambda x=x, w=weight: layer_norm.layer_norm(x, w, w, 1e-5)
+        yield "layer_norm", name, partial(layer_norm.layer_norm, x, weight, weight, 1e-5)
         yield (
             "layer_norm",
             name,
-            lambda x=x, w=weight: layer_norm.layer_norm_backward(x, x, w, 1e-5),
+            partial(layer_norm.layer_norm_backward, x, x, weight, 1e-5),
         )
-        yield "row_statistics", name, lambda x=x: row_statistics.row_statistics(x, 1e-5)
+        yield "row_statistics", name, partial(row_statistics.row_statistics, x, 1e-5)
     for model, rows, width in shapes.GEGLU[1:2] if quick else shapes.GEGLU:
         x, dy, name = meta(rows, 2 * width), meta(rows, width), f"{model} {rows}x{width}"
-        yield "geglu", name, lambda x=x: geglu.geglu(x)
-        yield "geglu", name, lambda x=x, dy=dy: geglu.geglu_backward(dy, x)
+        yield "geglu", name, partial(geglu.geglu, x)
+        yield "geglu", name, partial(geglu.geglu_backward, dy, x)
     for model, side, channels in shapes.RESIDUAL[:1] if quick else shapes.RESIDUAL:
         x, bias = meta(2, channels, side, side, last=True), meta(channels)
         name = f"{model} {side}x{side} {channels}"
-        yield "residual", name, lambda x=x, b=bias: residual.residual(x, x, b, 0.5, 1)
-        yield "residual", name, lambda x=x: residual.residual_backward(x, 0.5, 1, True)
+        yield "residual", name, partial(residual.residual, x, x, bias, 0.5, 1)
+        yield "residual", name, partial(residual.residual_backward, x, 0.5, 1, True)
 
 
 def _latent_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
@@ -137,19 +136,19 @@ def _latent_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]
         for dtype in (F32,) if quick else (F32, BF16):
             x, kind = meta(batch, 4, side, side, dtype=dtype), f"{name} {str(dtype)[6:]}"
             at = t[:batch], table, table
-            yield "add_noise", kind, lambda x=x, a=at: add_noise.add_noise(x, x, *a, True)
+            yield "add_noise", kind, partial(add_noise.add_noise, x, x, *at, True)
             yield (
                 "add_noise",
                 f"{kind} philox",
-                lambda x=x, a=at: add_noise.add_noise_philox(x, state, *a, "epsilon"),
+                partial(add_noise.add_noise_philox, x, state, *at, "epsilon"),
             )
-            yield "add_noise", kind, lambda x=x, a=at: add_noise.add_noise_backward(x, x, *a, True)
+            yield "add_noise", kind, partial(add_noise.add_noise_backward, x, x, *at, True)
             weight = meta(batch, dtype=F32)
-            yield "weighted_mse", kind, lambda x=x, w=weight: weighted_mse.weighted_mse(x, x, w)
+            yield "weighted_mse", kind, partial(weighted_mse.weighted_mse, x, x, weight)
             yield (
                 "weighted_mse",
                 kind,
-                lambda x=x, w=weight: weighted_mse.weighted_mse_backward(w[0], x, x, w),
+                partial(weighted_mse.weighted_mse_backward, weight[0], x, x, weight),
             )
         if batch > 2:
             continue
@@ -160,8 +159,10 @@ def _latent_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]
             yield (
                 "sampler_step",
                 kind,
-                lambda x=x, m=both, z=noise, s=stream, p=peak: sampler_step.sampler_step(
-                    x, m, rows, step, z, x, x, x, None, m, p, s, unconditional=False
+                partial(
+                    sampler_step.sampler_step,
+                    *(x, both, rows, step, noise, x, x, x, None, both, peak, stream),
+                    unconditional=False,
                 ),
             )
         images = torch.empty(1, dtype=torch.int64, device="meta")
@@ -171,23 +172,26 @@ def _latent_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]
             yield (
                 "sampler_step",
                 kind,
-                lambda x=x, m=both, z=noise, s=stream, p=peak, i=images: sampler_step.sampler_step(
-                    x, m, rows, i, z, x, x, x, None, x.bfloat16(), p, s, True, False, i, i
+                partial(
+                    sampler_step.sampler_step,
+                    *(x, both, rows, images, noise, x, x, x, None, x.bfloat16(), peak, stream),
+                    *(True, False, images, images),
                 ),
             )
         yield (
             "sampler_step",
             f"{model} 1x4x{side}x{side} all columns",
-            lambda x=x, m=both, z=x, p=peak: sampler_step.sampler_step(
-                x, m, rows, step, z, x, x, x, x, m, p
-            ),
+            partial(sampler_step.sampler_step, x, both, rows, step, x, x, x, x, x, both, peak),
         )
         row = tuple(0.0 if name.endswith("_u") else 0.5 for name in COLUMNS)
         yield (
             "sampler_step",
             f"{model} 1x4x{side}x{side} host row",
-            lambda x=x, m=both, p=peak, row=row: sampler_step.sampler_step(
-                x, m, None, None, x, x, x, x, None, m, p, row=row, index=3
+            partial(
+                sampler_step.sampler_step,
+                *(x, both, None, None, x, x, x, x, None, both, peak),
+                row=row,
+                index=3,
             ),
         )
 
@@ -206,14 +210,14 @@ _CONV2D = ((64, 640, 320, 320, 3, 1), (64, 320, 0, 320, 3, 2), (8, 1280, 0, 1280
 
 def _product_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
     for shape, dtype, norm in _LINEAR[: 1 if quick else None]:
-        model, rows, columns, inner, after = next(c for c in shapes.LINEAR if c[1:4] == shape)
+        model, rows, columns, inner, then = next(c for c in shapes.LINEAR if c[1:4] == shape)
         x, weight = meta(rows, inner, dtype=dtype), meta(columns, inner, dtype=dtype)
-        residual = meta(rows, columns, dtype=dtype) if after == "residual" else None
-        more = meta(columns, dtype=dtype), residual, after == "geglu"
+        residual = meta(rows, columns, dtype=dtype) if then == "residual" else None
+        more = meta(columns, dtype=dtype), residual, then == "geglu"
         folded = (*meta(2, rows, dtype=F32), meta(columns, dtype=F32)) if norm else (None,) * 3
         args = (x, weight, *more, *folded, None)
-        name = f"{model} {rows}x{columns}x{inner} {after} {str(dtype)[6:]}{' norm' * norm}"
-        yield "linear", name, lambda a=args: linear.linear(*a)
+        name = f"{model} {rows}x{columns}x{inner} {then} {str(dtype)[6:]}{' norm' * norm}"
+        yield "linear", name, partial(linear.linear, *args)
     chosen = [c for c in shapes.CONV2D if c[1:] in _CONV2D[: 1 if quick else None]]
     for model, side, first, second, out, window, stride in chosen:
         x = meta(2, first, side, side, last=True)
@@ -223,7 +227,7 @@ def _product_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]
         residual = meta(2, out, after, after, last=True)
         args = (x, weight, meta(out), stride, [window // 2] * 4, x2, meta(2, out), residual, None)
         name = f"{model} {side}x{side} {first}+{second} to {out} {window}x{window} /{stride}"
-        yield "conv2d", name, lambda a=args: conv2d.conv2d(*a)
+        yield "conv2d", name, partial(conv2d.conv2d, *args)
 
 
 def record(call: Callable[[], object]) -> list[Launch]:
