@@ -175,7 +175,10 @@ def test_flops_of_a_step_are_counted_from_the_models_ops(name: str, tera: float)
 
 def test_the_limit_is_the_slower_of_products_and_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
     counter = limits.Counter()
-    counter.by_op = {"conv2d": Cost(flops=100, bytes=10), "norm": Cost(flops=0, bytes=60)}
+    counter.calls = [
+        ("conv2d", (), Cost(flops=100, bytes=10)),
+        ("norm", (), Cost(flops=0, bytes=60)),
+    ]
     monkeypatch.setattr(limits, "GPU", False)
     assert limits.limit_seconds(counter, torch.float32) is None  # no limit is invented
     monkeypatch.setattr(limits, "GPU", True)
