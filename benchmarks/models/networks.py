@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_fast.models import AutoencoderKL, UNet2DCondition, UNetConfig, VAEConfig
-from diffusion_fast.models.text import TextEncoders, load_tokenizers
+from diffusion_fast.models.text import SUBFOLDERS, TextEncoders, load_tokenizers
 from diffusion_fast.pipelines.scheduler_config import read_scheduler
 from diffusion_fast.pipelines.tiny_tokenizer import vocabulary, write_tokenizer
 
@@ -148,7 +148,7 @@ class Networks:
         with tempfile.TemporaryDirectory() as folder:
             for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
                 write_tokenizer(Path(folder) / name, pad)
-            return TextEncoders(load_tokenizers(folder, len(encoders)), encoders)
+            return TextEncoders(load_tokenizers(folder, SUBFOLDERS[: len(encoders)]), encoders)
 
     def exact(self, *names: str) -> Networks:
         """The networks of these names, copied into the dtype that errors are measured against."""

@@ -99,7 +99,7 @@ def test_files_of_prompts(tmp_path: Path) -> None:
 
 
 def test_prompts(tmp_path: Path) -> None:
-    [tokenizer] = load_tokenizers(make_tiny(tmp_path / "tiny"), 1)
+    [tokenizer] = load_tokenizers(make_tiny(tmp_path / "tiny"), ["text_encoder"])
     for seed in range(300):
         data = mutated(PROMPTS[seed % 3].encode(), seed)
         prompt = data.decode(errors=("surrogateescape", "replace")[seed % 2])
