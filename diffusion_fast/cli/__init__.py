@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from .bench import bench
+from .comfyui import comfyui
 from .common import in_options, options_of
 from .doctor import doctor
 from .finetune import finetune
@@ -38,7 +39,7 @@ def options(
     """What every command shares; ``--debug`` itself is read in :func:`main`."""
 
 
-for command in (train, finetune, sample, serve, bench, warm, vae_check, doctor):
+for command in (train, finetune, sample, serve, bench, warm, vae_check, comfyui, doctor):
     app.command()(command)
 
 

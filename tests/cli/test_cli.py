@@ -18,7 +18,7 @@ def test_doctor() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "sample", "serve", "bench", "vae-check", "doctor", ""]
+    "command", ["train", "sample", "serve", "bench", "vae-check", "comfyui", "doctor", ""]
 )
 def test_help(command: str) -> None:
     done = run(*([command] if command else []), "--help")

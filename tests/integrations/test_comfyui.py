@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui_stand_in import Model, ModelPatcher, UNet
+from comfyui_stand_in import Model, ModelPatcher, UNetModel, randomize
 from engine.tape import TapeCapturer
 from torch import Tensor, nn
 
@@ -23,8 +23,7 @@ Call = tuple[Tensor, Tensor, Tensor]
 
 @pytest.fixture
 def patcher() -> ModelPatcher:
-    torch.manual_seed(0)
-    return ModelPatcher(Model(UNet().eval()))
+    return ModelPatcher(Model(randomize(UNetModel())))
 
 
 def call(seed: int = 0, batch: int = 2) -> Call:
@@ -56,7 +55,7 @@ def count(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("switches", "op", "times"),
-    [({"attention": True}, "attention", 6), ({"norms": True}, "group_norm_silu", 8)],
+    [({"attention": True}, "attention", 12), ({"norms": True}, "group_norm_silu", 31)],
 )
 def test_a_patched_model_runs_the_op_and_draws_the_same(
     patcher: ModelPatcher,
@@ -87,7 +86,9 @@ def test_the_model_itself_stays_as_it_is(patcher: ModelPatcher) -> None:
 def test_every_transformer_and_norm_is_found(patcher: ModelPatcher) -> None:
     unet = patcher.model.diffusion_model
     blocks = set(transformer_blocks(unet))
-    assert blocks == {("input", 1), ("middle", 0), ("output", 1)}
+    assert blocks == {("input", 1), ("input", 2), ("middle", 0)} | {
+        ("output", i) for i in (3, 4, 5)
+    }
     found = {name: silu for name, _, silu in norms(unet)}
     assert len(found) == sum(isinstance(m, nn.GroupNorm) for m in unet.modules())
     assert found["out.0"] == "out.1"
@@ -168,8 +169,10 @@ def test_graphs_are_dropped_when_the_model_is_moved(patcher: ModelPatcher) -> No
 
 def test_what_may_change_with_the_step_is_never_captured(patcher: ModelPatcher) -> None:
     patched, calls, capturer = graphed(patcher)
-    got = patched.sample(*call(), control=0.5)
-    assert torch.equal(got, patcher.sample(*call()) + 0.5)
+    control = [torch.ones(2, 128, 3, 3)]
+    got = patched.sample(*call(), control={"middle": list(control)})
+    assert torch.equal(got, patcher.sample(*call(), control={"middle": list(control)}))
+    assert not torch.equal(got, patcher.sample(*call()))
     assert calls.why == "control may act differently at each step"
     patched.set_model_attn1_replace(lambda q, k, v, options: q, "middle", 0)
     patched.sample(*call())
@@ -206,7 +209,7 @@ def test_errors_name_what_is_wrong(patcher: ModelPatcher) -> None:
 
 def test_the_node_and_its_example_workflow_fit() -> None:
     node = comfyui.NODE_CLASS_MAPPINGS["DiffusionFastPatch"]
-    inputs = node.INPUT_TYPES()["required"]
+    inputs = {name: kind for part in node.INPUT_TYPES().values() for name, kind in part.items()}
     assert comfyui.NODE_DISPLAY_NAME_MAPPINGS.keys() == comfyui.NODE_CLASS_MAPPINGS.keys()
     assert hasattr(node, node.FUNCTION)
     workflow = json.loads((Path(comfyui.__file__).parent / "workflow.json").read_text())

@@ -1,11 +1,7 @@
-"""A ComfyUI node: a model whose attention and norms run on this package's ops.
+"""A ComfyUI node: a model whose U-Net runs our forward, or its attention and norms our ops.
 
-To install it, make a folder with this line as its ``__init__.py`` in ComfyUI's ``custom_nodes``::
-
-    from diffusion_fast.integrations.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
-
-``workflow.json`` beside this file is an example. The node has only been tested with a stand-in for
-ComfyUI's ``ModelPatcher`` and its U-Net, not inside ComfyUI.
+``diffusion-fast comfyui PATH`` puts it into a ComfyUI folder; ``workflow.json`` beside this file is
+an example. ``benchmarks/bench_comfyui.py`` runs it inside ComfyUI; the tests have a stand-in.
 """
 
 from .node import DiffusionFastPatch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from ...engine.graphs.capture import Capturer, CudaCapturer, Graph
 from .attention import attend
+from .unet import CHANGES, UNetCalls
 
 log = logging.getLogger(__name__)
 
 Apply = Callable[..., Tensor]
-CALLBACKS = ("on_load_after", "on_detach_after")  # CallbacksMP.ON_LOAD and ON_DETACH of ComfyUI
 LIMIT = 4  # shapes whose graphs are kept
 
 
@@ -25,11 +26,16 @@ class GraphedCalls:
     One graph per shape, dtype and set of conditions. All are dropped when the model is loaded or
     moved away, because a graph reads the weights' old addresses.
 
+    Args:
+        unet: the wrapper in which the U-Net runs our forward, which is called inside of this one;
+            None for none. In a captured call it neither compares nor keeps anything.
+
     Attributes:
         why: why the last call was not a graph; None if it was.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unet: UNetCalls | None = None) -> None:
+        self.unet = unet
         self.capturer: Capturer = CudaCapturer()
         self.why: str | None = "no call yet"
         self._calls: dict[Hashable, tuple[dict[str, Tensor], Tensor, Graph]] = {}
@@ -38,6 +44,10 @@ class GraphedCalls:
     def __len__(self) -> int:
         return len(self._calls)
 
+    def __deepcopy__(self, memo: Any) -> GraphedCalls:
+        """Itself: clones of a ``ModelPatcher``, whose options are copied, share its model."""
+        return self
+
     def drop(self, *_: Any) -> None:
         """Forget everything captured; ComfyUI calls it with whatever its hooks pass."""
         self._calls.clear()
@@ -45,6 +55,8 @@ class GraphedCalls:
 
     def __call__(self, apply: Apply, call: Mapping[str, Any]) -> Tensor:
         """``apply(input, timestep, **c)``, as ComfyUI hands it over."""
+        if self.unet is not None:
+            apply = self._through(self.unet, apply, call)
         x, t, options = call["input"], call["timestep"], call["c"]
         tensors = {"input": x, "timestep": t}
         tensors |= {name: value for name, value in options.items() if isinstance(value, Tensor)}
@@ -64,6 +76,15 @@ class GraphedCalls:
             static[name].copy_(value)
         graph.replay()
         return out.clone()
+
+    @staticmethod
+    def _through(unet: UNetCalls, apply: Apply, call: Mapping[str, Any]) -> Apply:
+        """``apply`` with the U-Net's forward replaced by ours."""
+
+        def through(x: Tensor, t: Tensor, **options: Any) -> Tensor:
+            return unet(apply, {**call, "input": x, "timestep": t, "c": options})
+
+        return through
 
     def _reason(
         self, x: Tensor, options: Mapping[str, Any], tensors: Mapping[str, Tensor]
@@ -96,7 +117,8 @@ class GraphedCalls:
         def work() -> None:
             made[:] = [apply(static["input"], static["timestep"], **fixed)]
 
-        with torch.no_grad():
+        steadily = nullcontext() if self.unet is None else self.unet.steadily()
+        with torch.no_grad(), steadily:
             graph = self.capturer.capture(static["input"].device, work, work)
         while len(self._calls) >= LIMIT:
             del self._calls[next(iter(self._calls))]
@@ -109,13 +131,15 @@ def patch_graphs(patcher: Any) -> GraphedCalls:
     Raises:
         ValueError: another node wraps the calls already.
     """
-    if patcher.model_options.get("model_function_wrapper") is not None:
+    wrapper = patcher.model_options.get("model_function_wrapper")
+    unet = wrapper if isinstance(wrapper, UNetCalls) and wrapper.before is None else None
+    if wrapper is not unet:
         raise ValueError(
             "graphs: expected a model whose calls no other node wraps, got one with a"
             " model_function_wrapper; switch graphs off, or put this node before the other one"
         )
-    calls = GraphedCalls()
+    calls = GraphedCalls(unet)
     patcher.set_model_unet_function_wrapper(calls)
-    for when in CALLBACKS:
+    for when in CHANGES:
         patcher.add_callback(when, calls.drop)
     return calls

@@ -23,9 +23,9 @@ def patch_norms(patcher: Any, unet: nn.Module) -> int:
     found = list(norms(unet))
     for name, norm, silu in found:
         path = f"diffusion_model.{name}"
-        patcher.add_object_patch(f"{path}.forward", _normalized(norm, silu is not None))
+        patcher.add_object_patch(f"{path}.forward", Normalized(norm, silu is not None))
         if silu is not None:
-            patcher.add_object_patch(f"diffusion_model.{silu}.forward", _unchanged)
+            patcher.add_object_patch(f"diffusion_model.{silu}.forward", Unchanged())
     return len(found)
 
 
@@ -43,19 +43,30 @@ def norms(unet: nn.Module) -> Iterator[tuple[str, nn.GroupNorm, str | None]]:
             yield prefix + child, norm, prefix + after if fused and after is not None else None
 
 
-def _normalized(norm: nn.GroupNorm, silu: bool) -> Forward:
-    original = norm.forward
+class OnOps:
+    """A forward that this package puts in the place of a module's."""
 
-    def forward(x: Tensor) -> Tensor:
+
+class Normalized(OnOps):
+    """A group norm's forward, with the SiLU behind it or without."""
+
+    def __init__(self, norm: nn.GroupNorm, silu: bool) -> None:
+        self.norm, self.silu = norm, silu
+        before = norm.forward  # the patch of another clone of the model may still be in place
+        self.original: Forward = before.original if isinstance(before, Normalized) else before
+
+    def __call__(self, x: Tensor) -> Tensor:
+        norm = self.norm
         # With little memory, ComfyUI applies LoRAs to weights on their way to the GPU.
         if getattr(norm, "weight_function", None) or getattr(norm, "bias_function", None):
-            return F.silu(original(x)) if silu else original(x)
+            return F.silu(self.original(x)) if self.silu else self.original(x)
         # Weights may wait in another dtype or on another device until they are needed.
         weight, bias = norm.weight.to(x), norm.bias.to(x)
-        return ops.group_norm_silu(x, norm.num_groups, weight, bias, norm.eps, silu)
-
-    return forward
+        return ops.group_norm_silu(x, norm.num_groups, weight, bias, norm.eps, self.silu)
 
 
-def _unchanged(x: Tensor) -> Tensor:
-    return x
+class Unchanged(OnOps):
+    """The forward of a SiLU that a norm has done."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x

@@ -45,8 +45,9 @@ from ...models.unet import ContextProjections, UNet2DCondition
 from ...models.vae import Decoder
 from ...models.vae_config import VAEConfig
 from ...ops import checks
+from ..twin import Unlike
 from .attention_processor import AttentionProcessor
-from .twin import Twin, Unlike
+from .twin import DiffusersTwin
 
 SUPPORTED = (
     "a Stable Diffusion or SDXL pipeline, with a UNet2DConditionModel as `unet` and an"
@@ -82,7 +83,7 @@ class Replacement:
     def __init__(self, name: str, theirs: Any, ours: Any) -> None:
         self.name = name
         self.theirs, self.ours = theirs, ours
-        self.twin = Twin(theirs, ours)
+        self.twin = DiffusersTwin(theirs, ours)
         self.calls = 0
         self.others: Counter[str] = Counter()
         self._blocks: list[nn.Module] = []
