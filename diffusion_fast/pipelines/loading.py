@@ -97,15 +97,21 @@ def _from_folder(
     if vae is None:
         kind: Any = AutoencoderTiny if is_tiny(folder / "vae") else AutoencoderKL
         vae = kind.from_pretrained(folder, variant=found["vae"], **placing)
+    unet = UNet2DCondition.from_pretrained(folder, variant=found["unet"], **placing)
+    distilled = index["_class_name"] in LCM
+    if distilled and unet.config.time_cond_proj_dim is None:
+        # Neither guided as other models are, nor by an input.
+        wanted = f"a U-Net that takes the guidance scale, as {index['_class_name']} has"
+        raise CheckpointError(f"{folder}: unet: expected {wanted}, got no time_cond_proj_dim")
     return Parts(
-        UNet2DCondition.from_pretrained(folder, variant=found["unet"], **placing),
+        unet,
         _given_vae(vae, _own_scaling(folder, xl), placing),
         text,
         _scheduler(folder / "scheduler" / "scheduler_config.json", prediction_type),
         _safety_checker(folder, index, variant, placing) if safety_checker else None,
         zero_empty=xl and bool(index.get("force_zeros_for_empty_prompt", True)),
         random_weights=bool(index.get(RANDOM, False)),
-        defaults=card.read_defaults(folder, card.LCM if index["_class_name"] in LCM else None),
+        defaults=card.read_defaults(folder, card.LCM if distilled else None),
     )
 
 

@@ -15,6 +15,7 @@ from diffusers_pipelines import PROMPT, arguments, picture
 from numerics import error
 from safetensors.torch import save_file
 
+from diffusion_fast.files import CheckpointError
 from diffusion_fast.models import UNet2DCondition
 from diffusion_fast.pipelines import StableDiffusion, make_tiny
 
@@ -54,6 +55,17 @@ def judged(folder: Path, scheduler: Any = None, **drawing: Any) -> torch.Tensor:
     if drawing["negative_prompt"] is None:  # which the pipeline of LCM doesn't have
         del drawing["negative_prompt"]
     return pipe(**drawing).images
+
+
+def test_a_plain_unet_in_the_pipeline_of_lcm_is_refused(tmp_path: Path) -> None:
+    """diffusers' pipeline can't run it either: it has nowhere to put the guidance scale."""
+    folder = make_tiny(tmp_path / "sd15", "sd15")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_class_name"] = "LatentConsistencyModelPipeline"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    expected = "takes the guidance scale, as LatentConsistencyModelPipeline has, got no time_cond"
+    with pytest.raises(CheckpointError, match=expected):
+        StableDiffusion.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
