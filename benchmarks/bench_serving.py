@@ -1,7 +1,8 @@
 """Mixed requests: one batch for all of them beside the usual ways to serve.
 
-    python -m benchmarks.bench_serving           # six minutes of a machine that does nothing else
+    python -m benchmarks.bench_serving           # some minutes
     python -m benchmarks.bench_serving --quick   # half a minute, to see that it runs
+    python -m benchmarks.bench_serving --replicas 1 2    # the server on Ray, through HTTP
 
 All ways serve the same requests with the U-Net of the emoji model that comes with the package, the
 same rewrites and the same number of slots, in turn within one run:
@@ -16,8 +17,8 @@ The traffic: samplers of :data:`SAMPLERS`, steps of :data:`STEPS`, guidance of :
 at random, but ``--shared`` of the requests that have one usual setting. First all requests are
 there at once (saturation); then they arrive at random (Poisson) at half of what ``single`` can do.
 Latency is from arrival to the last step; prompts are encoded before, and pictures are not decoded,
-which is the same for all. Last, the batch curve: milliseconds of a step with 1 to ``--slots``
-images, of which docs/ray.md reckons replicas.
+which is the same for all. Time is that of one thread (:class:`Clock`). Last, the batch curve:
+milliseconds of a step with 1 to ``--slots`` images, of which docs/ray.md reckons replicas.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from torch import Tensor
 
 import diffusion_fast as df
 from benchmarks.lib.environment import environment
+from benchmarks.lib.replicas import throughput
 from diffusion_fast import ops
 from diffusion_fast.engine.batch import Batch, Job, Seat, Slots
 from diffusion_fast.engine.rewrites.rows import Rows, side_by_side
@@ -68,9 +70,19 @@ class Request:
     done: float = 0.0
 
     @property
+    def prompt(self) -> str:
+        return PROMPTS[self.seed % len(PROMPTS)]
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """As OpenAI's clients send it."""
+        settings = dict(zip(("sampler", "steps", "guidance_scale"), self.settings, strict=True))
+        return {"prompt": self.prompt, "seed": self.seed, "response_format": "b64_json"} | settings
+
+    @property
     def job(self) -> Job:
         generator = torch.Generator().manual_seed(self.seed)
-        context = states(PROMPTS[self.seed % len(PROMPTS)])
+        context = states(self.prompt)
         return Job(self.table, *context, torch.randn(1, *SHAPE, generator=generator), generator)
 
 
@@ -90,22 +102,28 @@ def states(prompt: str) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Clock:
-    """Time since the first request could arrive, and what the model was asked."""
+    """Seconds since the first request could arrive, and what the model was asked.
 
-    start: float = field(default_factory=time.perf_counter)
+    They are those that this process computes, in one thread; where it would wait for the next
+    arrival, the clock is put forward. So what else runs on the machine hardly matters.
+    """
+
+    start: float = field(default_factory=time.process_time)
+    skipped: float = 0.0
     calls: int = 0
     images: int = 0
 
     @property
     def now(self) -> float:
-        return time.perf_counter() - self.start
+        return time.process_time() - self.start + self.skipped
 
     def arrived(self, waiting: list[Request]) -> list[Request]:
-        """Those that are there; waits for the next one if nobody is."""
+        """Those that are there."""
         return [one for one in waiting if one.arrives <= self.now]
 
     def wait(self, waiting: list[Request]) -> None:
-        time.sleep(max(0.0, min(one.arrives for one in waiting) - self.now))
+        """Go on with the next one."""
+        self.skipped += max(0.0, min(one.arrives for one in waiting) - self.now)
 
 
 def traffic(count: int, shared: float, rate: float | None, seed: int) -> list[Request]:
@@ -281,9 +299,9 @@ def curve(slots: Slots, repeats: int) -> list[float]:
             batch.join(slots.take(Request(USUAL, i, 0.0, table).job))
         times = []
         while not batch.seats[0].done:
-            begun = time.perf_counter()
+            begun = time.process_time()
             batch.step()
-            times.append(1e3 * (time.perf_counter() - begun))
+            times.append(1e3 * (time.process_time() - begun))
         for seat in list(batch.seats):
             batch.leave(seat)
         made.append(statistics.median(times[5:]))
@@ -311,18 +329,40 @@ def plot(results: Sequence[dict[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
+def write(file: Path, options: argparse.Namespace, **found: Any) -> None:
+    """What was found, with the machine, the date and the command's options."""
+    facts = {
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": environment(),
+        "options": {k: v for k, v in vars(options).items() if k != "out"},
+        **found,
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer requests")
     parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--shared", type=float, default=0.4, help="part with the usual settings")
     parser.add_argument("--out", type=Path, help="a folder for results.json and serving.png")
+    parser.add_argument("--replicas", type=int, nargs="*", help="numbers of replicas on Ray")
     options = parser.parse_args()
     count, runs = (16, 1) if options.quick else (options.requests, options.runs)
+    if options.replicas:
+        bodies = [one.body for one in traffic(count, options.shared, None, 0)]
+        found = throughput(options.replicas, bodies, options.slots, runs)
+        for row in found:
+            print(row)
+        if options.out:
+            write(options.out / "replicas.json", options, results=found)
+        return
+    torch.set_num_threads(1)  # whose time the clock counts
     slots = Slots(model().unet, slots=options.slots, max_rows=120)
 
     def saturated(run: int) -> list[Request]:
@@ -350,16 +390,8 @@ def main() -> None:
     batch_ms = curve(slots, 20 if options.quick else 100)
     print("ms of a step by images:", ", ".join(f"{ms:.3g}" for ms in batch_ms))
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        facts = {
-            "made": datetime.now(UTC).isoformat(timespec="seconds"),
-            "environment": environment(),
-            "options": {k: v for k, v in vars(options).items() if k != "out"},
-            "results": results,
-            "batch_curve_ms": [round(ms, 3) for ms in batch_ms],
-        }
-        text = json.dumps(facts, indent=1, default=str) + "\n"
-        (options.out / "results.json").write_text(text, encoding="utf-8")
+        rounded = [round(ms, 3) for ms in batch_ms]
+        write(options.out / "results.json", options, results=results, batch_curve_ms=rounded)
         plot(results, options.out / "serving.png")
 
 

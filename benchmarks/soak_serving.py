@@ -152,7 +152,7 @@ def soak(seconds: float, clients: int, seed: int, out: TextIO, every: float = 10
     """
     pipe = df.StableDiffusion.from_pretrained("tiny")
     limits = Limits(queue=12, batch=4, receive=1.0)
-    service = Service(pipe, name="tiny", slots=4, limits=limits)
+    service = Service.of(pipe, name="tiny", slots=4, limits=limits)
     seen: collections.Counter[str] = collections.Counter()
     failures: list[str] = []
     sizes: list[tuple[float, int]] = []
@@ -177,7 +177,7 @@ def soak(seconds: float, clients: int, seed: int, out: TextIO, every: float = 10
         threads = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
         for thread in threads:
             thread.start()
-        batcher = service.batcher
+        batcher = service.drawer
         while any(thread.is_alive() for thread in threads):
             time.sleep(min(every, 1.0))
             now = time.monotonic() - begun

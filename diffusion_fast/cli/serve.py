@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,7 +13,7 @@ from .sample_prompts import lora_of
 
 def serve(
     model: Annotated[
-        str, typer.Option(help="A Stable Diffusion folder, single file or hub id; or tiny.")
+        str, typer.Option(help="A Stable Diffusion folder, single file or hub id; emoji or tiny.")
     ],
     name: Annotated[
         str | None, typer.Option(help="What clients call the model; default its file's name.")
@@ -67,6 +63,15 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda ...")] = "cpu",
     graph: Annotated[str, typer.Option(help="CUDA graphs: auto or off.")] = "auto",
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Serve with Ray Serve, on all machines of a Ray cluster.")
+    ] = False,
+    replicas: Annotated[
+        int, typer.Option(help="Copies of the model, each on a GPU of its own; with --ray.", min=1)
+    ] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option(help="Let their number grow with the load; with --ray.", min=1)
+    ] = None,
 ) -> None:
     """Serve a model: OpenAI's images API, AUTOMATIC1111's, and a page at /.
 
@@ -75,57 +80,69 @@ def serve(
     try:
         import uvicorn
 
-        from ..serving import Limits, Service, create_app
-        from ..serving.gate import JSONLines
+        from ..serving import Service, create_app
+        from ..serving.gate import log_as_json
+        from ..serving.settings import Settings
     except ModuleNotFoundError as error:
         needed = "pip install 'diffusion-fast[serve]'"
         raise ImportError(f"serve needs {error.name}, which is not installed: {needed}") from error
-    import torch
 
-    from ..pipelines import StableDiffusion
-    from ..pipelines.tiny import KINDS
-
-    check_device(device)
+    if not ray:  # whose head may have none
+        check_device(device)
     if dtype is not None:
         checks.one_of("--dtype", dtype, ("float32", "bfloat16", "float16"))
-    tiny = model == "tiny" or model.removeprefix("tiny-") in KINDS
-    if not (tiny or "/" in model or Path(model).exists()):
-        raise ValueError(f"{model}: no such file or folder")
-    pipe = StableDiffusion.from_pretrained(
-        model,
+    checks.one_of("--graph", graph, ("auto", "off"))
+    if not ray and (replicas > 1 or max_replicas is not None):
+        checks.fail("--replicas, --max-replicas", "1 and none without --ray", replicas)
+    if max_replicas is not None and max_replicas < replicas:
+        checks.fail("--max-replicas", f"at least --replicas, {replicas}", max_replicas)
+    settings = Settings(
+        model=model,
+        name=name,
+        token=token,
+        allow_host=allow_host or [],
+        allow_origin=allow_origin or [],
+        slots=slots,
+        queue=queue,
+        max_steps=max_steps,
+        max_side=max_side,
+        max_batch=max_batch,
+        max_body=max_body,
+        rate=rate,
+        timeout=timeout,
+        drain=drain,
+        lora=dict(map(lora_of, lora or [])),
         vae=vae,
         tokenizer=tokenizer,
         safety_checker=safety_checker,
         variant=variant,
-        dtype=None if dtype is None else getattr(torch, dtype),
+        dtype=dtype,  # type: ignore[arg-type]  # it was looked at
         device=device,
+        graph=graph,  # type: ignore[arg-type]
+        replicas=replicas,
+        max_replicas=max_replicas,
     )
-    loras = {}
-    for path, scale in map(lora_of, lora or []):
-        stem = Path(path).stem
+    log_as_json()
+    if ray:
         try:
-            pipe.loras.load(path, stem, scale)
-        except ValueError as error:
-            raise ValueError(f"--lora: {error}") from error
-        loras[stem] = scale
-    limits = Limits(
-        steps=max_steps,
-        side=max_side,
-        pixels=max_side * max_side,
-        batch=max_batch,
-        queue=queue,
-        body=max_body * 2**20,
-        rate=rate,
-        timeout=timeout,
+            from ..serving.cluster import serve_until_stopped
+        except ModuleNotFoundError as error:
+            needed = "pip install 'diffusion-fast[ray]'"
+            raise ImportError(
+                f"--ray needs {error.name}, which is not installed: {needed}"
+            ) from error
+        serve_until_stopped(settings, host, port)
+        return
+    pipe, loras = settings.load()
+    service = Service.of(
+        pipe,
+        name=settings.served_name,
+        loras=loras,
+        slots=slots,
+        limits=settings.limits,
+        graph=graph,
     )
-    served = name or Path(model.rstrip("/")).stem
-    service = Service(pipe, name=served, loras=loras, slots=slots, limits=limits, graph=graph)
-    app = create_app(service, token=token, hosts=allow_host or (), origins=allow_origin or ())
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JSONLines())
-    for logger in ("diffusion_fast", "uvicorn"):
-        logging.getLogger(logger).handlers = [handler]
-        logging.getLogger(logger).setLevel(os.environ.get("LOG_LEVEL", "INFO").upper())
+    app = create_app(service, token=token, hosts=settings.allow_host, origins=settings.allow_origin)
     uvicorn.run(
         app,
         host=host,

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..edits import Edit, Watch
 from ..engine.batch import Batch, Seat, Slots
 from ..ops import checks
-from .pending import Pending
+from .pending import InBatch, Pending
 from .request import checked, job, result
 from .result import Result
 from .stable_diffusion import StableDiffusion
@@ -105,9 +105,9 @@ class Batcher:
         device = self._shared.device
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._batches: OrderedDict[tuple[int, int], Batch] = OrderedDict()
-        self._waiting: deque[Pending] = deque()
-        self._running: dict[Seat, tuple[Pending, tuple[int, int]]] = {}
-        self._finished: deque[tuple[Pending, Tensor, Seat]] = deque()
+        self._waiting: deque[InBatch] = deque()
+        self._running: dict[Seat, tuple[InBatch, tuple[int, int]]] = {}
+        self._finished: deque[tuple[InBatch, Tensor, Seat]] = deque()
         self._turn = 0  # whose turn between two steps: 0 a join's, 1 a decode's
         self._condition = threading.Condition()
         self._closing = self._stopped = False
@@ -133,13 +133,13 @@ class Batcher:
             [{"prompt": prompt, "negative_prompt": negative_prompt, **settings}]
         )[0]
 
-    def submit_all(self, requests: Sequence[Mapping[str, Any]]) -> list[Pending]:
+    def submit_all(self, requests: Sequence[Mapping[str, Any]]) -> Sequence[Pending]:
         """Ask for several images: all are accepted, or none is.
 
         Args:
             requests: the arguments of :meth:`submit` for each.
         """
-        made = [Pending(checked(self.pipe, self.max_steps, **request)) for request in requests]
+        made = [InBatch(checked(self.pipe, self.max_steps, **request)) for request in requests]
         with self._condition:
             if self._death is not None:
                 raise BatcherClosed(f"the batcher's thread ended: {self._death!r}") from self._death
@@ -215,7 +215,7 @@ class Batcher:
 
     def _ended(self, one: Future[Result]) -> None:
         """Counts a request that came to an end."""
-        assert isinstance(one, Pending)
+        assert isinstance(one, InBatch)
         one.ended = time.monotonic()
         with self._condition:
             if one.cancelled():
@@ -362,7 +362,7 @@ class Batcher:
                 self._side.wait_stream(torch.cuda.current_stream(self._shared.device))
             return
 
-    def _decode(self, one: Pending, latents: Tensor, seat: Seat) -> None:
+    def _decode(self, one: InBatch, latents: Tensor, seat: Seat) -> None:
         if one.cancelled():
             one.set_running_or_notify_cancel()
             return
@@ -376,7 +376,7 @@ class Batcher:
             with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
                 one.set_result(made)
 
-    def _draw_preview(self, seat: Seat, one: Pending, place: tuple[int, int]) -> None:
+    def _draw_preview(self, seat: Seat, one: InBatch, place: tuple[int, int]) -> None:
         from ..images import to_pil  # imports Pillow
 
         latents = self._batches[place].estimate(seat).nan_to_num()
@@ -409,7 +409,7 @@ class Batcher:
             self._stale = False
 
 
-def _fail(one: Pending, error: BaseException) -> None:
+def _fail(one: InBatch, error: BaseException) -> None:
     """Tell a request of its error, unless it was cancelled meanwhile."""
     with contextlib.suppress(InvalidStateError):
         one.set_exception(error)

@@ -37,7 +37,34 @@ class Pending(Future[Result]):
 
     ``cancel()`` works at any time before the result is there; a request that runs leaves its batch
     before the next step.
+
+    Attributes:
+        submitted: when it was asked for, by the monotonic clock.
+        started: when it joined a batch, on the same clock; None before that.
+        ended: when it was done.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.submitted = time.monotonic()
+        self.started: float | None = None
+        self.ended: float | None = None
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is."""
+        raise NotImplementedError
+
+    def preview(self) -> Any:
+        """The image so far, a PIL image, as it was when it was last drawn; None before that.
+
+        Asking makes it be drawn anew, at most once a step and between two steps.
+        """
+        raise NotImplementedError
+
+
+class InBatch(Pending):
+    """One that a batcher of this process draws, which writes how far it is."""
 
     def __init__(self, request: Request) -> None:
         super().__init__()
@@ -47,9 +74,6 @@ class Pending(Future[Result]):
         self._preview: Any = None
         self._preview_row = -1
         self._wants_preview = False
-        self.submitted = time.monotonic()
-        self.started: float | None = None  # when it joined a batch, on the same clock
-        self.ended: float | None = None
 
     @property
     def progress(self) -> Progress:
@@ -63,9 +87,5 @@ class Pending(Future[Result]):
         return Progress("running", seat.step, steps)
 
     def preview(self) -> Any:
-        """The image so far, a PIL image, as it was when it was last drawn; None before that.
-
-        Asking makes the batcher draw it anew, at most once a step and between two steps.
-        """
         self._wants_preview = not self.done()
         return self._preview

@@ -47,7 +47,7 @@ def create_app(
         warming.add_done_callback(_report)
         yield
         service.ready = False
-        await asyncio.to_thread(service.batcher.close, 0)
+        await asyncio.to_thread(service.drawer.close, 0)
 
     app = FastAPI(title="diffusion-fast", version=__version__, lifespan=lifespan)
     app.include_router(openai.router(service))
@@ -76,13 +76,13 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     @app.get("/healthz")
     def healthz() -> Response:
         """Whether the thread that draws is alive."""
-        alive = service.batcher.alive
+        alive = service.drawer.alive
         return JSONResponse({"status": "ok" if alive else "dead"}, 200 if alive else 503)
 
     @app.get("/readyz")
     def readyz() -> Response:
         """Whether images can be asked for: after the warm-up."""
-        ready = service.ready and service.batcher.alive
+        ready = service.ready and service.drawer.alive
         return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
     @app.get("/metrics")
@@ -93,18 +93,17 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     @app.get("/queue")
     def queue() -> dict[str, Any]:
         """What the page shows of everybody's requests: numbers only."""
-        batcher, pipe = service.batcher, service.pipe
-        height, width = pipe._size(None)
+        drawer, model = service.drawer, service.model
         return {
-            "model": service.name,
-            "slots": batcher.slots,
-            "occupied": batcher.occupied,
-            "waiting": batcher.waiting,
-            "width": width,
-            "height": height,
-            "steps": pipe.defaults.steps,
-            "guidance": pipe.defaults.guidance_scale,
-            "sampler": pipe.scheduler.sampler,
+            "model": model.name,
+            "slots": drawer.slots,
+            "occupied": drawer.occupied,
+            "waiting": drawer.waiting,
+            "width": model.width,
+            "height": model.height,
+            "steps": model.steps,
+            "guidance": model.guidance,
+            "sampler": model.sampler,
         }
 
     @app.get("/files/{name}", include_in_schema=False)

@@ -288,7 +288,7 @@ def _info(
         "all_seeds": seeds,
         "width": width,
         "height": height,
-        "sampler_name": asked.get("sampler") or service.pipe.scheduler.sampler,
+        "sampler_name": asked.get("sampler") or service.model.sampler,
         "cfg_scale": body.cfg_scale,
         "steps": body.steps,
         "batch_size": body.batch_size,

@@ -7,8 +7,10 @@ import base64
 import binascii
 import json
 import logging
+import os
 import re
 import secrets
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -250,6 +252,15 @@ async def _answer(
     headers = [(b"content-type", b"application/json"), *extra]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def log_as_json() -> None:
+    """Write a line of JSON on standard error for each request, from level ``LOG_LEVEL`` on."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JSONLines())
+    for logger in ("diffusion_fast", "uvicorn"):
+        logging.getLogger(logger).handlers = [handler]
+        logging.getLogger(logger).setLevel(os.environ.get("LOG_LEVEL", "INFO").upper())
 
 
 class JSONLines(logging.Formatter):

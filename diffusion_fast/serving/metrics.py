@@ -8,7 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ..pipelines import Batcher, Pending
+from ..pipelines import Pending
+from .model import Drawer
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
 
@@ -16,9 +17,9 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
 class Metrics:
     """Counters and histograms of one server, in a registry of their own."""
 
-    def __init__(self, batcher: Batcher) -> None:
+    def __init__(self, drawer: Drawer) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_Batch(batcher))
+        self.registry.register(_Batch(drawer))
         self.requests = Counter(
             "diffusion_fast_http_requests",
             "HTTP requests by route and status.",
@@ -53,18 +54,18 @@ class Metrics:
 
 
 class _Batch(Collector):
-    """The batcher's own numbers, read when they are asked for."""
+    """The drawer's own numbers, read when they are asked for."""
 
-    def __init__(self, batcher: Batcher) -> None:
-        self._batcher = batcher
+    def __init__(self, drawer: Drawer) -> None:
+        self._drawer = drawer
 
     def collect(self) -> Iterator[Metric]:
-        batcher, now = self._batcher, self._batcher.statistics
+        drawer, now = self._drawer, self._drawer.statistics
         gauges = {
-            "slots": ("Images that fit in the batch.", batcher.slots),
-            "slots_occupied": ("Images in the batch.", batcher.occupied),
-            "queue_length": ("Images that wait for a slot.", batcher.waiting),
-            "up": ("Whether images are accepted.", float(batcher.alive)),
+            "slots": ("Images that fit in the batch.", drawer.slots),
+            "slots_occupied": ("Images in the batch.", drawer.occupied),
+            "queue_length": ("Images that wait for a slot.", drawer.waiting),
+            "up": ("Whether images are accepted.", float(drawer.alive)),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"diffusion_fast_{name}", text, value)

@@ -19,6 +19,7 @@ from ..pipelines import Batcher, BatcherClosed, Pending, QueueFull, StableDiffus
 from ..pipelines.infotext import infotext
 from .limits import FieldError, Limits, Refused
 from .metrics import Metrics
+from .model import Drawer, Model, warm_up
 from .pictures import Files
 
 TASKS = 1024  # that are remembered
@@ -38,7 +39,7 @@ class Task:
 
     id: str
     caller: str
-    pending: list[Pending]
+    pending: Sequence[Pending]
     begun: float = field(default_factory=time.monotonic)
 
     @property
@@ -63,19 +64,27 @@ class Service:
     """A model behind an HTTP server.
 
     Args:
-        pipe: the pipeline, its LoRAs loaded.
-        name: the name that clients know the model by.
-        loras: scales of the LoRAs by their names.
-        slots: the most images that are drawn at once.
+        model: what there is to tell of it.
+        drawer: what draws.
         limits: what clients may ask for.
-        graph: as :class:`~diffusion_fast.Batcher` takes it.
 
     Attributes:
+        name, loras: of the model.
         ready: whether it was warmed up.
     """
 
-    def __init__(
-        self,
+    def __init__(self, model: Model, drawer: Drawer, limits: Limits | None = None) -> None:
+        self.model, self.drawer, self.limits = model, drawer, limits or Limits()
+        self.name, self.loras = model.name, model.loras
+        self.metrics = Metrics(drawer)
+        self.files = Files(self.limits)
+        self.created = int(time.time())
+        self.ready = False
+        self._tasks: OrderedDict[tuple[str, str], Task] = OrderedDict()
+
+    @classmethod
+    def of(
+        cls,
         pipe: StableDiffusion,
         *,
         name: str,
@@ -83,26 +92,25 @@ class Service:
         slots: int = 8,
         limits: Limits | None = None,
         graph: str = "auto",
-    ) -> None:
-        self.pipe, self.name, self.loras = pipe, name, dict(loras or {})
-        self.limits = limits or Limits()
-        self.batcher = Batcher(
-            pipe, slots=slots, queue=self.limits.queue, max_steps=self.limits.steps, graph=graph
+    ) -> Service:
+        """A pipeline's, drawn by a batcher in this process.
+
+        Args:
+            pipe: the pipeline, its LoRAs loaded.
+            name: the name that clients know the model by.
+            loras: scales of the LoRAs by their names.
+            slots, graph: as :class:`~diffusion_fast.Batcher` takes them.
+            limits: what clients may ask for.
+        """
+        limits = limits or Limits()
+        batcher = Batcher(
+            pipe, slots=slots, queue=limits.queue, max_steps=limits.steps, graph=graph
         )
-        self.metrics = Metrics(self.batcher)
-        self.files = Files(self.limits)
-        self.created = int(time.time())
-        self.ready = False
-        self._tasks: OrderedDict[tuple[str, str], Task] = OrderedDict()
+        return cls(Model.of(pipe, name, loras), batcher, limits)
 
     def warm_up(self) -> None:
-        """Draw one image, so that the first client does not wait for what is made once."""
-        inpainting: dict[str, Any] = {}
-        if self.pipe.inpainting:
-            height, width = self.pipe._size(None)
-            inpainting["image"] = Image.new("RGB", (width, height))
-            inpainting["mask"] = Image.new("L", (width, height), 255)
-        self.batcher.submit("", steps=1, **inpainting).result(self.limits.timeout)
+        """Draw one image; the service is ready then."""
+        warm_up(self.drawer, self.model, self.limits.timeout)
         self.ready = True
 
     def check_model(self, field: str, name: str | None) -> None:
@@ -160,7 +168,8 @@ class Service:
         """Draw images; those that are interrupted are left out.
 
         Args:
-            requests: the arguments of :meth:`Batcher.submit` for each.
+            requests: the arguments of :meth:`Batcher.submit <diffusion_fast.Batcher.submit>` for
+                each.
             caller: whose request it is.
             gone: whether the client has gone, which cancels.
             fields: names of fields by the batcher's arguments, for errors.
@@ -176,25 +185,20 @@ class Service:
             raise FieldError(
                 "force_task_id", "expected a name of no request that runs, got it twice"
             )
+        task: Task | None = None
         try:
-            pending = await asyncio.to_thread(self.batcher.submit_all, requests)
-        except QueueFull as error:
-            raise Refused(503, str(error)) from error
-        except BatcherClosed as error:
+            pending = await asyncio.to_thread(self.drawer.submit_all, requests)
+            task = self._tasks[key] = Task(key[1], caller, pending)
+            self._forget_tasks()
+            await self._wait(task, gone)
+            return [self._drawn(one) for one in pending if not one.cancelled()]
+        except (QueueFull, BatcherClosed) as error:
             raise Refused(503, str(error)) from error
         except (ValueError, TypeError) as error:
             raise named(error, fields) from error
-        task = self._tasks[key] = Task(key[1], caller, pending)
-        self._forget_tasks()
-        try:
-            await self._wait(task, gone)
-            return [self._drawn(one) for one in pending if not one.cancelled()]
-        except BatcherClosed as error:
-            raise Refused(503, str(error)) from error
-        except ValueError as error:
-            raise named(error, fields) from error
         finally:
-            task.cancel()  # what is not done yet: nobody waits for it any more
+            if task is not None:
+                task.cancel()  # what is not done yet: nobody waits for it any more
 
     async def _wait(self, task: Task, gone: Callable[[], Awaitable[bool]]) -> None:
         until = task.begun + self.limits.timeout

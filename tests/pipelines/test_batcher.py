@@ -89,11 +89,12 @@ def test_all_ways_together_are_what_they_are_alone(
     assert batcher.statistics.images / batcher.statistics.steps > 3
 
 
-def test_every_sampler(batcher: Batcher, exact: StableDiffusion) -> None:
+@pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))])
+def test_every_sampler(batcher: Batcher, exact: StableDiffusion, part: int) -> None:
     """Every third, of all families, each beside the next ones: some call the model twice, some read
     three calls before or the unconditional output alone."""
     common = {"prompt": "a cat", "steps": 3, "size": 64, "output": "latent", "seed": 5}
-    names = {*list(SAMPLERS)[::3], "lms", "pndm", "sa_solver_pece", "dpmpp_2m_cfg_pp"}
+    names = {*list(SAMPLERS)[part::3], "lms", "pndm", "sa_solver_pece", "dpmpp_2m_cfg_pp"}
     asked = [{**common, "sampler": name} for name in sorted(names)]
     pending = batcher.submit_all(asked)
     for one, how in zip(pending, asked, strict=True):

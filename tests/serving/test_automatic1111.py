@@ -166,7 +166,7 @@ def test_progress_and_interrupt_are_the_callers_own(served: Served) -> None:
     threads[1].join(60)
     assert json.loads(done["bob"]["info"])["all_seeds"] == []
     until = time.monotonic() + 60
-    while served.service.batcher.occupied:
+    while served.service.drawer.occupied:
         assert time.monotonic() < until
         time.sleep(0.01)
 

@@ -81,7 +81,7 @@ def wait_for(true: Any) -> None:
 
 
 def test_a_client_that_goes_cancels(served: Served) -> None:
-    batcher = served.service.batcher
+    batcher = served.service.drawer
     before = batcher.statistics.cancelled
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(served.url + "/sdapi/v1/txt2img", json=LONG, timeout=0.3)
@@ -89,7 +89,7 @@ def test_a_client_that_goes_cancels(served: Served) -> None:
 
 
 def test_a_full_queue_and_a_long_wait(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served.service.batcher, "queue", 1)
+    monkeypatch.setattr(served.service.drawer, "queue", 1)
     answer = served.post("/sdapi/v1/txt2img", **SMALL, batch_size=4)
     assert answer.status_code == 503
     assert "queue: expected room for 4 requests" in answer.json()["detail"]
@@ -98,7 +98,7 @@ def test_a_full_queue_and_a_long_wait(served: Served, monkeypatch: pytest.Monkey
     answer = served.post("/v1/images/generations", prompt="a cat", size="64x64", steps=100)
     assert answer.status_code == 504
     assert answer.json()["error"]["type"] == "server_error"
-    wait_for(lambda: not served.service.batcher.occupied)
+    wait_for(lambda: not served.service.drawer.occupied)
 
 
 def test_an_output_that_is_not_finite_is_an_answer(served: Served) -> None:

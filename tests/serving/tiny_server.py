@@ -39,7 +39,7 @@ class Served:
 @pytest.fixture(scope="session")
 def served() -> Iterator[Served]:
     pipe = StableDiffusion.from_pretrained("tiny")
-    service = Service(pipe, name="tiny", loras={"style": 0.5}, slots=4, limits=LIMITS)
+    service = Service.of(pipe, name="tiny", loras={"style": 0.5}, slots=4, limits=LIMITS)
     config = uvicorn.Config(create_app(service), port=0, log_config=None)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -53,4 +53,4 @@ def served() -> Iterator[Served]:
     server.should_exit = True
     thread.join(60)
     assert not thread.is_alive()
-    assert not service.batcher.alive
+    assert not service.drawer.alive

@@ -1,0 +1,69 @@
+"""Settings are the command's options; the files of Ray Serve in examples/ name ones that exist."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from diffusion_fast.cli.serve import serve
+from diffusion_fast.serving.settings import TOKEN, Settings
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "ray"
+
+
+def test_they_are_the_options_of_the_command() -> None:
+    options = inspect.signature(serve).parameters
+    apart = {"host", "port", "ray"}  # of the one process that listens
+    assert set(Settings.model_fields) == set(options) - apart
+    made = Settings(model="tiny")
+    for name in set(options) - apart - {"model", "token"}:
+        default = options[name].default
+        assert getattr(made, name) == default or (default is None and not getattr(made, name)), name
+
+
+def test_limits_and_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN, "secret")
+    made = Settings(model="a/folder/", max_side=64, max_body=2, queue=3)
+    assert made.token == "secret"
+    assert made.served_name == "folder"
+    limits = made.limits
+    assert (limits.side, limits.pixels, limits.body, limits.queue) == (64, 4096, 2 * 2**20, 3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"slots": 0}, {"max_replicas": 1, "replicas": 2}, {"graph": "on"}, {"nonsense": 1}],
+    ids=str,
+)
+def test_wrong_ones(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Settings(model="tiny", **change)
+    assert next(iter(change)) in str(caught.value)
+
+
+def test_a_model_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="nowhere: no such file or folder"):
+        Settings(model="nowhere").load()
+
+
+def config(name: str) -> dict[str, Any]:
+    """What is for Ray Serve in a file."""
+    found: dict[str, Any] = yaml.safe_load((EXAMPLES / name).read_text())
+    inner = found.get("spec", {}).get("serveConfigV2")
+    return found if inner is None else yaml.safe_load(inner)
+
+
+@pytest.mark.parametrize("name", ["serve.yaml", "kuberay.yaml"])
+def test_files_of_ray_serve(name: str) -> None:
+    schema = pytest.importorskip("ray.serve.schema", reason="ray is not installed")
+    cluster = pytest.importorskip("diffusion_fast.serving.cluster")
+    made = schema.ServeDeploySchema.model_validate(config(name))
+    [one] = made.applications
+    assert one.import_path == f"{cluster.__name__}:{cluster.application.__name__}"
+    assert Settings(**one.args).max_replicas == 4
+    assert cluster.application(Settings(**one.args)) is not None
