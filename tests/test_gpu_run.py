@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -143,6 +144,7 @@ def test_a_part_that_ignores_the_wish_to_stop_is_killed(tmp_path: Path) -> None:
 def test_a_part_may_write_what_it_has_when_its_time_is_up(tmp_path: Path) -> None:
     code = f"""
 import time
+import tomllib
 try:
     time.sleep(600)
 except KeyboardInterrupt:
@@ -455,3 +457,10 @@ def test_rows(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"linear\.json"):
         rows.write(tmp_path)
     assert len((tmp_path / rows.NAME).read_text().splitlines()) == 3
+
+
+def test_a_gpu_images_pytest_is_new_enough() -> None:
+    """Images that hold PyTorch hold pytest 8; one that is too old would end every part."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    least = settings["tool"]["pytest"]["ini_options"]["minversion"]
+    assert int(least.split(".")[0]) <= 8
