@@ -31,15 +31,15 @@ class Settings(BaseModel):
     token: str | None = Field(default_factory=lambda: os.environ.get(TOKEN))
     allow_host: list[str] = []
     allow_origin: list[str] = []
-    slots: int = Field(8, ge=1)
-    queue: int = Field(64, ge=1)
-    max_steps: int = Field(150, ge=1)
-    max_side: int = Field(2048, ge=8)
-    max_batch: int = Field(8, ge=1)
-    max_body: int = Field(32, ge=1)
-    rate: int = Field(0, ge=0)
-    timeout: float = Field(600.0, gt=0)
-    drain: int = Field(60, ge=0)
+    slots: int = Field(default=8, ge=1)
+    queue: int = Field(default=64, ge=1)
+    max_steps: int = Field(default=150, ge=1)
+    max_side: int = Field(default=2048, ge=8)
+    max_batch: int = Field(default=8, ge=1)
+    max_body: int = Field(default=32, ge=1)
+    rate: int = Field(default=0, ge=0)
+    timeout: float = Field(default=600.0, gt=0)
+    drain: int = Field(default=60, ge=0)
     lora: dict[str, float] = {}  # scales by files
     vae: str | None = None
     tokenizer: str | None = None
@@ -49,8 +49,8 @@ class Settings(BaseModel):
     device: str = "cpu"
     graph: Literal["auto", "off"] = "auto"
 
-    replicas: int = Field(1, ge=1)
-    max_replicas: int | None = Field(None, ge=1)
+    replicas: int = Field(default=1, ge=1)
+    max_replicas: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _replicas(self) -> Settings:
