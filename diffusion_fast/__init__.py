@@ -4,6 +4,7 @@ from typing import Any
 
 from . import _checkout, integrations, ops  # in this order
 from ._version import __version__
+from .conditioning import PerStep
 from .engine import Engine, sample
 from .finetuning import finetune
 from .models import AutoencoderKL, UNet2DCondition, UNetConfig, VAEConfig
@@ -17,6 +18,7 @@ __all__ = [
     "Batcher",
     "DiffusionSchedule",
     "Engine",
+    "PerStep",
     "StableDiffusion",
     "Trainer",
     "UNet2DCondition",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,45 @@ from .ops import checks
 Value = Tensor | Sequence[Tensor]
 Context = Tensor | Mapping[str, Any] | None  # of a Value each
 Model = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class PerStep:
+    """Contexts that take turns: another one at some steps of a run.
+
+    ``df.sample(model, schedule, shape, context=df.PerStep([cat, dog], [0, 0, 1, 1]), steps=4)``
+    is conditioned on ``cat`` in the first two steps.
+
+    Attributes:
+        contexts: those there are, alike in form: the same keywords, shapes and dtypes.
+        order: for each step which of them it is, from 0. Samplers that call the model twice in a
+            step have it for both calls.
+
+    Raises:
+        ValueError: no context, or a number in ``order`` that has none.
+    """
+
+    contexts: Sequence[Context]
+    order: Sequence[int]
+
+    def __post_init__(self) -> None:
+        if not self.contexts:
+            checks.fail("contexts", "at least one", list(self.contexts))
+        for one in self.order:
+            checks.whole_between("order", one, 0, len(self.contexts) - 1)
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """The same for the model calls of a run; what the loop asks a model's predictor to prepare.
+
+    Attributes:
+        contexts: of the halves that run, as :func:`join_halves` joins them.
+        order: for each row of the sampler's table which of them it is.
+    """
+
+    contexts: Sequence[Context]
+    order: Sequence[int]
 
 
 def bind(model: Model, context: Context) -> Callable[[Tensor, Tensor], Tensor]:
@@ -31,6 +71,70 @@ def _widened(name: str, value: Tensor, batch: int) -> Tensor:
     if value.dim() < 1 or value.shape[0] not in (1, batch):
         checks.fail(name, f"a batch of {batch} (or 1)", list(value.shape))
     return value.expand(batch, *value.shape[1:])
+
+
+def join_steps(
+    context: Context | PerStep,
+    null_context: Context | PerStep,
+    halves: str,
+    batch: int,
+    step_of_row: Sequence[int],
+) -> Context | PerRow:
+    """What :func:`join_halves` joins; for each row where one of them is :class:`PerStep`.
+
+    Args:
+        context, null_context, halves, batch: as there.
+        step_of_row: the step of each row of the sampler's table.
+
+    Raises:
+        ValueError: as there; an order for another number of steps, contexts of several forms.
+    """
+    if not isinstance(context, PerStep) and not isinstance(null_context, PerStep):
+        return join_halves(context, null_context, halves, batch)
+    steps = step_of_row[-1] + 1
+    positive = _by_step("context", context, steps)
+    negative = _by_step("null_context", null_context, steps)
+    uncond, cond = halves != "conditional", halves != "unconditional"
+    used = [(i * cond, k * uncond) for i, k in zip(positive.order, negative.order, strict=True)]
+    distinct = list(dict.fromkeys(used))
+    joined = [
+        join_halves(positive.contexts[i], negative.contexts[k], halves, batch) for i, k in distinct
+    ]
+    for other in joined[1:]:
+        if form(other) != form(joined[0]):
+            checks.fail("context", f"one form at all steps, {form(joined[0])}", form(other))
+    numbers = [distinct.index(pair) for pair in used]
+    if len(joined) == 1:
+        return joined[0]
+    return PerRow(joined, [numbers[step] for step in step_of_row])
+
+
+def by_row(name: str, context: Context | PerStep, step_of_row: Sequence[int]) -> list[Context]:
+    """The context of each row of a sampler's table.
+
+    Raises:
+        ValueError: an order for another number of steps.
+    """
+    given = _by_step(name, context, step_of_row[-1] + 1)
+    return [given.contexts[given.order[step]] for step in step_of_row]
+
+
+def _by_step(name: str, context: Context | PerStep, steps: int) -> PerStep:
+    if not isinstance(context, PerStep):
+        return PerStep([context], [0] * steps)
+    if len(context.order) != steps:
+        checks.fail(f"{name}.order", f"one for each of {steps} steps", len(context.order))
+    return context
+
+
+def form(context: Context | Value) -> Any:
+    """The keywords, shapes, dtypes and devices of a context: hashable."""
+    if isinstance(context, Mapping):
+        return tuple((name, form(value)) for name, value in sorted(context.items()))
+    if isinstance(context, (list, tuple)):
+        return tuple(map(form, context))
+    assert isinstance(context, Tensor | None)
+    return None if context is None else (tuple(context.shape), context.dtype, context.device)
 
 
 def join_halves(context: Context, null_context: Context, halves: str, batch: int) -> Context:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..conditioning import Context
+from ..conditioning import Context, PerStep, by_row
 from ..models import UNet2DCondition
 from ..ops import checks
 from ..ops.sampler_step import COLUMNS
@@ -49,8 +49,8 @@ class Job:
     """
 
     table: StepTable
-    context: Context
-    null_context: Context
+    context: Context | PerStep
+    null_context: Context | PerStep
     x_T: Tensor
     generator: Generators
     x_0: Tensor | None = None
@@ -68,7 +68,8 @@ class Seat:
         rows: its table.
         slot: its part of the shared tables.
         first: the first row of that part.
-        conditions: of the unconditional half and the conditional one; one of them if one runs.
+        halves: of the unconditional half and the conditional one, or of the one that runs: what
+            each row of the table is conditioned on.
         offsets: what is to be added to the row for the place of each half's times.
         row: the row that comes next, counted from 0.
         peak: when it has left, what :func:`~diffusion_fast.ops.sampler_step` found at each row.
@@ -78,7 +79,7 @@ class Seat:
     rows: TableRows
     slot: int
     first: int
-    conditions: list[Condition]
+    halves: list[list[Condition]]
     offsets: list[int]
     row: int = 0
     peak: Tensor | None = None
@@ -86,6 +87,16 @@ class Seat:
     @property
     def done(self) -> bool:
         return self.row == len(self.rows)
+
+    @property
+    def conditions(self) -> list[Condition]:
+        """Those of the row that comes next, one for each half."""
+        return [half[self.row] for half in self.halves]
+
+    @property
+    def changes(self) -> bool:
+        """Whether the row that comes next is conditioned on something else than the one before."""
+        return any(half[self.row] is not half[self.row - 1] for half in self.halves)
 
     def check_finite(self) -> None:
         """Raise FloatingPointError with the first step that was not finite, of an image that left.
@@ -172,17 +183,23 @@ class Slots:
         rows = TableRows(job.table, self.device)
         if len(rows) > self.max_rows:
             checks.fail("steps", f"at most {self.max_rows} model calls", len(rows))
+        steps = job.table.step_of_row.tolist()
         halves = []
         if job.table.halves != "conditional":
-            halves.append(("null_context", job.null_context, 0))
+            halves.append(("null_context", by_row("null_context", job.null_context, steps), 0))
         if job.table.halves != "unconditional":
-            halves.append(("context", job.context, self._second))
-        conditions = [self._condition(name, context) for name, context, _ in halves]
+            halves.append(("context", by_row("context", job.context, steps), self._second))
+        conditions = [self._conditions(name, contexts) for name, contexts, _ in halves]
         slot = self._free[-1]
         first = slot * self.max_rows
         timesteps = job.table.timesteps.to(self.device, torch.float32)
-        for _, context, offset in halves if self._second else halves[:1]:
-            self.network.write_times(timesteps, offset + first, context)
+        for _, contexts, offset in halves if self._second else halves[:1]:
+            row = 0
+            for _, group in itertools.groupby(contexts, id):  # neighbours with the same
+                [context, *more] = group
+                times = timesteps[row : row + 1 + len(more)]
+                self.network.write_times(times, offset + first + row, context)
+                row += len(times)
         coefficients = rows.folded.clone()
         for name in ("a", "b"):  # x_0 itself is wanted too: previews show it
             coefficients[:, INDEX[name]] = job.table.rows[:, INDEX[name]]
@@ -193,11 +210,16 @@ class Slots:
         self._free.pop()
         return Seat(job, rows, slot, first, conditions, [offset for _, _, offset in halves])
 
-    def _condition(self, name: str, context: Context) -> Condition:
-        found = self.network.condition(context)
-        if len(found) != 1:
-            checks.fail(name, "that of one image", f"a batch of {len(found)}")
-        return found[0]
+    def _conditions(self, name: str, contexts: Sequence[Context]) -> list[Condition]:
+        """Of each row's context, made once for those that are one and the same."""
+        made: dict[int, Condition] = {}
+        for context in contexts:
+            if id(context) not in made:
+                found = self.network.condition(context)
+                if len(found) != 1:
+                    checks.fail(name, "that of one image", f"a batch of {len(found)}")
+                made[id(context)] = found[0]
+        return [made[id(context)] for context in contexts]
 
     def give_back(self, seat: Seat) -> None:
         self._free.append(seat.slot)
@@ -375,6 +397,8 @@ class Batch:
             graph.replay()
         for seat in self.seats:
             seat.row += 1
+            if not seat.done and seat.changes:
+                self._arranged = None  # its keys and values are to be laid beside the others'
         return [seat for seat in self.seats if seat.done]
 
     def _arrange(self) -> _Arrangement:

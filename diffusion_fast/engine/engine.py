@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..conditioning import Context, Model, join_halves
+from ..conditioning import Context, Model, PerStep, join_steps
 from ..edits import Edit, Watch
 from ..ops import Philox, checks
 from ..ops.cpu import contest
@@ -118,8 +118,8 @@ class Engine:
     def sample(
         self,
         shape: Sequence[int],
-        context: Context = None,
-        null_context: Context = None,
+        context: Context | PerStep = None,
+        null_context: Context | PerStep = None,
         x_T: Tensor | None = None,
         generator: Generators = None,
         callback: Callback | None = None,
@@ -133,7 +133,8 @@ class Engine:
         Args:
             shape: shape of the result, [B, ...].
             context: what the model is conditioned on: a tensor [B, L, C] (or labels [B]), or a dict
-                whose tensors are passed to the model by keyword. A batch of 1 serves all images.
+                whose tensors are passed to the model by keyword. A batch of 1 serves all images. A
+                :class:`~diffusion_fast.PerStep` has several for the steps of the run.
             null_context: the same for the unconditional half of guidance.
             x_T: standard normal noise to start from, in place of drawn noise.
             generator: source of all noise; or one per image, so that image i doesn't depend on the
@@ -172,7 +173,8 @@ class Engine:
             start = Start(x_T, x_0, mask, generator, from_image)
             start.check(shape)
             self._notice_edits()
-            joined = join_halves(context, null_context, self.table.halves, shape[0])
+            steps = self.table.step_of_row.tolist()
+            joined = join_steps(context, null_context, self.table.halves, shape[0], steps)
             loop = self._loop_for(shape, 0 if extra_channels is None else extra_channels.shape[1])
 
             prepared = loop.prepare(self.table, joined, extra_channels)

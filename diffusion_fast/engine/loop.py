@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..conditioning import Context
+from ..conditioning import Context, PerRow
 from ..ops import Philox, checks
 from ..samplers.table import StepTable
 from .buffers import Buffers, Clock, Generators, Layout, Noise, noise_source
@@ -184,7 +184,7 @@ class Loop:
         self._rows: Rows | None = None  # of the last table
 
     def prepare(
-        self, table: StepTable, context: Context, extra_channels: Tensor | None
+        self, table: StepTable, context: Context | PerRow, extra_channels: Tensor | None
     ) -> Prepared:
         """Write everything that does not depend on the noise."""
         buffers, rows = self.buffers, self._rows
@@ -222,7 +222,7 @@ class Prepared:
         baked: what a captured step depends on beside the buffers' layout.
     """
 
-    def __init__(self, loop: Loop, rows: Rows, context: Context, baked: Any) -> None:
+    def __init__(self, loop: Loop, rows: Rows, context: Context | PerRow, baked: Any) -> None:
         self.loop, self.rows, self.baked = loop, rows, baked
         self._context = context
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..conditioning import Context, Model, Value, bind
+from ..conditioning import Context, Model, PerRow, bind, form
 from ..models import UNet2DCondition
 from ..models.controlled import ControlledUNet
 from ..ops import checks
 from .buffers import Clock
+from .order import Order, contexts_of
 from .rewrites.controlled import prepare
 from .rewrites.plan import REWRITES, Bypassed, RewriteReport
 
@@ -26,12 +27,12 @@ class Predictor(Protocol):
     their own, but those of the shapes before must stay as they are.
     """
 
-    def prepare(self, context: Context, timesteps: Tensor) -> None:
+    def prepare(self, context: Context | PerRow, timesteps: Tensor) -> None:
         """Before each run: everything that depends on the prompt or on the time grid only.
 
         Args:
             context: what the halves that run are conditioned on, batch [halves * B], as
-                :func:`~diffusion_fast.conditioning.join_halves` gives it.
+                :func:`~diffusion_fast.conditioning.join_steps` gives it.
             timesteps: [R] on the device, int64 if all are whole, else float32.
         """
         ...
@@ -64,19 +65,25 @@ class PlainPredictor:
 
     def __init__(self, model: Model, *, batch: int, max_rows: int, why: str | None = None) -> None:
         self.model, self.batch, self.max_rows, self.why = model, batch, max_rows, why
-        self._contexts: dict[Any, tuple[Context, Callable[[Tensor, Tensor], Tensor]]] = {}
+        self._contexts: dict[Any, Context] = {}
+        self._context: Context = None  # of this run, or all of its contexts joined
+        self._orders: dict[torch.device, Order] = {}
+        self._order: Order | None = None
         self._times: dict[torch.dtype, tuple[Tensor, Sequence[Tensor]]] = {}
-        self._predict: Callable[[Tensor, Tensor], Tensor] = model  # of the context now
         self._t = torch.empty(0)  # of the time grid now
         self._t_of_row: Sequence[Tensor] = ()
 
-    def prepare(self, context: Context, timesteps: Tensor) -> None:
+    def prepare(self, context: Context | PerRow, timesteps: Tensor) -> None:
+        self._order = self._orders.setdefault(
+            timesteps.device, Order(self.max_rows, timesteps.device)
+        )
+        self._order.take(context)
+        joined = self._order.join(contexts_of(context))
         key = signature(context)
         if key not in self._contexts:
-            kept = _empty_like(context)
-            self._contexts[key] = kept, bind(self.model, kept)
-        kept, self._predict = self._contexts[key]
-        _copy(kept, context)
+            self._contexts[key] = _empty_like(joined)
+        self._context = self._contexts[key]
+        _copy(self._context, joined)
         if timesteps.dtype not in self._times:
             times = timesteps.new_zeros(self.max_rows, self.batch)
             self._times[timesteps.dtype] = times, times.unbind()
@@ -86,7 +93,8 @@ class PlainPredictor:
     def __call__(self, x: Tensor, clock: Clock) -> Tensor:
         t = clock.pick(self._t) if clock.counts_on_device else self._t_of_row[clock.row]
         x_version, t_version = x._version, t._version
-        output = self._predict(x, t)
+        context = self._order.pick(self._context, clock) if self._order else self._context
+        output = bind(self.model, context)(x, t)
         if x._version != x_version or t._version != t_version:
             changed = "x" if x._version != x_version else "t"
             checks.fail(
@@ -133,14 +141,10 @@ def predictor_for(
     return PlainPredictor(model, batch=halves * batch, max_rows=max_rows, why=why)
 
 
-def signature(context: Context | Value) -> Any:
-    """The shapes, dtypes and devices of a context: hashable."""
-    if isinstance(context, Mapping):
-        return tuple((name, signature(value)) for name, value in sorted(context.items()))
-    if isinstance(context, (list, tuple)):
-        return tuple(map(signature, context))
-    assert isinstance(context, Tensor | None)
-    return None if context is None else (tuple(context.shape), context.dtype, context.device)
+def signature(context: Context | PerRow) -> Any:
+    """How many contexts there are, and their form: hashable."""
+    contexts = contexts_of(context)
+    return len(contexts), form(contexts[0])
 
 
 def _empty_like(context: Context) -> Context:

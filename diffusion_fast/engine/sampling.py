@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..conditioning import Context, Model
+from ..conditioning import Context, Model, PerStep
 from ..schedule import DiffusionSchedule
 from .buffers import Generators
 from .engine import Callback, Engine
@@ -21,8 +21,8 @@ def sample(
     device: torch.device | str = "cpu",
     sampler: str = "ddpm",
     steps: int | None = None,
-    context: Context = None,
-    null_context: Context = None,
+    context: Context | PerStep = None,
+    null_context: Context | PerStep = None,
     x_T: Tensor | None = None,
     generator: Generators = None,
     callback: Callback | None = None,

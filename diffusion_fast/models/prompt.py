@@ -2,7 +2,7 @@
 
 The syntax is that of AUTOMATIC1111's web UI. What it has beyond weights and ``BREAK``, and what
 other programs write into prompts, is refused by name: read as words, it would spoil pictures in
-silence.
+silence. (What changes with the steps, :mod:`.prompt_edits` has read before.)
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _factors(tokens: Sequence[str], name: str) -> dict[int, float | None]:
             unclosed[tokens[start]] -= 1
         if kind == "[" and (bar > start or _scheduled(tokens[start + 1 : i][-2:])):
             what = "[a|b] (words in turn)" if bar > start else "[a:b:0.5] (words for some steps)"
-            expected = rf"no {what}, a prompt is the same at all steps; or \[ for the letter"
+            expected = rf"{what} in a form of its own in a picture's prompt, or \[ for the letter"
             checks.fail(name, expected, repr("".join(tokens[start : i + 1])[:60]))
         factors[start] = (
             {"(": STRONGER, "[": 1 / STRONGER}[kind] if len(token) == 1 else float(token[1:-1])

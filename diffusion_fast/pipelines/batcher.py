@@ -353,7 +353,7 @@ class Batcher:
             statistics = self.statistics
             statistics.steps += 1
             statistics.images += len(batch)
-            statistics.rows += sum(len(seat.conditions) for seat in batch.seats)
+            statistics.rows += sum(len(seat.halves) for seat in batch.seats)
             for seat in batch.step():
                 one, _ = self._running.pop(seat)
                 one._decoding = True

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.prompt import parse
+from ..models.prompt_edits import is_edited
 from ..ops import checks
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def prompt_list(name: str, value: Any, embeddings: Collection[str] = ()) -> list
 
     Raises:
         TypeError: something else than strings; ValueError: an empty list, a prompt that
-            :func:`~diffusion_fast.models.prompt.parse` refuses.
+            :func:`~diffusion_fast.models.prompt.parse` refuses. Of a prompt that changes with the
+            steps, :func:`.prompts.said` looks at what it says.
     """
     prompts = [value] if isinstance(value, str) else value
     if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
@@ -38,7 +40,8 @@ def prompt_list(name: str, value: Any, embeddings: Collection[str] = ()) -> list
     if not prompts:
         checks.fail(name, "at least one prompt", prompts)
     for prompt in prompts:
-        parse(prompt, name, embeddings)
+        if not is_edited(prompt, name):
+            parse(prompt, name, embeddings)
     return list(prompts)
 
 

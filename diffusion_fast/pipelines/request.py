@@ -12,6 +12,7 @@ from ..ops import checks
 from ..samplers import SamplerOptions, table_of
 from ..samplers.table import StepTable
 from . import inputs
+from .prompts import Told
 from .result import Result
 from .stable_diffusion import OUTPUTS, StableDiffusion
 
@@ -22,6 +23,7 @@ class Request:
 
     prompt: str
     negative: str | None
+    told: Told
     seed: int
     size: inputs.Size
     images: Tensor | None
@@ -90,11 +92,14 @@ def checked(
     table = table_of(options, pipe.scheduler.schedule)
     if len(table) > max_steps:
         checks.fail("steps", f"at most {max_steps} model calls", len(table))
+    negatives = None if negative_prompt is None else [negative_prompt]
+    told = pipe._told([prompt], negatives, table.halves == "both", lambda: table.steps)
     pipe.text.check_clip_skip(clip_skip)
     height, width = pipe._size(inputs.plain(size)) if images is None else images.shape[2:]
     return Request(
         prompt,
         negative_prompt,
+        told,
         number,
         (height, width),
         images,
@@ -115,17 +120,17 @@ def job(pipe: StableDiffusion, request: Request) -> tuple[Job, tuple[int, int]]:
         The image to sample; height and width of its latents.
     """
     options = request.options
-    negatives = None if request.negative is None else [request.negative]
-    guided = request.table.halves == "both"
-    positive, negative = pipe._states([request.prompt], negatives, request.clip_skip, guided)
+    beside = pipe._embedded_guidance(request.scale)
+    context, null_context = pipe._contexts(
+        request.told, request.clip_skip, 1, request.size, (beside, beside)
+    )
     shape = pipe._latent_shape(1, *request.size)
     vae = pipe._autoencoding()
     start = pipe._start(vae, shape, request.images, request.masks, options.strength, [request.seed])
-    beside = pipe._embedded_guidance(request.scale)
     made = Job(
         table=request.table,
-        context=pipe._context(positive, 1, request.size, beside, inputs.AESTHETIC_SCORES[0]),
-        null_context=pipe._context(negative, 1, request.size, beside, inputs.AESTHETIC_SCORES[1]),
+        context=context,
+        null_context=null_context,
         from_image=options.strength is not None,
         **start,
     )

@@ -4,14 +4,14 @@ arXiv:2307.01952): a prompt in, images out."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..conditioning import Context
+from ..conditioning import Context, PerStep
 from ..engine import Engine
 from ..engine.engine import Callback
 from ..engine.rewrites.decoder import FreshDecoder
@@ -34,6 +34,7 @@ from .latents import Autoencoding
 from .loading import load
 from .parts import Parts
 from .previews import Previews
+from .prompts import Told, said
 from .result import Result
 from .saving import save
 
@@ -238,7 +239,8 @@ class StableDiffusion:
         Args:
             prompt: one or several. ``(word:1.3)``, ``(word)`` and ``[word]`` change weights,
                 ``BREAK`` begins a new chunk (see :func:`diffusion_fast.models.prompt.parse`); any
-                length.
+                length. ``[a:b:0.5]`` and ``[a|b]`` say something else at some of the steps that
+                are run (see :mod:`diffusion_fast.models.prompt_edits`).
             negative_prompt: what to guide away from, one for all or one for each prompt.
             steps: number of the sampler's steps; None for what the model's card says, else 20.
             guidance_scale: how closely to follow the prompt. 1 and less (SDXL Turbo's 0) is the
@@ -308,7 +310,9 @@ class StableDiffusion:
         )
         table = {one.name: getattr(options, one.name) for one in fields(options)}
         both = reads_unconditional(options) or inputs.guided(options.guidance_scale)
-        positive, negative = self._states(prompts, negatives, clip_skip, both)
+        told = self._told(
+            prompts, negatives, both, lambda: table_of(options, self.scheduler.schedule).steps
+        )
         shape = self._latent_shape(len(seeds), height, width)
         both = inputs.guided(options.guidance_scale)
         latent_size = shape[2], shape[3]
@@ -322,8 +326,7 @@ class StableDiffusion:
         vae = self._autoencoding()
         latents = self._engine_now(model, table, progress).sample(
             shape,
-            self._context(positive, batch, (height, width), beside[0], scores[0]),
-            self._context(negative, batch, (height, width), beside[1], scores[1]),
+            *self._contexts(told, clip_skip, batch, (height, width), beside, scores),
             callback=callback,
             table=table,
             **self._start(vae, shape, images, masks, options.strength, seeds, unfinished),
@@ -457,21 +460,46 @@ class StableDiffusion:
         grain = self.vae.downsampling
         return count, self.unet.config.out_channels, height // grain, width // grain
 
-    def _states(
-        self, prompts: list[str], negatives: list[str] | None, clip_skip: int, guided: bool
-    ) -> tuple[TextStates, TextStates | None]:
-        """States of the prompts and, with guidance, of the negative ones, equally long."""
+    def _told(
+        self,
+        prompts: list[str],
+        negatives: list[str] | None,
+        guided: bool,
+        steps: Callable[[], int],
+    ) -> Told:
+        """What the prompts say at each step and, with guidance, the negative ones."""
+        known = self.embeddings.names
+        positive = said("prompt", prompts, steps, known)
         if not guided:
-            return self.text.encode(prompts, clip_skip), None
-        texts = [*prompts, *(negatives or [""] * len(prompts))]
-        distinct = list(dict.fromkeys(texts))
-        states = self.text.encode(distinct, clip_skip)[[distinct.index(one) for one in texts]]
-        positive, negative = states[: len(prompts)], states[len(prompts) :]
-        if negatives is None and self.zero_empty:
-            assert negative.pooled is not None
-            zeros = torch.zeros_like(negative.context), torch.zeros_like(negative.pooled)
-            negative = TextStates(*zeros)
-        return positive, negative
+            return Told(positive, None, False)
+        zeros = negatives is None and self.zero_empty
+        texts = negatives or [""] * len(prompts)
+        return Told(positive, said("negative_prompt", texts, steps, known), zeros)
+
+    def _contexts(
+        self,
+        told: Told,
+        clip_skip: int,
+        batch: int,
+        size: inputs.Size,
+        beside: Sequence[dict[str, Any]],
+        scores: Sequence[float] = inputs.AESTHETIC_SCORES,
+    ) -> tuple[Context | PerStep, Context | PerStep]:
+        """What both halves of guidance are conditioned on, for ``batch`` images of each prompt.
+
+        Args:
+            told: what the prompts say.
+            clip_skip: layers to leave out at the text encoders' ends.
+            batch: images of each prompt.
+            size: height and width of the images.
+            beside: what else the model takes by keyword, the conditional half's first.
+            scores: the refiner's aesthetic scores, likewise.
+        """
+        return told.contexts(
+            lambda texts: self.text.encode(texts, clip_skip),
+            lambda states: self._context(states, batch, size, beside[0], scores[0]),
+            lambda states: self._context(states, batch, size, beside[1], scores[1]),
+        )
 
     def _embedded_guidance(self, scale: Any) -> dict[str, Tensor]:
         """The guidance scale for a U-Net that takes it as an input, [1, D]."""
@@ -493,7 +521,7 @@ class StableDiffusion:
 
     def _context(
         self,
-        states: TextStates | None,
+        states: TextStates,
         batch: int,
         size: inputs.Size,
         beside: dict[str, Any],
@@ -508,8 +536,6 @@ class StableDiffusion:
             beside: what else the model takes by keyword.
             score: the refiner's aesthetic score.
         """
-        if states is None:
-            return None
         weight = self.unet.conv_in.weight
         context = states.context.to(weight).repeat_interleave(batch, 0)
         if states.pooled is None:

@@ -37,6 +37,7 @@ WAYS: list[dict[str, Any]] = [
     {"image": PICTURE, "mask": MASK, "sampler": "ddim", "eta": 0.5},
     {"image": PICTURE, "mask": MASK, "strength": 0.7, "sampler": "dpmpp_3m"},
     {"prompt": "a cat " * 60, "clip_skip": 1},
+    {"prompt": "[a|b] (c:1.2)", "negative_prompt": "[d:e:2]", "sampler": "heun", "steps": 4},
     {"guidance_interval": (0.5, 5.0), "sampler": "DPM++ 2M Karras"},
 ]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...conditioning import Context
+from ...conditioning import Context, PerRow
 from ...models import UNet2DCondition
 from ...models.blocks import Residual, widened
 from ...models.controlled import SHARED, ControlledUNet, by_place
@@ -17,6 +17,7 @@ from ...models.controlnet import ControlNet
 from ...models.unet import Residuals
 from ...ops import checks
 from ..buffers import Clock
+from ..order import contexts_of
 from . import cost
 from .plan import Rewritable, RewritePlan, RewriteReport, make_plan
 from .prepare import Kept, PreparedNetwork, PreparedUNet
@@ -64,31 +65,39 @@ class PreparedControlled:
         return replace(self.plan, halves=1 if self._one_half else self.plan.halves, off=off)
 
     @torch.no_grad()
-    def prepare(self, context: Context, timesteps: Tensor) -> None:
+    def prepare(self, context: Context | PerRow, timesteps: Tensor) -> None:
         """Take a run's context, hints and time grid.
 
         Args:
             context: the keywords of :meth:`ControlledUNet.forward
-                <diffusion_fast.models.controlled.ControlledUNet.forward>`, for all halves.
+                <diffusion_fast.models.controlled.ControlledUNet.forward>`, for all halves; or
+                several for the rows, with the same hints.
             timesteps: [N], N at most the plan's ``max_rows``.
 
         Raises:
             ValueError: what doesn't fit the model, hints that differ between the halves of guidance
-                where ``control_prefix`` computes them for one, or too many timesteps.
+                where ``control_prefix`` computes them for one, or between rows; too many timesteps.
         """
-        given: dict[str, Any] = (
-            dict(context) if isinstance(context, Mapping) else {"context": context}
-        )
-        hints, scales, windows = (given.pop(name, None) for name in HINT_NAMES)
-        self.model.check_hints(self.batch, None, hints, scales, windows)
-        self.unet.prepare(given, timesteps)
-        shared = {name: given[name] for name in ("context", *SHARED) if name in given}
-        if self._one_half:
-            shared = {name: _last(value, self.plan.batch) for name, value in shared.items()}
+        several: list[dict[str, Any]] = [
+            dict(one) if isinstance(one, Mapping) else {"context": one}
+            for one in contexts_of(context)
+        ]
+        hints = [[one.pop(name, None) for name in HINT_NAMES] for one in several]
+        for made in hints:
+            self.model.check_hints(self.batch, None, *made)
+            for name, first, other in zip(HINT_NAMES, hints[0], made, strict=True):
+                if other is not first and not torch.equal(other, first):
+                    checks.fail(name, "the same at all steps", "others")
+        self.unet.prepare(_like(context, several), timesteps)
+        for i, given in enumerate(several):
+            shared = {name: given[name] for name in ("context", *SHARED) if name in given}
+            if self._one_half:
+                shared = {name: _last(value, self.plan.batch) for name, value in shared.items()}
+            several[i] = shared
         for control in self.controls:
             if control is not None:
-                control.prepare(shared, timesteps)
-        self._take_hints(timesteps, hints, scales, windows)
+                control.prepare(_like(context, several), timesteps)
+        self._take_hints(timesteps, *hints[0])
 
     def _take_hints(
         self, timesteps: Tensor, hints: Tensor, scales: Tensor, windows: Tensor
@@ -174,6 +183,11 @@ class PreparedControlled:
         if key not in self._explained:
             self._explained[key] = cost.explain(self.plan, self.model, PreparedControlled, *key)
         return self._explained[key]
+
+
+def _like(context: Context | PerRow, contexts: Sequence[Context]) -> Context | PerRow:
+    """Other contexts in the same order."""
+    return PerRow(contexts, context.order) if isinstance(context, PerRow) else contexts[0]
 
 
 def _last(value: Tensor | None, batch: int) -> Tensor | None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ...conditioning import Context
+from ...conditioning import Context, PerRow
 from ...models import UNet2DCondition
 from ...models.blocks import Composite, ResBlock, hooked
 from ...models.unet import ContextProjections, Residuals, TimeProjections, UNetEncoder
 from ...ops import checks
 from ..buffers import Clock
 from ..graphs.policy import surroundings
+from ..order import Order, contexts_of
 from . import cost
 from .leaves import Leaf, modules, plain_leaves
 from .plan import REWRITES, RewritePlan, RewriteReport, check_placement
@@ -110,6 +112,22 @@ class TimeTable:
         return [[table[clock.row] for table in block] for block in self.tables]
 
 
+@dataclass(frozen=True)
+class _Given:
+    """One context, checked.
+
+    Attributes:
+        context, lengths: text states or labels; how many of them count.
+        additions: to the time embedding.
+        images: an IP-Adapter's tokens, weights and masks.
+    """
+
+    context: Tensor
+    lengths: Tensor | None
+    additions: tuple[Tensor | None, Tensor | None, Tensor | None]
+    images: tuple[Any, Tensor | None, Any]
+
+
 class PreparedNetwork(Generic[Encoder]):
     """A U-Net, or the first half of one, with what does not depend on the image prepared.
 
@@ -132,7 +150,9 @@ class PreparedNetwork(Generic[Encoder]):
         weight = model.conv_in.weight
         self._grid = torch.zeros(plan.max_rows, 1, dtype=torch.float32, device=weight.device)
         self._kept = Kept()
-        self.given: Any = None  # of this run: context, its keys and values, lengths, additions
+        self._order = Order(plan.max_rows, weight.device)
+        # Of this run: context, its keys and values, lengths, additions, images.
+        self.given: Any = None
         # The same inputs leave the same behind, unless a layer is more than its weights.
         parts = list(model.modules())
         self._repeats = not (plan.device.type == "meta" or hooked(*parts)) and all(
@@ -144,23 +164,44 @@ class PreparedNetwork(Generic[Encoder]):
         self.images_of: tuple[tuple[int, int], ...] = ()
 
     @torch.no_grad()
-    def prepare(self, context: Context, timesteps: Tensor) -> None:
+    def prepare(self, context: Context | PerRow, timesteps: Tensor) -> None:
         """Take a run's context and time grid; those of the last run are there already.
 
         Args:
             context: as the model takes it, for all halves: text states [halves * B or 1, L, C] or
-                labels [halves * B], or a dict of the model's keywords.
+                labels [halves * B], or a dict of the model's keywords; or several for the rows.
             timesteps: [N], N at most the plan's ``max_rows``.
 
         Raises:
             ValueError: a context that doesn't fit the model, or too many timesteps.
         """
-        given: dict[str, Any] = (
-            dict(context) if isinstance(context, Mapping) else {"context": context}
-        )
-        self._prepare(timesteps, **given)
+        self.plan.check_rows(timesteps)
+        several = [
+            self._checked(timesteps, **(one if isinstance(one, Mapping) else {"context": one}))
+            for one in contexts_of(context)
+        ]
+        order = context.order if isinstance(context, PerRow) else [0] * len(timesteps)
+        inputs = tree_leaves([timesteps, torch.tensor(order), [vars(one) for one in several]])
+        around = surroundings(timesteps.device) if self._repeats else None
+        if self._last is not None and around == self._last[0] and _equal(inputs, self._last[1]):
+            return
+        self._last = None  # until all is done
+        self._order.take(context)
+        self.given = self._kept.write(self._order.join([self._made(one) for one in several]))
+        if self.times is not None:
+            of_row = [several[number].additions for number in order]
+            pooled = (
+                None if one[0] is None else torch.cat(one) for one in zip(*of_row, strict=True)
+            )
+            self.times.write(
+                self.model.embed_time(timesteps.repeat_interleave(self._images), *pooled)
+            )
+        else:
+            self._grid[: len(timesteps)] = timesteps[:, None]
+        if self._repeats:
+            self._last = around, [None if value is None else value.clone() for value in inputs]
 
-    def _prepare(
+    def _checked(
         self,
         timesteps: Tensor,
         context: Tensor | None = None,
@@ -171,54 +212,41 @@ class PreparedNetwork(Generic[Encoder]):
         image_tokens: Sequence[Tensor] = (),
         image_weights: Tensor | None = None,
         image_masks: Sequence[Tensor] = (),
-    ) -> None:
-        self.plan.check_rows(timesteps)
+    ) -> _Given:
         image = self.model.conv_in.weight.new_empty(self.batch, self.model.config.in_channels, 1, 1)
         self.model.check_inputs(
             image, timesteps[0], context, text_embeds, time_ids, timestep_cond, context_lengths
         )
         assert context is not None  # checked
-        pictured = image_tokens, image_weights, image_masks
         if isinstance(self.model, UNet2DCondition) and (
             len(self.model.ip_adapters) or len(image_tokens)
         ):
-            self.model.check_images(self.batch, *pictured)
+            self.model.check_images(self.batch, image_tokens, image_weights, image_masks)
+        pictured = tuple(image_tokens), image_weights, tuple(image_masks)
         additions = text_embeds, time_ids, timestep_cond
-        inputs = tree_leaves([timesteps, context, *additions, context_lengths, *pictured])
-        around = surroundings(timesteps.device) if self._repeats else None
-        if self._last is not None and around == self._last[0] and _equal(inputs, self._last[1]):
-            return
-        self._last = None  # until all is done
-        context = context.expand(self.batch, *context.shape[1:])
+        return _Given(context, context_lengths, additions, pictured)
+
+    def _made(self, given: _Given) -> tuple[Any, ...]:
+        """What the steps read of a context."""
+        context = given.context.expand(self.batch, *given.context.shape[1:])
         self.tokens = 1 if context.dim() == 1 else context.shape[1]
         kv = self._project(context) if "cached_context" in self.plan.on else None
-        images: Any = tuple(image_tokens)
+        images, weights, masks = given.images
         self.images_of = tuple(tuple(one.shape[1:3]) for one in images)
         if images and "cached_images" in self.plan.on:
             assert isinstance(self.model, UNet2DCondition)  # a ControlNet is given none
             images = self.model.project_images(images)
             if kv is not None:
-                assert image_weights is not None  # checked
-                kv = self.model.with_images(kv, images, image_weights, image_masks)
-                images, image_weights, image_masks = (), None, ()
-        if self.times is not None:
-            n, each = len(timesteps), timesteps.repeat_interleave(self._images)
-            pooled = (None if value is None else value.repeat(n, 1) for value in additions)
-            self.times.write(self.model.embed_time(each, *pooled))
-            additions = None, None, None
-        else:
-            self._grid[: len(timesteps)] = timesteps[:, None]
-        self.given = self._kept.write(
-            (
-                context if kv is None else None,
-                kv,
-                context_lengths,
-                additions,
-                (images, image_weights, tuple(image_masks)),
-            )
+                assert weights is not None  # checked
+                kv = self.model.with_images(kv, images, weights, masks)
+                images, weights, masks = (), None, ()
+        return (
+            context if kv is None else None,
+            kv,
+            given.lengths,
+            (None, None, None) if self.times is not None else given.additions,
+            (images, weights, masks),
         )
-        if self._repeats:
-            self._last = around, [None if value is None else value.clone() for value in inputs]
 
     def _project(self, context: Tensor) -> ContextProjections:
         return self.model.project_context(self.model.embed_context(context))
@@ -239,7 +267,8 @@ class PreparedNetwork(Generic[Encoder]):
 
     def conditions(self, clock: Clock) -> tuple[TimeProjections, ContextProjections, Any]:
         """What the blocks take of time and context at the clock's row; the context's lengths."""
-        context, kv, lengths, additions, (images, weights, masks) = self.given
+        given = self._order.pick(self.given, clock)
+        context, kv, lengths, additions, (images, weights, masks) = given
         if kv is None:
             kv = self._project(context)
         if weights is not None:
