@@ -28,24 +28,20 @@ TOP_LEVEL = (
     "DiffusionFastUniPC",
     "SchedulerMixin",  # diffusers' own: how it recognizes the schedulers among them
 )
-_OF_SIGMA = tuple(
-    f"DiffusionFast{name}"
-    for name in (
-        "DPMSolverSDE",
-        "Euler",
-        "EulerAncestral",
-        "Heun",
-        "KDPM2",
-        "KDPM2Ancestral",
-        "LMS",
-    )
-)
+# Those that are not in the module "schedulers".
+_ELSEWHERE = {
+    "sigma_schedulers": (
+        *("DPMSolverSDE", "Euler", "EulerAncestral", "Heun", "KDPM2", "KDPM2Ancestral", "LMS"),
+    ),
+    "solver_schedulers": ("DEIS", "DPMSolver", "DPMSolverSinglestep", "SASolver", "UniPC"),
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name in TOP_LEVEL:
-        where = "sigma_schedulers" if name in _OF_SIGMA else "schedulers"
+        short = name.removeprefix("DiffusionFast")
+        where = next((one for one, names in _ELSEWHERE.items() if short in names), "schedulers")
         return getattr(importlib.import_module(f"{__name__}.diffusers.{where}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

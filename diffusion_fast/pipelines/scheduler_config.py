@@ -13,13 +13,12 @@ from ..ops import checks
 from ..prediction import PREDICTION_TYPES
 from ..samplers import SAMPLERS, of_diffusers
 from ..samplers.grids import sigma_grid
-from ..samplers.names import options_of
+from ..samplers.names import REFUSED, REFUSED_SETTINGS, options_of
 from ..samplers.registry import find
 from ..samplers.sampler import DiffusersName
 from ..schedule import DiffusionSchedule
 
 _EULER, _SINGLESTEP = "EulerDiscreteScheduler", "DPMSolverSinglestepScheduler"
-_NEAREST = {"DPMSolverMultistepScheduler": "dpmpp_2m", "UniPCMultistepScheduler": "unipc"}
 # What diffusers' classes assume where a file says nothing, if it is not linspace and so on.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "DDPMScheduler": {
@@ -77,7 +76,7 @@ _READS: dict[str, tuple[str, ...]] = {
     ),
     "UniPCMultistepScheduler": (
         *(_ZERO_SNR, "solver_order", "solver_type", *_PLACED, "sigma_min", "sigma_max"),
-        *("final_sigmas_type", "lower_order_final", "disable_corrector"),
+        *("final_sigmas_type", "lower_order_final", "disable_corrector", "predict_x0"),
     ),
     "EulerDiscreteScheduler": (
         *(_ZERO_SNR, *_PLACED, "sigma_min", "sigma_max", "final_sigmas_type"),
@@ -119,7 +118,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "use_dynamic_shifting": (False, None),
     "shift_terminal": (None,),
     "timestep_type": ("discrete",),
-    "predict_x0": (True,),
     "solver_p": (None,),
     "original_inference_steps": (50,),
     "timestep_scaling": (10.0, 10),
@@ -146,12 +144,13 @@ class SchedulerSettings:
 
     Attributes:
         schedule: the betas.
-        sampler: one of :data:`~diffusion_fast.samplers.SAMPLERS`.
+        sampler: one of :data:`~diffusion_fast.samplers.SAMPLERS`; None where the scheduler is none
+            of them, and a run needs the name of another.
         config: the contents of a ``scheduler_config.json`` with the defaults of its class.
     """
 
     schedule: DiffusionSchedule
-    sampler: str
+    sampler: str | None
     config: dict[str, Any]
 
     def table(self, sampler: str | None = None) -> dict[str, Any]:
@@ -162,9 +161,12 @@ class SchedulerSettings:
                 name of another program decides the grid by itself.
 
         Raises:
-            ValueError: no such sampler.
+            ValueError: no such sampler; or none named, and the scheduler's own is none of ours.
         """
         config, sampler = self.config, self.sampler if sampler is None else sampler
+        if sampler is None:
+            expected = "the name of one, because the model's own scheduler is none of ours"
+            checks.fail("sampler", expected, f"None for {_reason(config['_class_name'], config)}")
         entry = find(options_of(sampler, config["timestep_spacing"], SAMPLERS)["sampler"])
         if sampler != entry.name:  # a name that decides the grid
             kept = ("timestep_spacing", "prediction_type")
@@ -205,8 +207,8 @@ class SchedulerSettings:
 def read_scheduler(config: Mapping[str, Any]) -> SchedulerSettings:
     """The schedule and the sampler of a diffusers ``scheduler_config.json``, read into a dict.
 
-    Warns of a scheduler that we don't have, which is replaced, and of options that we don't have,
-    which are left out; each is named.
+    A scheduler that we don't have is refused when a run asks for it. Warns of options that we
+    don't have, which are left out; each is named.
 
     Raises:
         ValueError: a scheduler of another kind of model (flow matching, EDM), learned variances,
@@ -238,6 +240,8 @@ def write_scheduler(settings: SchedulerSettings) -> dict[str, Any]:
 
     diffusers has no corrected third order: ``dpmpp_3m`` is written as its own.
     """
+    if settings.sampler is None:
+        return dict(settings.config)
     given, name = settings.config, find(settings.sampler).diffusers[0]
     kept = (*_BETAS, "prediction_type", "timestep_spacing", *_READS[name.scheduler])
     written = {
@@ -270,27 +274,36 @@ def _refuse(name: str, config: Mapping[str, Any]) -> None:
     checks.one_of(
         "final_sigmas_type", config.get("final_sigmas_type") or "zero", ("zero", "sigma_min")
     )
-    if name == "PNDMScheduler" and not config["skip_prk_steps"]:
-        expected = "True (PNDM's Runge-Kutta steps at the start are no rows of one table)"
-        checks.fail("skip_prk_steps", expected, False)
     variances = (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
     if config.get("variance_type") not in variances:
         checks.fail("variance_type", "a fixed one", repr(config["variance_type"]))
 
 
-def _sampler(name: str, config: Mapping[str, Any]) -> str:
-    order = config.get("solver_order", 2)
-    checks.positive_int("solver_order", order)
-    exact = of_diffusers(name, config)
-    if exact is not None:
-        return exact.name
-    wanted, sampler = name, "dpmpp_2m"
-    if name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
-        algorithm = str(config.get("algorithm_type", "UniPC"))
-        wanted = f"{algorithm} of order {order}"
-        sampler = "dpmpp_2m_sde" if algorithm.startswith("sde") else _NEAREST[name]
-    warnings.warn(f"{wanted} is not available here; {sampler} takes its place", stacklevel=3)
-    return sampler
+def _sampler(name: str, config: Mapping[str, Any]) -> str | None:
+    checks.positive_int("solver_order", config.get("solver_order", 2))
+    found = of_diffusers(name, config)
+    if found is None or (name == "PNDMScheduler" and not config["skip_prk_steps"]):
+        return None
+    return found.name
+
+
+def _reason(name: str, config: Mapping[str, Any]) -> str:
+    """The scheduler that is none of ours, and why."""
+    for other, settings, why in REFUSED_SETTINGS:
+        if name == other and all(config.get(key) == value for key, value in settings.items()):
+            return f"{name} with {', '.join(f'{k}={v}' for k, v in settings.items())}: {why}"
+    if name in REFUSED:
+        return f"{name}: {REFUSED[name]}"
+    known = sorted(
+        {
+            key
+            for one in SAMPLERS.values()
+            for n in one.diffusers
+            if n.scheduler == name
+            for key in n.settings
+        }
+    )
+    return f"{name} with {', '.join(f'{k}={config.get(k)!r}' for k in known)}" if known else name
 
 
 def _left_out(config: Mapping[str, Any]) -> Iterator[str]:

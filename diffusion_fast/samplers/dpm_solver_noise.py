@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 
+from ..ops import checks
 from ..prediction import epsilon_coefficients
 from ..schedule import FloatArray
 from .dpm_solver import FEW_STEPS
@@ -30,7 +31,13 @@ def calls(
         exact: integrate the slope of order 2 exactly, in place of the midpoint rule ("heun").
 
     A step to no noise is of first order.
+
+    Raises:
+        ValueError: x_0 is to be clipped.
     """
+    if options.clip < np.inf:
+        expected = f"False for {options.sampler}, whose steps go by epsilon"
+        checks.fail("clip_sample", expected, options.clip_sample)
     n = len(grid)
     orders = np.minimum(order, np.arange(1, n + 1))
     if options.lower_order_final and options.steps is not None and options.steps < FEW_STEPS:

@@ -24,6 +24,9 @@ A1111_SCHEDULES = {
     "SGM Uniform": "sgm_uniform",
     "KL Optimal": "kl_optimal",
     "Align Your Steps": "ays",
+    "Align Your Steps 11": "ays_11",
+    "Align Your Steps 32": "ays_32",
+    "Align Your Steps GITS": "ays_gits",
     "Simple": "simple",
     "Normal": "normal",
     "DDIM": "ddim_uniform",
@@ -37,13 +40,71 @@ USUAL: dict[str, tuple[Any, ...]] = {
     "solver_type": ("midpoint", "bh2"),
     "predict_x0": (True,),
 }
+# ComfyUI's names of what has another one here. Its ddpm is the posterior's step, Euler ancestral's.
+SAME = {"ddpm": "euler_ancestral"}
+_ADAPTIVE = "it chooses its steps by the error that it finds on the way"
+_SHORT = "there it leaves out its last step; pndm and ddim are diffusers' forms"
+_INVERSE = "it goes from an image to noise"
+_PARALLEL = "it goes over all steps at once; ddim and ddpm are its steps"
+_LEVEL = "its network is told a noise level, not a timestep"
+_FLOW = "for flow matching, another kind of model"
+_TOKENS = "for models of tokens, not of Gaussian noise"
+_VIDEO = "its schedule is that of a video model"
 # What has a name elsewhere and is no table of rows.
 REFUSED = {
-    "dpm_adaptive": "it chooses its steps by the error that it finds on the way",
-    "DPM adaptive": "it chooses its steps by the error that it finds on the way",
+    "dpm_adaptive": _ADAPTIVE,
+    "DPM adaptive": _ADAPTIVE,
+    "PLMS": _SHORT,
+    "DDIM CFG++": _SHORT,
     "IPNDMScheduler": "its schedule is of its own, not that of Stable Diffusion",
-    "UniPC": "AUTOMATIC1111's own grid; uni_pc is ComfyUI's form, unipc and unipc_3 diffusers'",
+    "DDIMInverseScheduler": _INVERSE,
+    "DPMSolverMultistepInverseScheduler": _INVERSE,
+    "DDIMParallelScheduler": _PARALLEL,
+    "DDPMParallelScheduler": _PARALLEL,
+    "RePaintScheduler": "it goes back in time between steps, and reads the image that it keeps",
+    "UnCLIPScheduler": "its noise depends on the model's output",
+    "DDPMWuerstchenScheduler": "its time is a number in [0, 1]",
+    "EDMEulerScheduler": _LEVEL,
+    "EDMDPMSolverMultistepScheduler": _LEVEL,
+    "CosineDPMSolverMultistepScheduler": _LEVEL,
+    "CMStochasticIterativeScheduler": _LEVEL,
+    "KarrasVeScheduler": _LEVEL,
+    "ScoreSdeVeScheduler": _LEVEL,
+    "CogVideoXDDIMScheduler": _VIDEO,
+    "CogVideoXDPMScheduler": _VIDEO,
+    "FlowMatchEulerDiscreteScheduler": _FLOW,
+    "FlowMatchHeunDiscreteScheduler": _FLOW,
+    "FlowMatchLCMScheduler": _FLOW,
+    "LTXEulerAncestralRFScheduler": _FLOW,
+    "SCMScheduler": _FLOW,
+    "AmusedScheduler": _TOKENS,
+    "VQDiffusionScheduler": _TOKENS,
 }
+_MULTISTEP, _SINGLESTEP = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
+# Settings of diffusers' classes that mean no sampler here.
+REFUSED_SETTINGS: tuple[tuple[str, dict[str, Any], str], ...] = (
+    (
+        _MULTISTEP,
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+        "the sign of a second difference is wrong there",
+    ),
+    (
+        _MULTISTEP,
+        {"algorithm_type": "sde-dpmsolver", "solver_order": 3},
+        "diffusers has no formula for it",
+    ),
+    (
+        _SINGLESTEP,
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+        "the sign of a second difference is wrong there, with heun",
+    ),
+    ("UniPCMultistepScheduler", {"predict_x0": False}, "UniPC keeps x_0 here, not epsilon"),
+    (
+        "PNDMScheduler",
+        {"skip_prk_steps": False},
+        "PNDM's Runge-Kutta steps at the start are no rows of one table",
+    ),
+)
 
 
 def options_of(
@@ -61,6 +122,11 @@ def options_of(
         ValueError: a name that nobody has, or that of a sampler that is no table.
     """
     plain = name.strip()
+    if plain.endswith(("sde_gpu", "sde_heun_gpu")):  # ComfyUI: noise drawn on the GPU
+        plain = plain.removesuffix("_gpu")
+    if plain.startswith(COMFYUI):
+        own_name = plain.removeprefix(COMFYUI)
+        plain = COMFYUI + SAME.get(own_name, own_name)
     if plain in samplers:
         own = convention == "diffusers" and spacing in NAMES and spacing not in SIGMAS
         if not own:
@@ -77,7 +143,13 @@ def options_of(
             return {**means, "convention": "comfyui"}
         if sampler.k_diffusion and plain == f"{K_DIFFUSION}{sampler.comfyui}":
             return {**means, "convention": "k_diffusion"}
-        if sampler.a1111 and plain.lower().startswith(sampler.a1111.lower()):
+        if sampler.own_grid and plain == sampler.a1111:
+            return {"sampler": sampler.name, "timestep_spacing": "linspace"}
+        if (
+            sampler.a1111
+            and not sampler.own_grid
+            and plain.lower().startswith(sampler.a1111.lower())
+        ):
             rest = plain[len(sampler.a1111) :].strip()
             known = {label.lower(): one for label, one in A1111_SCHEDULES.items()}
             if not rest or rest.lower() in known:
@@ -113,12 +185,44 @@ def document(samplers: Mapping[str, Sampler]) -> str:
         f"Schedules: {', '.join(f'`{name}`' for name in NAMES)}. AUTOMATIC1111's names of them:",
         ", ".join(f"{label} (`{name}`)" for label, name in A1111_SCHEDULES.items()) + ".",
         "",
-        "Refused:",
+        "`DDIM` is diffusers' form too: AUTOMATIC1111's leaves out its last step. ComfyUI's `ddpm`",
+        "is `euler_ancestral`, and `_gpu` behind its names changes nothing. The `ays` schedules",
+        "are published tables of noise levels (`_sdxl`: those for SDXL); `ays_11`, `ays_32` and",
+        "`ays_gits` are scaled to the model's range, as Forge does it; `gits` is that of ComfyUI's",
+        "node at its usual coefficient.",
         "",
-        *(f"- `{name}`: {reason}" for name, reason in REFUSED.items()),
+        "## Refused",
+        "",
+        "Names that mean no table of rows, and why:",
+        "",
+        "| names | why |",
+        "| --- | --- |",
+        *(f"| {', '.join(f'`{name}`' for name in names)} | {why} |" for why, names in refused()),
+        "",
+        "Settings that mean none. A model with them loads, and draws with a `sampler=` of another",
+        "name:",
+        "",
+        "| class | settings | why |",
+        "| --- | --- | --- |",
+        *(
+            f"| `{name}` | `{', '.join(f'{k}={v}' for k, v in settings.items())}` | {why} |"
+            for name, settings, why in REFUSED_SETTINGS
+        ),
+        "",
+        "And by the name of the option: `clip_sample` for samplers whose steps go by epsilon or by",
+        "the model's output (`dpm_solver_1`, `_2m`, `_3m` with their SDE forms, `pndm`, the CFG++",
+        "forms), options that a sampler doesn't have, a learned variance.",
         "",
     ]
     return "\n".join(lines)
+
+
+def refused() -> list[tuple[str, list[str]]]:
+    """The names that are refused, by the reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in REFUSED.items():
+        reasons.setdefault(why, []).append(name)
+    return list(reasons.items())
 
 
 def table(samplers: Mapping[str, Sampler]) -> Iterator[tuple[str, str, str, str, str]]:

@@ -240,6 +240,7 @@ class Sampler:
         unconditional: whether its rows read the unconditional output by itself, so that both
             halves of guidance run at any scale.
         drops_penultimate: whether those two leave out the last noise level above 0.
+        own_grid: whether no schedule but its own fits.
     """
 
     name: str
@@ -253,9 +254,13 @@ class Sampler:
     k_diffusion: bool = False
     unconditional: bool = False
     drops_penultimate: bool = False
+    own_grid: bool = False
 
     def place(self, schedule: DiffusionSchedule, steps: int, options: SamplerOptions) -> Grid:
         """The steps on a schedule."""
+        if self.own_grid and options.convention != "diffusers":
+            expected = f"'diffusers' for {self.name}, whose grid is its own"
+            checks.fail("convention", expected, repr(options.convention))
         if options.convention == "diffusers":
             grid = self.grid(schedule, steps, options)
             whole = self.grid is not sigma_grid

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..ops import checks
 from ..schedule import DiffusionSchedule, FloatArray
+from . import published
 from .grids import SIGMAS, Grid, GridOptions, beta_quantile, given, schedule_levels
 
 CONVENTIONS = ("diffusers", "k_diffusion", "comfyui")
@@ -69,11 +71,51 @@ def _at(levels: FloatArray, t: FloatArray) -> FloatArray:
     return np.exp(np.interp(t, np.arange(len(levels)), np.log(levels)))
 
 
-# Align Your Steps (Sabour et al. 2024, arXiv:2404.14507): the published levels of ten steps.
+@dataclass(frozen=True)
+class _Published:
+    """A table of noise levels.
+
+    ``to_ends``: moved and scaled so that it goes from the model's highest level to its lowest.
+    """
+
+    table: tuple[float, ...]
+    to_ends: bool = True
+
+    def levels(self, levels: FloatArray, count: int) -> FloatArray:
+        known = np.array(self.table)
+        if self.to_ends:
+            part = (known - known[-1]) / (known[0] - known[-1])
+            known = levels[0] + part * (levels[-1] - levels[0])
+        return _log_linear(known, count)
+
+
+def _log_linear(known: FloatArray, count: int) -> FloatArray:
+    """Another number of levels."""
+    if count == len(known):
+        return known
+    at = np.linspace(0, 1, count)
+    return np.exp(np.interp(at, np.linspace(0, 1, len(known)), np.log(known)))
+
+
 _PUBLISHED = {
-    "ays": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
-    "ays_sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+    "ays": _Published(published.AYS, to_ends=False),
+    "ays_sdxl": _Published(published.AYS_SDXL, to_ends=False),
+    "ays_11": _Published(published.AYS),
+    "ays_11_sdxl": _Published(published.AYS_SDXL),
+    "ays_32": _Published(published.AYS_32),
+    "ays_32_sdxl": _Published(published.AYS_32_SDXL),
+    "ays_gits": _Published(published.AYS_GITS),
+    "ays_gits_sdxl": _Published(published.AYS_GITS_SDXL),
 }
+
+
+def _gits(levels: FloatArray, steps: int) -> FloatArray:
+    """The published levels of 2 to 20 steps; of more, those between the last."""
+    checks.whole_between("steps", steps, 2)
+    last = len(published.GITS) + 1
+    known = np.array(published.GITS[min(steps, last) - 2])
+    return _log_linear(known, steps + 1)[:-1]
+
 
 SCHEDULES: dict[str, Callable[[FloatArray, int], FloatArray]] = {
     "normal": _normal,
@@ -83,6 +125,7 @@ SCHEDULES: dict[str, Callable[[FloatArray, int], FloatArray]] = {
     "beta": _beta,
     "kl_optimal": _kl_optimal,
     "linear_quadratic": _linear_quadratic,
+    "gits": _gits,
 }
 NAMES = (*SCHEDULES, "karras", "exponential", "polyexponential", *_PUBLISHED)
 
@@ -114,13 +157,9 @@ def schedule_grid(
 def _named(levels: FloatArray, steps: int, options: GridOptions) -> FloatArray:
     name = options.timestep_spacing
     if name in _PUBLISHED:
-        known = np.array(_PUBLISHED[name])
         # ComfyUI puts 0 in the place of the last level, A1111 after it.
         count = steps + 1 if options.convention == "comfyui" else steps
-        if count != len(known):
-            at = np.linspace(0, 1, count)
-            known = np.exp(np.interp(at, np.linspace(0, 1, len(known)), np.log(known)))
-        return known[:steps]
+        return _PUBLISHED[name].levels(levels, count)[:steps]
     low = levels[0] if options.sigma_min is None else options.sigma_min
     high = levels[-1] if options.sigma_max is None else options.sigma_max
     if name in SCHEDULES:

@@ -15,8 +15,9 @@ from functools import partial
 
 import numpy as np
 
-from ..schedule import FloatArray
-from .grids import Grid, sigma_grid, solver_grid
+from ..ops import checks
+from ..schedule import DiffusionSchedule, FloatArray
+from .grids import Grid, given, sigma_grid, solver_grid
 from .sampler import Calls, DiffusersName, Sampler, SamplerOptions
 from .table import INDEX
 
@@ -101,6 +102,30 @@ def _sampler(name: str, order: int, solver_type: str) -> Sampler:
     )
 
 
+def a1111_grid(schedule: DiffusionSchedule, steps: int, options: SamplerOptions) -> Grid:
+    """The evenly spaced t of AUTOMATIC1111's web UI, from T - 1 to 0, where it ends.
+
+    log(A) is interpolated between whole t. There are as many steps as numbers in 0, T // n,
+    2 (T // n), ... below T, which may be more than n.
+
+    Raises:
+        ValueError: another spacing, an offset; fewer than 3 steps, its order.
+    """
+    count = schedule.timesteps
+    if options.timestep_spacing not in ("leading", "trailing", "linspace"):
+        got = options.timestep_spacing
+        checks.fail("timestep_spacing", "none for unipc_a1111, whose grid is its own", got)
+    if options.count is not None:
+        grid = given(schedule, steps, options, whole=False)
+        assert grid is not None
+        return grid
+    n = len(range(0, count, count // steps))
+    checks.whole_between("steps", n, 3)
+    t = np.linspace(count - 1, 0, n + 1)
+    log_signal = np.interp(t, np.arange(count), 0.5 * np.log(schedule.alpha_bar))
+    return Grid.from_alpha_bars(np.exp(2 * log_signal), t[:-1])
+
+
 LAST_SIGMA = 0.001  # in the place of 0
 
 
@@ -128,6 +153,14 @@ SAMPLERS = (
     _sampler("unipc_1_bh1", 1, "bh1"),
     _sampler("unipc_bh1", 2, "bh1"),
     _sampler("unipc_3_bh1", 3, "bh1"),
+    Sampler(
+        "unipc_a1111",
+        a1111_grid,
+        partial(calls, order=3, bh1=True),
+        options={"lower_order_final": True, "disable_corrector": ()},
+        a1111="UniPC",
+        own_grid=True,
+    ),
     *(
         Sampler(
             name,

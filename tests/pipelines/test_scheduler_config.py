@@ -219,25 +219,39 @@ def test_any_sampler_can_be_asked_for(sampler: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "sampler"),
+    ("name", "options", "reason"),
     [
-        ("DDIMParallelScheduler", "dpmpp_2m"),
-        ("DPMSolverMultistepInverseScheduler", "dpmpp_2m"),
+        ("DDIMParallelScheduler", {}, "it goes over all steps at once"),
+        ("DPMSolverMultistepInverseScheduler", {}, "it goes from an image to noise"),
+        (
+            "DPMSolverMultistepScheduler",
+            {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+            "the sign of a second",
+        ),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver+"}, r"='dpmsolver\+'"),
+        ("UniPCMultistepScheduler", {"predict_x0": False}, "UniPC keeps x_0"),
+        ("UniPCMultistepScheduler", {"solver_order": 5}, "solver_order=5"),
+        ("PNDMScheduler", {"skip_prk_steps": False}, "Runge-Kutta"),
     ],
 )
-def test_another_scheduler_is_replaced_with_a_warning(name: str, sampler: str) -> None:
-    config = full_config(name, **BETAS) | {"timestep_spacing": "leading"}
-    with pytest.warns(UserWarning, match=f"{name} is not available here; {sampler} takes"):
-        settings = read_scheduler(config)
-    assert settings.sampler == sampler
-    assert settings.table()["timestep_spacing"] == "leading"
+def test_another_scheduler_is_refused_where_it_is_asked_for(
+    name: str, options: dict[str, Any], reason: str
+) -> None:
+    """The model can still draw, with a sampler of another name, and be written again."""
+    config = full_config(name, **BETAS) | {"timestep_spacing": "leading", **options}
+    settings = read_scheduler(config)
+    with pytest.raises(
+        ValueError, match=f"sampler: expected the name of one.* got None for {name}.*{reason}"
+    ):
+        settings.table()
+    table = settings.table("dpmpp_2m")
+    assert table["timestep_spacing"] == "leading"
     assert settings.schedule.alphas_cumprod.tolist() == pytest.approx(
-        getattr(diffusers, name).from_config(config).alphas_cumprod.tolist(), rel=1e-5
+        getattr(diffusers, name).from_config(full_config(name, **BETAS)).alphas_cumprod.tolist(),
+        rel=1e-5,
     )
-    written = write_scheduler(settings)
-    again = getattr(diffusers, written["_class_name"]).from_config(written)
-    again.set_timesteps(10)
-    make_table(schedule=settings.schedule, steps=10, **settings.table())
+    make_table(schedule=settings.schedule, steps=10, **table)
+    assert write_scheduler(settings) == settings.config
 
 
 def test_the_file_of_sd15() -> None:
@@ -268,12 +282,6 @@ def test_the_file_of_sd15() -> None:
     ("name", "options", "message"),
     [
         ("DDIMScheduler", {"thresholding": True}, "thresholding=True is not available here"),
-        (
-            "DPMSolverMultistepScheduler",
-            {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
-            r"sde-dpmsolver\+\+ of order 3 is not available here; dpmpp_2m_sde",
-        ),
-        ("UniPCMultistepScheduler", {"predict_x0": False}, "predict_x0=False"),
         ("DDPMScheduler", {"variance_type": "fixed_large_log"}, "fixed_large takes its place"),
         ("DDIMScheduler", {"sparkle": 3}, "unknown option sparkle=3"),
     ],
@@ -298,7 +306,6 @@ def test_what_is_left_out_is_named(name: str, options: dict[str, Any], message: 
         ),
         ({"_class_name": "DDIMScheduler", "beta_schedule": "laplace"}, "beta_schedule: expected"),
         ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "variance_type"),
-        ({"_class_name": "PNDMScheduler", **BETAS}, "skip_prk_steps: expected True"),
         ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
         ({"_class_name": "UniPCMultistepScheduler", "solver_order": "2"}, "solver_order"),
         ({"_class_name": "DDIMScheduler", "num_train_timesteps": -1}, "timesteps: expected"),

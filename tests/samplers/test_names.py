@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from scheduler_parity import run_table, toy_model
 
 from diffusion_fast.samplers import SAMPLERS, make_table
 from diffusion_fast.samplers.names import document, table
+from diffusion_fast.samplers.published import AYS, AYS_32, AYS_GITS, AYS_SDXL, GITS
 from diffusion_fast.samplers.schedules import NAMES
 from diffusion_fast.schedule import DiffusionSchedule
 
@@ -28,6 +30,8 @@ def levels_of(sampler: str, steps: int, **options) -> np.ndarray:
 @pytest.mark.parametrize("spacing", NAMES)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_with_every_schedule(sampler: str, spacing: str) -> None:
+    if SAMPLERS[sampler].own_grid:
+        return  # no schedule fits it
     options = {"timestep_spacing": spacing, "convention": "comfyui"}
     made = make_table(sampler, STABLE_DIFFUSION, 9, **options)
     assert made.integer_timesteps
@@ -55,6 +59,9 @@ def test_every_sampler_with_every_schedule(sampler: str, spacing: str) -> None:
         ("comfyui/lcm", "lcm_plain", "normal", True),
         ("comfyui/uni_pc_bh2", "uni_pc_bh2", "normal", True),
         ("LMS Karras", "lms", "karras", False),
+        ("DPM++ 2M Align Your Steps 32", "dpmpp_2m", "ays_32", False),
+        ("comfyui/ddpm", "euler_ancestral", "normal", True),
+        ("comfyui/dpmpp_3m_sde_gpu", "dpmpp_3m_sde", "normal", True),
     ],
 )
 def test_a_name_fixes_the_grid(name: str, sampler: str, spacing: str, whole: bool) -> None:
@@ -103,7 +110,9 @@ def test_a_schedule_that_only_comfyui_has_means_its_grid() -> None:
     "name, message",
     [
         ("DPM adaptive", "expected one that is a table of rows, got DPM adaptive: it chooses"),
-        ("UniPC", "got UniPC: AUTOMATIC1111's own grid"),
+        ("PLMS", "got PLMS: there it leaves out its last step"),
+        ("UniPC Karras", "expected one of ddpm, ddim"),
+        ("DDIMInverseScheduler", "got DDIMInverseScheduler: it goes from an image to noise"),
         ("IPNDMScheduler", "got IPNDMScheduler: its schedule is of its own"),
         ("Euler b", "expected one of ddpm, ddim"),
         ("DPM++ 2M Carras", "expected one of ddpm, ddim"),
@@ -183,6 +192,75 @@ def test_published_levels_and_their_interpolation() -> None:
     np.testing.assert_allclose(twice[1::2][:-1] ** 2, levels[1:] * levels[:-1], rtol=1e-9)
     a1111 = levels_of("euler", 11, timestep_spacing="ays", convention="k_diffusion")
     np.testing.assert_allclose(a1111[-1], 0.029)
+
+
+@pytest.mark.parametrize("spacing", ["ays_11", "ays_32", "ays_gits", "ays_11_sdxl"])
+def test_published_levels_of_the_models_own_range(spacing: str) -> None:
+    count = 32 if "32" in spacing else 11
+    levels = levels_of("euler", count, timestep_spacing=spacing, convention="k_diffusion")
+    np.testing.assert_allclose(levels[[0, -1]], LEVELS[[-1, 0]], rtol=1e-9)
+    table = {"ays_32": AYS_32, "ays_gits": AYS_GITS, "ays_11_sdxl": AYS_SDXL}.get(spacing, AYS)
+    low, high = LEVELS[[0, -1]]
+    known = low + (np.array(table) - table[-1]) * (high - low) / (table[0] - table[-1])
+    np.testing.assert_allclose(levels, known, rtol=1e-9)
+    twice = levels_of("euler", 2 * count - 1, timestep_spacing=spacing, convention="k_diffusion")
+    np.testing.assert_allclose(twice[::2], levels, rtol=1e-9)
+
+
+def test_gits_has_levels_for_each_number_of_steps() -> None:
+    options = {"timestep_spacing": "gits", "convention": "comfyui"}
+    for steps in (2, 7, 20):
+        known = GITS[steps - 2]
+        assert len(known) == steps + 1
+        np.testing.assert_allclose(levels_of("euler", steps, **options), known[:-1])
+    more = levels_of("euler", 40, **options)
+    np.testing.assert_allclose(more[::2], GITS[-1][:-1], rtol=1e-9)
+    with pytest.raises(ValueError, match=r"steps: expected an integer >= 2, got 1"):
+        levels_of("euler", 1, **options)
+
+
+def test_unipc_of_a1111_has_its_own_grid() -> None:
+    """Evenly spaced t down to 0 at the end, log A interpolated between them."""
+    made = make_table("UniPC", STABLE_DIFFUSION, 12, timestep_spacing="leading", steps_offset=1)
+    assert (made.sampler, made.steps) == ("unipc_a1111", 13)  # 0, 83, ..., 996: there are 13
+    t = np.linspace(T - 1, 0, 14)
+    np.testing.assert_allclose(made.timesteps, t[:-1])
+    log_signal = 0.5 * np.interp(t, np.arange(T), np.log(STABLE_DIFFUSION.alpha_bar))
+    np.testing.assert_allclose(made.levels[:, 0], np.exp(log_signal[:-1]))
+    np.testing.assert_allclose(made.next_levels[-1, 0] ** 2, STABLE_DIFFUSION.alpha_bar[0])
+    # The same rows as diffusers' order 3 with bh1 on those noise levels.
+    sigmas = np.sqrt(np.exp(-2 * log_signal) - 1)
+    same = make_table("unipc_3_bh1", STABLE_DIFFUSION, sigmas=sigmas)
+    torch.testing.assert_close(made.rows, same.rows, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 2}, "steps: expected an integer >= 3, got 2"),
+        ({"timestep_spacing": "karras"}, "timestep_spacing: expected none for unipc_a1111"),
+        ({"convention": "comfyui"}, "convention: expected 'diffusers' for unipc_a1111"),
+    ],
+)
+def test_what_does_not_fit_unipc_of_a1111(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_table("unipc_a1111", STABLE_DIFFUSION, **{"steps": 8, **options})
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_clipping_is_honored_or_refused(sampler: str) -> None:
+    x = torch.randn(2, 3, dtype=torch.float64)
+    plain = run_table(make_table(sampler, STABLE_DIFFUSION, 6), toy_model, x, 1)[-1]
+    if (
+        sampler == "pndm"
+        or "cfg_pp" in sampler
+        or re.fullmatch(r"dpm_solver_\d(|m|_.*|m_.*)", sampler)
+    ):
+        with pytest.raises(ValueError, match="clip_sample: expected False for"):
+            make_table(sampler, STABLE_DIFFUSION, 6, clip_sample=0.01)
+        return
+    table = make_table(sampler, STABLE_DIFFUSION, 6, clip_sample=0.01)
+    assert not torch.equal(run_table(table, toy_model, x, 1)[-1], plain)
 
 
 def test_dpm_2_drops_the_last_but_one_level() -> None:

@@ -14,14 +14,9 @@ from .attention_processor import AttentionProcessor
 from .schedulers import (
     DiffusionFastDDIM,
     DiffusionFastDDPM,
-    DiffusionFastDEIS,
-    DiffusionFastDPMSolver,
-    DiffusionFastDPMSolverSinglestep,
     DiffusionFastLCM,
     DiffusionFastPNDM,
-    DiffusionFastSASolver,
     DiffusionFastTCD,
-    DiffusionFastUniPC,
 )
 from .sigma_schedulers import (
     DiffusionFastDPMSolverSDE,
@@ -31,6 +26,13 @@ from .sigma_schedulers import (
     DiffusionFastKDPM2,
     DiffusionFastKDPM2Ancestral,
     DiffusionFastLMS,
+)
+from .solver_schedulers import (
+    DiffusionFastDEIS,
+    DiffusionFastDPMSolver,
+    DiffusionFastDPMSolverSinglestep,
+    DiffusionFastSASolver,
+    DiffusionFastUniPC,
 )
 
 __all__ = [

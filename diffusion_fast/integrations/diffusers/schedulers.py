@@ -32,24 +32,29 @@ from typing import Any, ClassVar
 
 import diffusers
 import numpy as np
-import torch
 from diffusers import SchedulerMixin as SchedulerMixin  # by it diffusers knows its schedulers
 from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 from diffusers.schedulers.scheduling_tcd import TCDSchedulerOutput
 from torch import Tensor
 
 from ...ops import checks
-from ...samplers import SamplerOptions
 from ...samplers.consistency import TIMESTEP_SCALING, TRAINED_STEPS
 from ...samplers.grids import Grid, ddim_steps
 from ...samplers.table import INDEX
-from .table_scheduler import Device, Generators, Output, Rows, StepOutput, Supported, TableScheduler
+from .table_scheduler import (
+    Deterministic,
+    Device,
+    Drawing,
+    Generators,
+    Output,
+    Rows,
+    StepOutput,
+    Supported,
+    TableScheduler,
+)
 
-_OFF = (False, None)
-_NO_FLOW = {"use_flow_sigmas": _OFF, "use_dynamic_shifting": _OFF}
 
-
-class DiffusionFastDDPM(TableScheduler, diffusers.DDPMScheduler):
+class DiffusionFastDDPM(Drawing, diffusers.DDPMScheduler):
     """``DDPMScheduler``: ancestral sampling; variances ``fixed_small`` and ``fixed_large``."""
 
     __module__ = "diffusion_fast"  # as model_index.json is to name it
@@ -70,19 +75,6 @@ class DiffusionFastDDPM(TableScheduler, diffusers.DDPMScheduler):
         """As the other schedulers', or ``timesteps`` themselves, decreasing."""
         self._choose(num_inference_steps, device, timesteps)
         self.custom_timesteps = timesteps is not None
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | float | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
-        return_dict: bool = True,
-        *,
-        variance_noise: Tensor | None = None,
-    ) -> Output:
-        """The next state, with diffusers' arguments."""
-        return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)
 
 
 class DiffusionFastDDIM(TableScheduler, diffusers.DDIMScheduler):
@@ -128,121 +120,6 @@ class DiffusionFastDDIM(TableScheduler, diffusers.DDIMScheduler):
         plan.step.append(len(plan.values))
         plan.values.append(t)
         return len(plan.values) - 1
-
-
-class _Solver(TableScheduler):
-    returns_x0 = False
-
-    def elsewhere(self, t: float) -> int:
-        """A time below all timesteps means the last step, as in diffusers."""
-        values = self._ready().values
-        return len(values) - 1 if 0 <= t < values[-1] else super().elsewhere(t)
-
-
-class DiffusionFastDPMSolver(_Solver, diffusers.DPMSolverMultistepScheduler):
-    """``DPMSolverMultistepScheduler``: DPM-Solver++ of order 1, 2 or 3, the SDE of order 1 or 2.
-
-    Order 3 is as diffusers writes it (``dpmpp_3m_diffusers``).
-    """
-
-    __module__ = "diffusion_fast"
-    noise_dtype = torch.float32
-    supported: ClassVar[Supported] = {
-        "algorithm_type": (
-            *("dpmsolver++", "sde-dpmsolver++", "deis"),
-            *("dpmsolver", "sde-dpmsolver"),
-        ),
-        "solver_order": (2, 1, 3),
-        "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
-        **_NO_FLOW,
-        "variance_type": (None, "learned", "learned_range"),
-    }
-
-    def check_config(self) -> None:
-        super().check_config()
-        algorithm, order = self.config.get("algorithm_type"), self.config.solver_order
-        if str(algorithm).startswith("sde") and order == 3:
-            checks.fail("solver_order", f"1 or 2 for {algorithm}", order)
-        if self.config.get("thresholding") and not str(algorithm).endswith("++"):
-            checks.fail("thresholding", f"False for {algorithm}", True)
-
-    def grid_options(self) -> SamplerOptions:
-        options, lowest = super().grid_options(), self.config.get("lambda_min_clipped", -math.inf)
-        if self.config.get("use_lu_lambdas"):
-            options = options.replace(timestep_spacing="lu")
-        return options.replace(lambda_min=None if lowest == -math.inf else lowest)
-
-    def row_options(self, start: int) -> dict[str, Any]:
-        config = self.config
-        return {
-            "lower_order_final": config.lower_order_final,
-            "euler_at_final": config.euler_at_final,
-        }
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Device = None,
-        mu: float | None = None,
-        timesteps: Sequence[int] | None = None,
-    ) -> None:
-        """As the other schedulers', or ``timesteps`` themselves, decreasing.
-
-        ``mu`` is for flow matching: None.
-        """
-        if mu is not None:
-            checks.fail("mu", "None (it is for flow matching)", mu)
-        self._choose(num_inference_steps, device, timesteps)
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | float | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
-        variance_noise: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Output:
-        """The next state, with diffusers' arguments; a learned variance is left out."""
-        if self.config.variance_type is not None:
-            model_output = model_output[:, : sample.shape[1]]
-        return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)
-
-
-class DiffusionFastUniPC(_Solver, diffusers.UniPCMultistepScheduler):
-    """``UniPCMultistepScheduler`` of order 1, 2 or 3, with ``bh1`` or ``bh2``."""
-
-    __module__ = "diffusion_fast"
-    supported: ClassVar[Supported] = {
-        "solver_order": (2, 1, 3),
-        "solver_type": ("bh2", "bh1", "midpoint", "heun", "logrho"),
-        "predict_x0": (True,),
-        "solver_p": (None,),
-        **_NO_FLOW,
-        "shift_terminal": (None,),
-    }
-
-    def row_options(self, start: int) -> dict[str, Any]:
-        config = self.config
-        return {
-            "lower_order_final": config.lower_order_final,
-            "disable_corrector": tuple(
-                step - start for step in config.disable_corrector or () if step >= start
-            ),
-        }
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | float | Tensor,
-        sample: Tensor,
-        return_dict: bool = True,
-        *,
-        generator: Generators = None,
-        variance_noise: Tensor | None = None,
-    ) -> Output:
-        """The next state, with diffusers' arguments; no noise is drawn."""
-        return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)
 
 
 class DiffusionFastLCM(TableScheduler, diffusers.LCMScheduler):
@@ -351,7 +228,7 @@ class DiffusionFastTCD(TableScheduler, diffusers.TCDScheduler):
         return total / math.sqrt(1 - row[INDEX["s"]] ** 2)
 
 
-class DiffusionFastPNDM(TableScheduler, diffusers.PNDMScheduler):
+class DiffusionFastPNDM(Deterministic, diffusers.PNDMScheduler):
     """``PNDMScheduler`` with ``skip_prk_steps``: PLMS, which takes its first step twice.
 
     A run that begins within the timesteps takes each step once.
@@ -387,130 +264,3 @@ class DiffusionFastPNDM(TableScheduler, diffusers.PNDMScheduler):
             table = table.only(kept)
             rows = [rows[i] for i in kept]
         return table, rows
-
-
-class DiffusionFastDEIS(_Solver, diffusers.DEISMultistepScheduler):
-    """``DEISMultistepScheduler`` of order 1, 2 or 3."""
-
-    __module__ = "diffusion_fast"
-    supported: ClassVar[Supported] = {
-        "solver_order": (2, 1, 3),
-        "algorithm_type": ("deis", "dpmsolver", "dpmsolver++"),
-        "solver_type": ("logrho", "midpoint", "heun", "bh1", "bh2"),
-        "thresholding": (False,),
-        **_NO_FLOW,
-    }
-
-    def row_options(self, start: int) -> dict[str, Any]:
-        return {"lower_order_final": self.config.lower_order_final}
-
-    def set_timesteps(
-        self, num_inference_steps: int, device: Device = None, mu: float | None = None
-    ) -> None:
-        """As the other schedulers'; ``mu`` is for flow matching: None."""
-        if mu is not None:
-            checks.fail("mu", "None (it is for flow matching)", mu)
-        self._choose(num_inference_steps, device)
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | float | Tensor,
-        sample: Tensor,
-        return_dict: bool = True,
-        *,
-        generator: Generators = None,
-        variance_noise: Tensor | None = None,
-    ) -> Output:
-        """The next state, with diffusers' arguments; no noise is drawn."""
-        return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)
-
-
-class DiffusionFastSASolver(_Solver, diffusers.SASolverScheduler):
-    """``SASolverScheduler`` of orders 1 to 4, its own tau: 1 where 200 <= t <= 800."""
-
-    __module__ = "diffusion_fast"
-    supported: ClassVar[Supported] = {
-        "algorithm_type": ("data_prediction", "noise_prediction"),
-        "predictor_order": (2, 1, 3, 4),
-        "corrector_order": (2, 1, 3, 4),
-        "tau_func": (None,),
-        "thresholding": (False,),
-        "use_flow_sigmas": _OFF,
-        "variance_type": (None,),
-    }
-
-    def grid_options(self) -> SamplerOptions:
-        lowest = self.config.get("lambda_min_clipped", -math.inf)
-        return super().grid_options().replace(lambda_min=None if lowest == -math.inf else lowest)
-
-    def row_options(self, start: int) -> dict[str, Any]:
-        names = ("predictor_order", "corrector_order", "lower_order_final")
-        return {name: self.config[name] for name in names}
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | float | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
-        return_dict: bool = True,
-        *,
-        variance_noise: Tensor | None = None,
-    ) -> Output:
-        """The next state, with diffusers' arguments; noise is drawn even where tau is 0."""
-        return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)
-
-
-class DiffusionFastDPMSolverSinglestep(_Solver, diffusers.DPMSolverSinglestepScheduler):
-    """``DPMSolverSinglestepScheduler`` of order 1, 2 or 3, the SDE of order 1 or 2."""
-
-    __module__ = "diffusion_fast"
-    supported: ClassVar[Supported] = {
-        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver"),
-        "solver_order": (2, 1, 3),
-        "solver_type": ("midpoint", "heun"),
-        "thresholding": (False,),
-        **_NO_FLOW,
-        "variance_type": (None,),
-    }
-
-    def check_config(self) -> None:
-        super().check_config()
-        if self.config.algorithm_type == "sde-dpmsolver++" and self.config.solver_order == 3:
-            checks.fail("solver_order", "1 or 2 for sde-dpmsolver++", 3)
-
-    def grid_options(self) -> SamplerOptions:
-        options, lowest = super().grid_options(), self.config.lambda_min_clipped
-        return options.replace(lambda_min=None if lowest == -math.inf else lowest)
-
-    def row_options(self, start: int) -> dict[str, Any]:
-        return {"lower_order_final": self.config.lower_order_final}
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Device = None,
-        mu: float | None = None,
-        timesteps: Sequence[int] | None = None,
-    ) -> None:
-        """As the other schedulers', or ``timesteps`` themselves, decreasing.
-
-        ``mu`` is for flow matching: None.
-        """
-        if mu is not None:
-            checks.fail("mu", "None (it is for flow matching)", mu)
-        self._choose(num_inference_steps, device, timesteps)
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | float | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
-        return_dict: bool = True,
-        *,
-        variance_noise: Tensor | None = None,
-    ) -> Output:
-        """The next state, with diffusers' arguments."""
-        return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)

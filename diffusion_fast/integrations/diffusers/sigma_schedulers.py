@@ -18,7 +18,9 @@ from ...samplers.grids import Grid
 from ...samplers.table import INDEX
 from .table_scheduler import (
     SIGMA_SPACINGS,
+    Deterministic,
     Device,
+    Drawing,
     Generators,
     Output,
     Rows,
@@ -166,26 +168,24 @@ class DiffusionFastEuler(SigmaScheduler, diffusers.EulerDiscreteScheduler):
         return table, rows
 
 
-class DiffusionFastEulerAncestral(SigmaScheduler, diffusers.EulerAncestralDiscreteScheduler):
+class DiffusionFastEulerAncestral(
+    Drawing, SigmaScheduler, diffusers.EulerAncestralDiscreteScheduler
+):
     """``EulerAncestralDiscreteScheduler``."""
 
     __module__ = "diffusion_fast"
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | float | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
-        return_dict: bool = True,
-        *,
-        variance_noise: Tensor | None = None,
-    ) -> Output:
-        """The next state, with diffusers' arguments."""
-        return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)
+
+class _Pairs(SigmaScheduler):
+    """Two model calls a step, of which the last step has one, or which diffusers counts so."""
+
+    def noise_levels(self, grid: Grid) -> Tensor:
+        """[2n]: each but the ends twice, as diffusers keeps them."""
+        sigmas = super().noise_levels(grid)
+        return torch.cat((sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]))
 
 
-class DiffusionFastHeun(SigmaScheduler, diffusers.HeunDiscreteScheduler):
+class DiffusionFastHeun(Deterministic, _Pairs, diffusers.HeunDiscreteScheduler):
     """``HeunDiscreteScheduler``: two model calls for each step but the last."""
 
     __module__ = "diffusion_fast"
@@ -205,30 +205,8 @@ class DiffusionFastHeun(SigmaScheduler, diffusers.HeunDiscreteScheduler):
         """
         if num_train_timesteps is None:
             return self._choose(num_inference_steps, device, timesteps)
-        count = len(self.alphas_cumprod)
-        row = torch.arange(2 * count - 1)
-        self.timesteps = (count - 1 - (row + 1) // 2).to(device, self.timesteps_dtype)
-        levels = self.alphas_cumprod.flip(0)
-        self.sigmas = ((1 - levels) / levels).sqrt()
-        self.num_inference_steps = None
-
-    def noise_levels(self, grid: Grid) -> Tensor:
-        """[2n]: each but the ends twice, as diffusers keeps them."""
-        sigmas = super().noise_levels(grid)
-        return torch.cat((sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]))
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | float | Tensor,
-        sample: Tensor,
-        return_dict: bool = True,
-        *,
-        generator: Generators = None,
-        variance_noise: Tensor | None = None,
-    ) -> Output:
-        """The next state, with diffusers' arguments; no noise is drawn."""
-        return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)
+        self._all_timesteps(device)
+        self.timesteps = self.timesteps.repeat_interleave(2)[1:]
 
 
 class DiffusionFastLMS(SigmaScheduler, diffusers.LMSDiscreteScheduler):
@@ -279,7 +257,7 @@ class _Midpoint(SigmaScheduler):
         self._all_timesteps(device)
 
 
-class DiffusionFastKDPM2(_Midpoint, diffusers.KDPM2DiscreteScheduler):
+class DiffusionFastKDPM2(Deterministic, _Midpoint, diffusers.KDPM2DiscreteScheduler):
     """``KDPM2DiscreteScheduler``."""
 
     __module__ = "diffusion_fast"
@@ -291,21 +269,8 @@ class DiffusionFastKDPM2(_Midpoint, diffusers.KDPM2DiscreteScheduler):
         """[2n + 1]: each but the first twice, as diffusers keeps them."""
         return _doubled(super().noise_levels(grid))
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | float | Tensor,
-        sample: Tensor,
-        return_dict: bool = True,
-        *,
-        generator: Generators = None,
-        variance_noise: Tensor | None = None,
-    ) -> Output:
-        """The next state, with diffusers' arguments; no noise is drawn."""
-        return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)
 
-
-class DiffusionFastKDPM2Ancestral(_Midpoint, diffusers.KDPM2AncestralDiscreteScheduler):
+class DiffusionFastKDPM2Ancestral(Drawing, _Midpoint, diffusers.KDPM2AncestralDiscreteScheduler):
     """``KDPM2AncestralDiscreteScheduler``."""
 
     __module__ = "diffusion_fast"
@@ -317,19 +282,6 @@ class DiffusionFastKDPM2Ancestral(_Midpoint, diffusers.KDPM2AncestralDiscreteSch
         """[2n + 2]: each but the first twice, as diffusers keeps them."""
         return _doubled(super().noise_levels(grid))
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | float | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
-        return_dict: bool = True,
-        *,
-        variance_noise: Tensor | None = None,
-    ) -> Output:
-        """The next state, with diffusers' arguments."""
-        return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)
-
 
 def _whole_karras(options: SamplerOptions) -> SamplerOptions:
     return options.replace(whole_timesteps=options.sigma_spacing == "karras")
@@ -339,7 +291,7 @@ def _doubled(sigmas: Tensor) -> Tensor:
     return torch.cat((sigmas[:1], sigmas[1:].repeat_interleave(2), sigmas[-1:]))
 
 
-class DiffusionFastDPMSolverSDE(_Midpoint, diffusers.DPMSolverSDEScheduler):
+class DiffusionFastDPMSolverSDE(_Pairs, _Midpoint, diffusers.DPMSolverSDEScheduler):
     """``DPMSolverSDEScheduler``, its noise from a Brownian tree (the package torchsde)."""
 
     __module__ = "diffusion_fast"
@@ -361,11 +313,6 @@ class DiffusionFastDPMSolverSDE(_Midpoint, diffusers.DPMSolverSDEScheduler):
         self.timesteps = timesteps
         if len(self.sigmas) != len(ours):
             self.sigmas = ours  # else diffusers' own, to the last bit: the path's values hang on it
-
-    def noise_levels(self, grid: Grid) -> Tensor:
-        """[2n]: each but the ends twice, as diffusers keeps them."""
-        sigmas = super().noise_levels(grid)
-        return torch.cat((sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]))
 
     def step(
         self,

@@ -394,6 +394,40 @@ class TableScheduler:
         return signal, noise
 
 
+class Drawing(TableScheduler):
+    """Of samplers that draw noise."""
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | float | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+        *,
+        variance_noise: Tensor | None = None,
+    ) -> Output:
+        """The next state, with diffusers' arguments."""
+        return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)
+
+
+class Deterministic(TableScheduler):
+    """Of samplers that draw no noise, whose ``step`` diffusers gives no generator."""
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | float | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
+        *,
+        generator: Generators = None,
+        variance_noise: Tensor | None = None,
+    ) -> Output:
+        """The next state, with diffusers' arguments; no noise is drawn."""
+        return self._advance(model_output, timestep, sample, generator, variance_noise, return_dict)
+
+
 def in_sigma_form(table: StepTable) -> StepTable:
     """The same sampler with x_0 + sigma epsilon as its state: x / A before a row, x' / A' after."""
     rows = table.rows.clone()
