@@ -311,7 +311,7 @@ def test_zero_terminal_snr(tiny_folder: Folder) -> None:
         ({"prompt": []}, "prompt: expected at least one"),
         ({"negative_prompt": 3}, "negative_prompt: expected a string"),
         ({"prompt": "a AND b"}, "^prompt: expected none .* got 'AND'"),
-        ({"negative_prompt": "a AND b"}, "^negative_prompt: expected no .* got '"),
+        ({"negative_prompt": "a AND b"}, "^negative_prompt: expected none of .* got '"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt: expected one, or one for each of 1"),
         ({"steps": 0}, "steps: expected a positive integer, got 0"),
         ({"steps": -3}, "steps: expected a positive integer, got -3"),
