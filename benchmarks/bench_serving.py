@@ -95,9 +95,8 @@ def model() -> df.StableDiffusion:
 @torch.no_grad()
 def states(prompt: str) -> tuple[Tensor, Tensor]:
     """What the text encoder makes of a prompt, and of none."""
-    positive, negative = model()._states([prompt], None, 0, True)
-    assert negative is not None  # as asked for
-    return positive.context, negative.context
+    both = model().text.encode([prompt, ""]).context
+    return both[:1], both[1:]
 
 
 @dataclass

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import diffusion_fast as df
 from diffusion_fast.engine.rewrites.plan import REWRITES
+from diffusion_fast.samplers import SAMPLERS
 
 __all__ = ["tape"]  # a fixture
 
@@ -39,7 +40,7 @@ GUIDANCE: dict[str, dict[str, Any]] = {
 }
 
 # One of each kind of table: what it keeps, draws and reads. (With more calls a step a random
-# network's own sensitivity grows past float32's level here; test_graph.py has all samplers.)
+# network's own sensitivity grows past float32's level here, so the others go in float64 below.)
 TRIED = (
     *("ddpm", "ddim", "dpmpp_1", "dpmpp_2m", "dpmpp_3m", "dpmpp_3m_diffusers", "dpmpp_2m_sde"),
     *("euler", "euler_ancestral", "heun", "unipc", "unipc_3"),
@@ -85,6 +86,24 @@ def test_every_sampler(
             engine.configure(sampler=sampler)
             x = engine.sample(SHAPE, **call, generator=seeded())
             assert error(x, truth) < LEVELS[dtype], f"{sampler}, {engine.explain()['graph']}"
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_every_other_sampler(tape: TapeCapturer, prediction_type: str) -> None:
+    """A third of them with each prediction type, in float64 with guidance, captured."""
+    model, both = unet(torch.float64), contexts(torch.float64)
+    options = {"steps": 3, "prediction_type": prediction_type, **GUIDANCE["both"]}
+    engine = df.Engine(model, SCHEDULE, graph="loop", **options)
+    call = {**both, "x_T": torch.randn(SHAPE, dtype=torch.float64)}
+    others = [name for name in SAMPLERS if name not in (*TRIED, "pndm")]
+    others = others[PREDICTIONS.index(prediction_type) :: 3]
+    for sampler in [*others, *["pndm"] * (prediction_type == "epsilon")]:
+        truth = df.sample(
+            model, SCHEDULE, SHAPE, sampler=sampler, generator=seeded(), **call, **options
+        )
+        engine.configure(sampler=sampler)
+        x = engine.sample(SHAPE, **call, generator=seeded())
+        assert error(x, truth) < LEVELS[torch.float64], sampler
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "heun"])
