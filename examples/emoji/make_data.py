@@ -68,16 +68,17 @@ class Sources:
             return None
         return {
             "noto": lambda: Image.open(noto),
-            "flat": lambda: self._svg(self._icons[name]["body"]),
+            "flat": lambda: drawing_of(self._icons[name]["body"]),
             "3d": lambda: Image.open(solid),
         }
 
-    @staticmethod
-    def _svg(body: str) -> Image.Image:
-        import resvg_py
 
-        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">{body}</svg>'
-        return Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_string=svg, width=4 * SIZE)))
+def drawing_of(body: str, side: int = 32) -> Image.Image:
+    """What is in an SVG of so many units, with transparency."""
+    import resvg_py
+
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {side} {side}">{body}</svg>'
+    return Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_string=svg, width=4 * SIZE)))
 
 
 def on_white(drawing: Image.Image) -> Image.Image:

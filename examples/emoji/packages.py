@@ -19,6 +19,11 @@ PACKAGES = {
         "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
         "MIT (Fluent Emoji, Microsoft)",
     ),
+    "@iconify-json/noto-v1": (  # for style_lora.py alone
+        "1.2.5",
+        "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
+        "Apache-2.0 (Noto Emoji of before 2017, Google)",
+    ),
     "@lobehub/fluent-emoji-3d": (
         "1.1.0",
         "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
