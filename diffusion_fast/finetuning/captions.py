@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models.embeddings import pattern
+from ..models.prompt import Token, packed, plain_words
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,19 @@ class Captions:
     word: str | None = None
     templates: tuple[str, ...] = ()
 
+    def texts(self, caption: str) -> list[str]:
+        """All texts that :meth:`draw` can make of a caption, but for the empty one and the order
+        of parts."""
+        if self.word is None:
+            return [caption]
+        chosen = self.templates if caption == "{}" else (caption,)
+        return [one.replace("{}", self.word) for one in chosen]
+
     def draw(self, caption: str) -> str:
         """The caption of one reading of an image."""
         if self.dropout and random.random() < self.dropout:
             return ""
-        if self.word is not None:
-            chosen = random.choice(self.templates) if caption == "{}" else caption
-            caption = chosen.replace("{}", self.word)
+        caption = random.choice(self.texts(caption))
         if not self.shuffle:
             return caption
         parts = [part.strip() for part in caption.split(",")]
@@ -61,44 +68,58 @@ class Word:
     first: tuple[int, ...]
 
 
-def token_ids(tokenizers: Sequence[Any], text: str, word: Word | None = None) -> Tensor:
-    """Token ids [E, L] of a text for E encoders, cut to the length that they read.
+def token_ids(
+    tokenizers: Sequence[Any], text: str, word: Word | None = None, chunks: int = 1
+) -> Tensor:
+    """Token ids [E, chunks * L] of a text for E encoders that read L tokens at once.
 
-    The text is plain: brackets are no weights, as in the training of Stable Diffusion itself.
+    Texts are cut into chunks as the pipelines' prompts are, and filled up with empty ones. They are
+    plain: brackets are no weights, as in the training of Stable Diffusion itself.
 
     Args:
         tokenizers: those of the encoders.
         text: the caption.
         word: a word of its own; None for none.
+        chunks: how many there are, at least as many as :func:`chunks_of` says.
     """
     rows = []
     for number, tokenizer in enumerate(tokenizers):
-        if word is not None:
-            rows.append(_with_word(tokenizer, text, word, word.first[number]))
-            continue
-        found = tokenizer(
-            text,
-            padding="max_length",
-            truncation=True,
-            max_length=tokenizer.model_max_length,
-            return_tensors="pt",
-        )
-        rows.append(found.input_ids[0])
+        length = tokenizer.model_max_length
+        ids = torch.full((chunks, length), tokenizer.pad_token_id)
+        ids[:, 0], ids[:, 1] = tokenizer.bos_token_id, tokenizer.eos_token_id
+        for i, chunk in enumerate(packed(_words(tokenizer, text, word, number), length - 2)):
+            ids[i, 1 : len(chunk) + 1] = torch.tensor([one for one, _, _ in chunk]).long()
+            ids[i, len(chunk) + 1] = tokenizer.eos_token_id
+        rows.append(ids.flatten())
     return torch.stack(rows)
 
 
-def _with_word(tokenizer: Any, text: str, word: Word, first: int) -> Tensor:
-    ids: list[int] = []
+def chunks_of(
+    tokenizers: Sequence[Any], text: str, word: Word | None = None, shuffled: bool = False
+) -> int:
+    """How many chunks a text needs, or with ``shuffled`` at most, in any order of its parts."""
+    most = 1
+    for number, tokenizer in enumerate(tokenizers):
+        room = tokenizer.model_max_length - 2
+        if not shuffled:
+            most = max(most, len(packed(_words(tokenizer, text, word, number), room)))
+            continue
+        plain = ", ".join(part.strip() for part in text.split(","))
+        lengths = [len(one) for one in _words(tokenizer, plain, word, number)]
+        total, longest = sum(lengths), min(max(lengths, default=1), room)
+        if total > room:  # each chunk but the last has less room left than the longest word
+            most = max(most, -(-total // (room - longest + 1)))
+    return most
+
+
+def _words(tokenizer: Any, text: str, word: Word | None, encoder: int) -> Iterator[list[Token]]:
+    """The tokens of each word."""
+    if word is None:
+        yield from plain_words(text, 1.0, tokenizer)
+        return
     for i, piece in enumerate(pattern([word.text]).split(text)):
         if i % 2:
-            ids += range(first, first + word.count)
+            first = word.first[encoder]
+            yield [(token, 1.0, None) for token in range(first, first + word.count)]
         else:
-            ids += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
-    room = tokenizer.model_max_length
-    ids = [tokenizer.bos_token_id, *ids[: room - 2], tokenizer.eos_token_id]
-    return torch.tensor(ids + [tokenizer.pad_token_id] * (room - len(ids)))
-
-
-def is_cut(tokenizer: Any, text: str) -> bool:
-    """Whether a text has more tokens than the encoder reads."""
-    return len(tokenizer(text, verbose=False).input_ids) > tokenizer.model_max_length
+            yield from plain_words(piece, 1.0, tokenizer)

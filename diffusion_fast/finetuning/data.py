@@ -17,11 +17,11 @@ from ..ops import checks
 from ..pipelines import StableDiffusion
 from ..pipelines.parts import Parts
 from ..training.distributed import Processes
-from ..training.image_folder import SUFFIXES
+from ..training.image_folder import SUFFIXES, some
 from ..training.tensor_store import fingerprint
 from .bucket_batches import BucketBatches
 from .buckets import Size, best_fit, fit, shapes
-from .captions import Captions, Word, is_cut
+from .captions import Captions, Word, chunks_of
 from .examples import Encoding, Example, Examples, cache_latents, cache_states
 from .methods import TEMPLATES, WORD, Method
 from .pictures import checked, read_pictures, with_hints, with_masks
@@ -41,6 +41,7 @@ class Data:
     Attributes:
         examples: the pictures and the shapes that they are trained in.
         steered: whether each has a conditioning image.
+        word: the word whose vectors are trained; None for none.
 
     Raises:
         ValueError: data that can't be; the message names it.
@@ -49,6 +50,11 @@ class Data:
     def __init__(self, settings: Settings, parts: Parts, tell: Tell) -> None:
         self.settings, self.parts, self.tell = settings, parts, tell
         self.steered = settings.method == "controlnet"
+        self.word: Word | None = None
+        if settings.method == "embedding" and settings.word is not None:
+            encoders: list[Any] = parts.text.encoders
+            first = tuple(one.get_input_embeddings().num_embeddings for one in encoders)
+            self.word = Word(settings.word, settings.vectors, first)
         self.examples = self._examples()
 
     @property
@@ -103,10 +109,14 @@ class Data:
         if settings.masks is not None:
             pictures = with_masks(pictures, settings.masks)
         resolution, step = self._resolution(), settings.bucket_step
+        chunks = [self._chunks(one.caption) for one in pictures]
         if not settings.buckets:
-            return [Example(one, fit(one.size, (resolution, resolution))) for one in pictures]
+            square = resolution, resolution
+            fits = [fit(one.size, square) for one in pictures]
+            return list(map(Example, pictures, fits, chunks))
         known = shapes(resolution, step)
-        found = [Example(one, best_fit(one.size, known)) for one in pictures]
+        fits = [best_fit(one.size, known) for one in pictures]
+        found = list(map(Example, pictures, fits, chunks))
         for example in found:
             if example.fit.cut > step:
                 (h, w), name = example.picture.size, example.picture.file
@@ -115,6 +125,25 @@ class Data:
                     checks.fail(str(name), "an image of a ratio from 1:4 to 4:1", f"{w} x {h}")
                 warnings.warn(f"{name}: {what}", stacklevel=2)
         return found
+
+    def _captions(self, validation: bool = False) -> Captions:
+        """How captions are drawn; nothing is random for a validation loss."""
+        settings = self.settings
+        return Captions(
+            0.0 if validation else settings.caption_dropout,
+            settings.shuffle_captions and not validation,
+            settings.keep_tokens,
+            None if self.word is None else self.word.text,
+            TEMPLATES[:1] if validation else TEMPLATES,
+        )
+
+    def _chunks(self, caption: str) -> int:
+        """How many chunks a caption needs at most, whatever is drawn of it."""
+        captions, tokenizers = self._captions(), self.parts.text.tokenizers
+        return max(
+            chunks_of(tokenizers, text, self.word, captions.shuffle)
+            for text in captions.texts(caption)
+        )
 
     def _resolution(self) -> int:
         """Side of the square of the area that images are scaled to."""
@@ -182,18 +211,6 @@ class Data:
             )
         if not examples:
             checks.fail("data", "an image that can be read", "none")
-        word = None
-        if method.vectors is not None:
-            encoders: list[Any] = text.encoders
-            first = tuple(one.get_input_embeddings().num_embeddings for one in encoders)
-            word = Word(str(settings.word), settings.vectors, first)
-        captions = Captions(
-            0.0 if validation else settings.caption_dropout,
-            settings.shuffle_captions and not validation,
-            settings.keep_tokens,
-            None if word is None else word.text,
-            TEMPLATES[:1] if validation else TEMPLATES,
-        )
         texts = list(dict.fromkeys(["", *(example.picture.caption for example in examples)]))
         if self.caches_text(method):
             report = self._counter("text states")
@@ -201,7 +218,7 @@ class Data:
             states = cache_states(cache, text, texts, clip_skip=clip_skip, on_made=report)
         data = Examples(
             examples,
-            captions,
+            self._captions(validation),
             text.tokenizers,
             latents=latents,
             states=states,
@@ -210,13 +227,14 @@ class Data:
             weights=None if validation else self._weights(examples),
             grain=None if validation or not settings.masks else self.parts.vae.downsampling,
             hints=self.steered,
-            word=word,
+            word=self.word,
         )
-        known = sorted({example.fit.shape for example in examples})
+        known = sorted({(example.fit.shape, example.chunks) for example in examples})
+        drawn = [examples[number] for number in data.order]
         return BucketBatches(
             data,
             settings.batch_size,
-            [known.index(examples[number].fit.shape) for number in data.order],
+            [known.index((one.fit.shape, one.chunks)) for one in drawn],
             seed=settings.seed,
             workers=settings.workers,
             prepare=Encoding(
@@ -240,19 +258,18 @@ class Data:
         if not self.caches_text(method):
             why = "what they say is trained" if method.text else "captions are shuffled"
             notes.append(f"text states are not cached, because {why}")
-        tokenizer = self.parts.text.tokenizers[0]
-        long = [e.picture for e in self.examples if is_cut(tokenizer, e.picture.caption)]
+        long = [example.picture.file for example in self.examples if example.chunks > 1]
         if long:
-            most = tokenizer.model_max_length - 2
-            name = long[0].file.name
-            notes.append(f"captions cut to {most} tokens: {len(long)}, the first that of {name}")
+            most = self.parts.text.tokenizers[0].model_max_length - 2
+            who = some(long, "captions that are longer than one")
+            notes.append(f"captions are read in chunks of {most} tokens; {who}")
         return notes
 
-    def shapes(self) -> dict[Size, int]:
-        """How many items of a pass have each shape."""
-        found: Counter[Size] = Counter()
+    def shapes(self) -> dict[tuple[Size, int], int]:
+        """How many items of a pass have each shape and number of chunks; a batch has one each."""
+        found: Counter[tuple[Size, int]] = Counter()
         for example in self.examples:
-            found[example.fit.shape] += example.picture.repeats
+            found[example.fit.shape, example.chunks] += example.picture.repeats
         return dict(found)
 
     def contents(self) -> str:

@@ -18,7 +18,7 @@ from ..models.text import TextEncoders
 from ..training.distributed import Processes
 from ..training.tensor_store import Tensors, fingerprint, place, read, write
 from .buckets import Fit
-from .captions import Captions, Word, token_ids
+from .captions import Captions, Word, chunks_of, token_ids
 from .pictures import Picture, report
 
 OnMade = Callable[[int, int], object]  # done, all
@@ -26,10 +26,11 @@ OnMade = Callable[[int, int], object]  # done, all
 
 @dataclass(frozen=True)
 class Example:
-    """A picture and the shape that it is trained in."""
+    """A picture, the shape that it is trained in, and the number of chunks of its caption."""
 
     picture: Picture
     fit: Fit
+    chunks: int = 1
 
     def latents_file(self, folder: Path, encoder: str, flipped: bool) -> Path:
         """Where its latents are kept: under all that makes them what they are."""
@@ -103,9 +104,10 @@ class Examples(Dataset[Any]):
         else:
             x_0 = read(self.latents[number, flipped], "latents")["latents"].float()
         if self.states is None:
-            context: Tensors = {"tokens": token_ids(self.tokenizers, text, self.word)}
+            chunks = self.examples[number].chunks
+            context: Tensors = {"tokens": token_ids(self.tokenizers, text, self.word, chunks)}
         else:
-            context = {n: one.float() for n, one in read(self.states[text], "context").items()}
+            context = self._states(self.states, text, self.examples[number].chunks)
         if self.sizes:
             top, left = corner
             if flipped:  # of the mirrored picture
@@ -119,6 +121,13 @@ class Examples(Dataset[Any]):
         if self.grain is not None:
             weight = weight * picture.weights(how, corner, flipped, self.grain)
         return x_0, context, weight
+
+    def _states(self, files: Mapping[str, Path], text: str, chunks: int) -> Tensors:
+        """Cached states, filled up with those of empty chunks."""
+        context = {n: one.float() for n, one in read(files[text], "context").items()}
+        if chunks > 1 and not text:  # dropped; others have as many as they need
+            context["context"] = context["context"].repeat(chunks, 1)
+        return context
 
 
 def cache_latents(
@@ -211,16 +220,23 @@ def cache_states(
     """
     vocabularies = [tokenizer.get_vocab() for tokenizer in text.tokenizers]
     encoder = fingerprint(text.modules(), vocabularies)
-    files = {one: place(folder / "text", [encoder, "plain", clip_skip, one]) for one in texts}
+    chunks = {one: chunks_of(text.tokenizers, one) for one in texts}
+    files = {
+        one: place(folder / "text", [encoder, "plain", clip_skip, one, *([n] if n > 1 else [])])
+        for one, n in chunks.items()
+    }
     processes = Processes.join(next(text.encoders[0].parameters()).device)
     mine = list(files.items())[processes.rank :: processes.count]
     missing = [(one, file) for one, file in mine if not file.exists()]
     for start in range(0, len(missing), batch_size):
         batch = missing[start : start + batch_size]
-        tokens = torch.stack([token_ids(text.tokenizers, one) for one, _ in batch])
-        states = text_states(text, tokens, clip_skip)
-        for i, (_, file) in enumerate(batch):
-            write(file, {name: value[i] for name, value in states.items()})
+        most = max(chunks[one] for one, _ in batch)
+        rows = [token_ids(text.tokenizers, one, chunks=most) for one, _ in batch]
+        states = text_states(text, torch.stack(rows), clip_skip)
+        length = states["context"].shape[1] // most
+        for i, (one, file) in enumerate(batch):
+            found = {name: value[i] for name, value in states.items()}
+            write(file, found | {"context": found["context"][: chunks[one] * length]})
         if on_made is not None:
             on_made(start + len(batch), len(missing))
     processes.wait()

@@ -131,6 +131,7 @@ class Finetuned(nn.Module):
 
 def _put(places: Tensor, vectors: Tensor, _: nn.Module, __: Any, output: Tensor) -> Tensor:
     """The embeddings of tokens [B, L, C] with vectors [n, C] at the places that are not below 0."""
+    places = places.reshape(output.shape[:-1])  # chunks one by one
     own = vectors[places.clamp(min=0)].to(output)
     return torch.where((places >= 0)[..., None], own, output)
 

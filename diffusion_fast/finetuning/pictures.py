@@ -23,6 +23,7 @@ from .settings import DataFolder, of_kohya
 # Keys of a conditioning image's name: of the datasets library (whose column is then
 # conditioning_image), and of fill50k.
 _HINTS = ("conditioning_image_file_name", "conditioning_file_name", "conditioning_image")
+_TABLES = (".csv", ".parquet", ".arrow", ".json", ".tar", ".zip")  # of other layouts
 _BESIDE = (".txt", ".caption")  # suffixes of a caption's file, which has the image's name
 
 
@@ -197,16 +198,18 @@ def _of_folder(
     hints: dict[Path, Path] = {}
     for metadata in listed:
         hints |= _hints(metadata)
-    others = {file.resolve() for file in hints.values()}
+    steering = {file.resolve() for file in hints.values()}
     folders = [one.resolve() for one in beside]
     files = [
         file
         for file in files
-        if file.resolve() not in others
+        if file.resolve() not in steering
         and not any(file.resolve().is_relative_to(one) for one in folders)
     ]
     if not files:
-        checks.fail("data", f"images ({' '.join(SUFFIXES)}) in {root}", "none")
+        others = visible_files(root, _TABLES)
+        got = f"{others[0]}, whose layout is not read" if others else "none"
+        checks.fail("data", f"images ({' '.join(SUFFIXES)}) in {root}", got)
     _check_names(files)
     captions: dict[Path, str] = {}
     for metadata in listed:
@@ -230,7 +233,9 @@ def _of_folder(
         found.append(Picture(file, caption, size, repeats, folder.prior, hint=hints.get(file)))
     if bare:
         wanted = f"a caption for each image ({METADATA}, a .txt beside it, or a prompt for all)"
-        checks.fail("data", wanted, some(bare, "images without"))
+        others = visible_files(root, _TABLES)
+        more = f" ({others[0].name} is not read)" if others else ""
+        checks.fail("data", wanted, some(bare, "images without") + more)
     if not found:
         checks.fail("data", f"an image that can be read in {root}", "none")
     return found

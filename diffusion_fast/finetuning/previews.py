@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,11 @@ class Previews:
         was_training = trainer.model.training
         trainer.model.eval()
         try:
-            with trainer.ema.applied() if trainer.ema else contextlib.nullcontext():
+            with contextlib.ExitStack() as stack:
+                if trainer.ema:
+                    stack.enter_context(trainer.ema.applied())
+                if self.collective:
+                    stack.enter_context(_gathered(trainer.model))
                 if self.before is not None:
                     self.before()
                 images = self.pipe(self.prompts, output="tensor", **self.options).images
@@ -72,3 +76,16 @@ class Previews:
         save_picture(picture, self.folder / f"step_{progress.step:08d}.png", settings)
         if self.on_drawn is not None:
             self.on_drawn(progress.step, picture)
+
+
+@contextlib.contextmanager
+def _gathered(model: Any) -> Iterator[None]:
+    """While it lasts, a sharded model has whole weights in what is no unit of its own.
+
+    The pipeline calls its networks one by one, and not the model, which else would see to that.
+    """
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()

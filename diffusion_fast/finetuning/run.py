@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..training import (
     Trainer,
     local_device,
 )
-from ..training.checkpoint import STATE
+from ..training.checkpoint import STATE, read_checkpoint
 from ..training.tensor_store import fingerprint
 from ..training.watch import OnRead, show_progress
 from . import lora_export
@@ -39,6 +39,8 @@ from .methods import attach
 from .network import Finetuned
 from .previews import Previews
 from .settings import Settings
+
+BEST = "best"  # folder of the files with the lowest validation loss
 
 
 class Finetuning:
@@ -101,8 +103,11 @@ class Finetuning:
         return Checkpoints(folder, settings.checkpoint_every, settings.keep)
 
     def files(self) -> list[Path]:
-        """What the run leaves in its folder."""
-        return [self.settings.out / name for name in self.method.files()]
+        """What the run leaves in its folder, and of the best checkpoint in a folder in that."""
+        folders = [self.settings.out]
+        if self.settings.validation_data is not None:
+            folders.append(self.settings.out / BEST)
+        return [folder / name for folder in folders for name in self.method.files()]
 
     def train(self, on_read: Sequence[OnRead] = (), progress: bool = False) -> list[float]:
         """Cache, train, and write the files.
@@ -126,6 +131,10 @@ class Finetuning:
         weights = trainer.weights()  # by all processes
         if first:
             self.write(weights)
+            best = self._checkpoints.best()
+            if settings.validation_data is not None and best is not None:
+                groups, state = read_checkpoint(best)
+                self.write(groups.get("ema", groups["model"]), BEST, state["step"])
         return losses
 
     def trainer(self) -> Trainer:
@@ -170,17 +179,25 @@ class Finetuning:
             sharding=settings.sharding,
         )
 
-    def write(self, weights: dict[str, torch.Tensor]) -> None:
+    def write(
+        self, weights: Mapping[str, torch.Tensor], folder: str = "", steps: int | None = None
+    ) -> None:
         """Write the files of trained weights by the network's names, all or none.
+
+        Args:
+            weights: what was trained.
+            folder: where in that of the run.
+            steps: how long; None for all steps.
 
         Raises:
             OSError: they can't be written; what was there before still is.
         """
         settings = self.settings
         pictures = [example.picture for example in self.data.examples]
-        about = lora_export.header(settings, self.kind, self.base, settings.steps, pictures)
-        with staged(settings.out) as folder:
-            self.method.write(folder, weights, about)
+        steps = settings.steps if steps is None else steps
+        about = lora_export.header(settings, self.kind, self.base, steps, pictures)
+        with staged(settings.out / folder) as place:
+            self.method.write(place, weights, about)
 
     def _schedule(self) -> None:
         """The noise schedule, with zero terminal SNR where it is asked for."""

@@ -86,7 +86,8 @@ class Settings:
         " names them (conditioning_image_file_name or conditioning_image).",
     )
     validation_data: Path | None = _option(
-        None, "Folder of images for a validation loss, at checkpoints; the best one is kept."
+        None,
+        "Folder of images for a validation loss, at checkpoints; the best one's files: OUT/best.",
     )
     broken: str = _option("refuse", "Images that can't be read.", choices=("refuse", "skip"))
     resolution: int | None = _option(

@@ -8,7 +8,7 @@ silence. (What changes with the steps, :mod:`.prompt_edits` has read before.)
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -176,17 +176,22 @@ def _chunks(
     prompt: str, tokenizer: Any, room: int, embeddings: Mapping[str, Tensor]
 ) -> list[list[Token]]:
     """The tokens of a prompt, at most ``room`` in a chunk."""
-    chunks: list[list[Token]] = []
-    for section in parse(prompt, embeddings=embeddings):
-        chunks.append([])
-        for word in _words(section, tokenizer, embeddings):
-            if len(chunks[-1]) + len(word) > room >= len(word):
+    sections = parse(prompt, embeddings=embeddings)
+    words = [_words(section, tokenizer, embeddings) for section in sections]
+    return [chunk for section in words for chunk in packed(section, room)]
+
+
+def packed(words: Iterable[list[Token]], room: int) -> list[list[Token]]:
+    """Chunks of at most ``room`` tokens; a word that doesn't fit into one begins the next."""
+    chunks: list[list[Token]] = [[]]
+    for word in words:
+        if len(chunks[-1]) + len(word) > room >= len(word):
+            chunks.append([])
+        while word:  # one longer than a chunk is cut
+            part, word = word[: room - len(chunks[-1])], word[room - len(chunks[-1]) :]
+            chunks[-1] += part
+            if word:
                 chunks.append([])
-            while word:  # one longer than a chunk is cut
-                part, word = word[: room - len(chunks[-1])], word[room - len(chunks[-1]) :]
-                chunks[-1] += part
-                if word:
-                    chunks.append([])
     return chunks
 
 
@@ -199,14 +204,15 @@ def _words(
     for text, weight in section:
         start = 0
         for match in found.finditer(text):
-            yield from _plain(text[start : match.start()], weight, tokenizer)
+            yield from plain_words(text[start : match.start()], weight, tokenizer)
             assert match.lastindex is not None
             yield [(0, weight, vector) for vector in embeddings[names[match.lastindex - 1]]]
             start = match.end()
-        yield from _plain(text[start:], weight, tokenizer)
+        yield from plain_words(text[start:], weight, tokenizer)
 
 
-def _plain(text: str, weight: float, tokenizer: Any) -> Iterator[list[Token]]:
+def plain_words(text: str, weight: float, tokenizer: Any) -> Iterator[list[Token]]:
+    """The tokens of each word of a text in which brackets are no weights."""
     word: list[Token] = []
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     for one, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):

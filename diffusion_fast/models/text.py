@@ -219,12 +219,23 @@ class TextEncoders:
         """The states of tokens as they are, with gradients: what training calls.
 
         Args:
-            ids: token ids of each encoder, int64 [B, L].
+            ids: token ids of each encoder, int64 [B, L], chunk after chunk.
             clip_skip: as for :meth:`encode`.
         """
-        states = [self._plain_states(i, one, clip_skip) for i, one in enumerate(ids)]
+        states = [self._chunked_states(i, one, clip_skip) for i, one in enumerate(ids)]
         contexts, pooled = zip(*states, strict=True)
         return TextStates(torch.cat(contexts, dim=-1), pooled[-1])
+
+    def _chunked_states(
+        self, number: int, ids: Tensor, clip_skip: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """What one of the encoders says of tokens [B, L], each chunk by itself."""
+        encoder: Any = self.encoders[number]
+        chunks = max(1, ids.shape[1] // encoder.config.max_position_embeddings)
+        rows = ids.unflatten(1, (chunks, -1)).flatten(0, 1)
+        states, pooled = self._plain_states(number, rows, clip_skip)
+        states = states.unflatten(0, (-1, chunks)).flatten(1, 2)
+        return states, None if pooled is None else pooled.unflatten(0, (-1, chunks))[:, 0]
 
     def _states(
         self, number: int, prompts: Sequence[str], clip_skip: int

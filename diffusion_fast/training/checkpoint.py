@@ -39,6 +39,7 @@ MARK = "complete.json"
 STATE = "state.json"
 _COMPLEX = "#complex"  # behind the name of a tensor kept as pairs of real numbers
 _CHUNK = 2**20  # bytes
+_SHOWN = 8  # tensors in an error message
 
 Groups = Mapping[str, Mapping[str, Tensor]]  # one safetensors file each
 
@@ -184,13 +185,14 @@ def compare_settings(
     before, now = _flat(before), _flat(now)
     for name in ignore:
         checks.one_of("ignore", name, sorted(before.keys() | now.keys()))
-    lines = [
-        f"\n  {name}: {before.get(name)!r} there, {now.get(name)!r} here"
+    differing = [
+        f"{name}: {before.get(name)!r} there, {now.get(name)!r} here"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name) and name not in ignore
     ]
-    if lines:
-        raise ValueError(f"resume: expected the settings of {origin}, got others:{''.join(lines)}")
+    if differing:
+        got = "; ".join(differing)
+        raise ValueError(f"resume: expected the settings of {origin}, got others: {got}")
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,8 +216,9 @@ def compare_tensors(
         if name in found and found[name].shape != value.shape
     ]
     if problems:
-        lines = "".join(f"\n  {problem}" for problem in sorted(problems))
-        raise CheckpointError(f"{origin}: not the tensors of this {group}:{lines}")
+        shown, more = sorted(problems)[:_SHOWN], len(problems) - _SHOWN
+        lines = "; ".join([*shown, *([f"and {more} more"] if more > 0 else [])])
+        raise CheckpointError(f"{origin}: not the tensors of this {group}: {lines}")
 
 
 def check_finite(groups: Groups) -> None:

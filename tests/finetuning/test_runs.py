@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -11,18 +12,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from command_line import run as command
 from crash_run import OPTIONS
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from small_runs import run, write_images
 
 import diffusion_fast as df
 from diffusion_fast.finetuning import Settings, finetune, read_toml
-from diffusion_fast.finetuning.plan import plan
+from diffusion_fast.finetuning.examples import Encoding
+from diffusion_fast.finetuning.plan import activations, plan
+from diffusion_fast.training import Trainer
 from diffusion_fast.training.checkpoint import read_checkpoint
+from diffusion_fast.training.options import autocast
 
 HERE = Path(__file__).parent
 Tiny = Callable[[str], Path]
@@ -60,7 +66,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny_folder: Tiny, images: Path, tmp_p
     unet.save_pretrained(other / "unet")
     with pytest.raises(ValueError, match=r"^model: expected the base that \S+ was trained on .*$"):
         run(other, images, tmp_path / "a", **OPTIONS, resume=True)
-    with pytest.raises(ValueError, match=r"finetuning\.rank: 2 there, 3 here"):
+    with pytest.raises(ValueError, match=r"^resume: [^\n]* finetuning\.rank: 2 there, 3 here;"):
         run(model, images, tmp_path / "a", **OPTIONS | {"rank": 3, "resume": True}).train()
 
 
@@ -88,6 +94,48 @@ def test_the_command_line(tiny_folder: Tiny, images: Path, tmp_path: Path) -> No
     again = command("finetune", "--config", config, "--out", tmp_path / "out", *options)
     assert again.returncode == 1
     assert "checkpoints: expected none after step 0" in again.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"targets": ("all",), "dora": True, "train_text": True},
+        {"method": "full", "gradient_checkpointing": True, "batch_size": 4, "accumulate": 2},
+        {"method": "embedding", "word": "cat", "precision": "bfloat16"},
+        {"method": "controlnet"},
+    ],
+)
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_the_plans_activations_are_those_of_a_step(
+    kind: str, options: dict[str, Any], tiny_folder: Tiny, tmp_path: Path
+) -> None:
+    """To the byte; the plan runs on shapes alone."""
+    folder = write_images(tmp_path / "images", ((64, 64),) * 4)
+    if options.get("method") == "controlnet":
+        options = options | {"conditioning": shutil.copytree(folder, tmp_path / "hints")}
+    made = run(tiny_folder(kind), folder, tmp_path / "out", **options)
+    planned = activations(made)
+    networks = [one for one in made.network.modules() if one is not made.network]
+    own = [p for one in networks for p in (*one.parameters(False), *one.buffers(False))]
+    weights = {value.untyped_storage().data_ptr() for value in own}
+    x_0, context = next(made.trainer().dataloader.starting_at(0))
+    count = len(x_0) // made.settings.accumulate
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return value
+
+    given = {name: one[:count].clone() for name, one in context.items()}
+    with (
+        autocast(made.device, made.settings.precision),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one),
+    ):
+        made.network(x_0[:count].clone(), torch.zeros(count).long(), **given)
+    assert planned == sum(storage.nbytes() for storage in kept.values()) > 0
 
 
 def test_settings_that_are_no_settings(tmp_path: Path) -> None:
@@ -133,6 +181,12 @@ def test_bad_data_is_named(tiny_folder: Tiny, tmp_path: Path) -> None:
     refused(bare, r"1\.png: can't be read as an image: it is a web page")
     with pytest.warns(UserWarning, match=r"1\.png: .*; skipped"):
         assert len(run(model, bare, tmp_path / "out", broken="skip").data.examples) == 1
+    tables = write_images(tmp_path / "tables", ((64, 64),))
+    (tables / "0.txt").unlink()
+    (tables / "metadata.csv").write_text("file_name,text\n0.png,a cat\n")
+    refused(tables, r"got 1 images without: .*0\.png \(metadata\.csv is not read\)$")
+    (tables / "0.png").unlink()
+    refused(tables, r"^data: expected images .*, got .*metadata\.csv, whose layout is not read$")
     wide = write_images(tmp_path / "wide", ((640, 64),))
     refused(wide, r"0\.png: expected an image of a ratio from 1:4 to 4:1", extreme="refuse")
     with pytest.warns(UserWarning, match="0.png: 640 x 64 is longer than all shapes"):
@@ -166,6 +220,49 @@ def test_folders_of_kohya(tmp_path: Path, tiny_folder: Tiny) -> None:
     made = run(tiny_folder("sd15"), tmp_path / "data", tmp_path / "out")
     found = {(e.picture.caption, e.picture.repeats) for e in made.data.examples}
     assert found == {("a red cat", 3), ("a cat, red, number 0", 1)}
+
+
+@pytest.mark.parametrize("random_crop", [False, True])
+def test_sdxl_is_told_each_images_size_and_crop(
+    random_crop: bool, tiny_folder: Tiny, images: Path, tmp_path: Path
+) -> None:
+    """Height and width as the file has them, top and left of what is kept, and its shape."""
+    options = {"random_crop": random_crop, "flip": True}
+    made = run(tiny_folder("sdxl"), images, tmp_path / "out", **options)
+    data, seen = made.trainer().dataloader.dataset, set()
+    encode = Encoding(made.parts.vae, None)
+    for turn in range(8):
+        for index, example in enumerate(data.examples):
+            random.seed(10 * turn + index)
+            x_0, context = data[index]
+            *size, top, left, height, width = map(int, context["time_ids"].tolist())
+            assert tuple(size) == example.picture.size
+            assert (height, width) == example.fit.shape
+            seen.add((index, top, left))
+            spare = example.fit.scaled[1] - width - left
+            kept = [
+                example.picture.pixels(example.fit, (top, spare if flipped else left), flipped)
+                for flipped in (False, True)
+            ]
+            if not random_crop:
+                kept = [encode((one[None], {}))[0][0] for one in kept]
+            assert min((x_0 - one).abs().max().item() for one in kept) < 1e-4
+    assert (len(seen) > 6) == random_crop
+
+
+def test_zero_terminal_snr(tiny_folder: Tiny, images: Path, tmp_path: Path) -> None:
+    """The schedule ends at pure noise, and what comes out says so, as diffusers reads it."""
+    options = {"zero_terminal_snr": True, "method": "full", "steps": 1}
+    made = run(tiny_folder("sd21"), images, tmp_path / "out", **options)
+    made.train()
+    assert made.parts.scheduler.schedule.alpha_bar[-1] == 0
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert theirs.scheduler.config.rescale_betas_zero_snr
+    assert theirs.scheduler.config.timestep_spacing == "trailing"
+    pipe = df.StableDiffusion.from_pretrained(tmp_path / "out")
+    assert pipe("a cat", steps=2, output="latent", sampler="ddim").images.isfinite().all()
+    with pytest.raises(ValueError, match=r"^zero_terminal_snr: expected False, because the model"):
+        run(tiny_folder("sd15"), images, tmp_path / "two", **options)
 
 
 def test_dreambooth(tiny_folder: Tiny, images: Path, tmp_path: Path) -> None:
@@ -218,14 +315,33 @@ def test_masks(tiny_folder: Tiny, images: Path, tmp_path: Path) -> None:
         run(tiny_folder("sd15"), images, tmp_path / "out", masks=str(masks))
 
 
-def test_validation_keeps_the_best(tiny_folder: Tiny, images: Path, tmp_path: Path) -> None:
+def test_validation_keeps_the_best(
+    tiny_folder: Tiny, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last weights come out, and those of the lowest validation loss in a folder of theirs."""
     held_out = write_images(tmp_path / "held out", ((64, 64), (96, 48)))
     options = {"validation_data": held_out, "checkpoint_every": 1, "steps": 3, "keep": 1}
     made = run(tiny_folder("sd15"), images, tmp_path / "out", caption_dropout=0.5, **options)
     losses = [made.trainer().validation_loss() for _ in range(2)]
     assert losses[0] == losses[1]
+    best = 2  # of the three checkpoints
+    losses = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(Trainer, "validation_loss", lambda _: next(losses))
     made.train()
-    assert made._checkpoints.best() in made._checkpoints.all()
+    kept = {path.name for path in made._checkpoints.all()}
+    assert kept == {"step_00000002", "step_00000003"}  # the best, and the last
+    names = ["pytorch_lora_weights.safetensors", "out.safetensors"]
+    last, chosen = tmp_path / "out", tmp_path / "out" / "best"
+    assert made.files() == [folder / name for folder in (last, chosen) for name in names]
+    shorter = run(tiny_folder("sd15"), images, tmp_path / "two", **options | {"steps": best},
+                  caption_dropout=0.5)  # fmt: skip
+    losses = iter([3.0, 1.0])
+    shorter.train()
+    truth = load_file(shorter.files()[0])
+    assert not all(torch.equal(v, truth[n]) for n, v in load_file(made.files()[0]).items())
+    assert all(torch.equal(v, truth[n]) for n, v in load_file(made.files()[2]).items())
+    with safe_open(made.files()[3], framework="pt") as file:
+        assert file.metadata()["ss_steps"] == "2"
 
 
 def test_half_precision(tiny_folder: Tiny, images: Path, tmp_path: Path) -> None:

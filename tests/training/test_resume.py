@@ -207,11 +207,11 @@ def test_other_settings_are_listed(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="resume: expected the settings of") as error:
         other.resume()
-    assert str(error.value).splitlines()[1:] == [
-        "  data.batch_size: 24 there, 12 here",
-        "  gradient_clip: 1.0 there, None here",
-        "  learning_rate: 0.01 there, 0.02 here",
-        "  loss_weighting: 'MinSNR(gamma=5.0)' there, 'P2(gamma=1.0, k=1.0)' here",
+    assert str(error.value).split(", got others: ")[1].split("; ") == [
+        "data.batch_size: 24 there, 12 here",
+        "gradient_clip: 1.0 there, None here",
+        "learning_rate: 0.01 there, 0.02 here",
+        "loss_weighting: 'MinSNR(gamma=5.0)' there, 'P2(gamma=1.0, k=1.0)' here",
     ]
     assert_bit_for_bit(other, before)
     faster = full_trainer(tmp_path, learning_rate=0.02)
