@@ -2,82 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..files import AnyPath
-from ..ops import checks
 from .blocks import Composite, Conv2d
-from .config_json import json_values, own_fields
-from .pretrained import find_pretrained
-
-KIND = "T2IAdapter"
-TYPES = ("full_adapter", "full_adapter_xl", "light_adapter")
-
-
-@dataclass(frozen=True)
-class T2IAdapterConfig:
-    """Shape of a :class:`T2IAdapter`, in the names of diffusers' ``config.json``.
-
-    Args:
-        in_channels: channels of the hint: 3, or 1 for grey ones (sketch, canny).
-        channels: of the features of each level.
-        num_res_blocks: residual blocks of each level.
-        downscale_factor: pixels of the hint, in each direction, that make one of the first level.
-        adapter_type: ``"full_adapter"``, ``"full_adapter_xl"`` or ``"light_adapter"``.
-
-    Raises:
-        ValueError: a value that is out of range.
-    """
-
-    in_channels: int = 3
-    channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    num_res_blocks: int = 2
-    downscale_factor: int = 8
-    adapter_type: str = "full_adapter"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "channels", tuple(self.channels))
-        for name in ("in_channels", "num_res_blocks", "downscale_factor"):
-            checks.positive_int(name, getattr(self, name))
-        for width in self.channels or (0,):
-            checks.positive_int("channels", width)
-        if self.in_channels not in (1, 3):
-            checks.fail("in_channels", "1 or 3", self.in_channels)
-        checks.one_of("adapter_type", self.adapter_type, TYPES)
-
-    @property
-    def light(self) -> bool:
-        return self.adapter_type == "light_adapter"
-
-    @property
-    def grain(self) -> int:
-        """How many pixels of a hint, in each direction, are one of the latents."""
-        xl = self.adapter_type == "full_adapter_xl"  # its first features join the second level
-        return self.downscale_factor // (1 + xl)
-
-    def halves(self, level: int) -> bool:
-        """Whether a level's features have half the height and width of those before."""
-        return level == 2 if self.adapter_type == "full_adapter_xl" else level > 0
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of the features of each level."""
-        return (*self.channels, self.channels[-1]) if self.light else self.channels
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> T2IAdapterConfig:
-        """A config from the contents of a diffusers ``config.json``."""
-        return cls(**own_fields(cls, KIND, {}, values))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The contents of a ``config.json`` that diffusers reads; JSON types only."""
-        return json_values(self, {})
+from .t2i_adapter_config import T2IAdapterConfig
+from .t2i_adapter_file import find_t2i_adapter
 
 
 class AdapterResBlock(Composite):
@@ -147,7 +79,7 @@ class T2IAdapter(Composite):
     Parameters have the names and shapes of diffusers' ``T2IAdapter``.
 
     Args:
-        config: the shape, see :class:`T2IAdapterConfig`.
+        config: the shape, see :class:`~.t2i_adapter_config.T2IAdapterConfig`.
     """
 
     def __init__(self, config: T2IAdapterConfig) -> None:
@@ -164,10 +96,11 @@ class T2IAdapter(Composite):
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> T2IAdapter:
-        """An adapter with the weights of a diffusers folder or hub id, in eval mode.
+        """An adapter with the weights of a checkpoint, in eval mode.
 
         Args:
-            path: the folder with ``config.json`` and the weights, or ``owner/name``.
+            path: the folder with ``config.json`` and the weights, a file of weights beside its
+                ``config.json``, a single file in TencentARC's names, or a hub id ``owner/name``.
             variant: which files of a folder to read, such as ``"fp16"``.
             dtype: dtype of the parameters; None for that of the files.
             device: device of the parameters.
@@ -175,8 +108,7 @@ class T2IAdapter(Composite):
         Raises:
             CheckpointError: a missing or damaged file, or an unsupported config.
         """
-        source = find_pretrained(path, "adapter", T2IAdapterConfig.from_dict, variant)
-        return source.build(cls, dtype, device)
+        return find_t2i_adapter(path, variant).build(cls, dtype, device)
 
     def forward(self, hint: Tensor) -> list[Tensor]:
         """Features [B, C, h, w] of a hint [B, 3, H, W] in [0, 1].

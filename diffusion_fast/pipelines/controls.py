@@ -14,7 +14,10 @@ from ..models.checkpoints import CONFIG, STEM
 from ..models.controlled import Control, ControlledUNet, check_base, grain_of
 from ..models.controlnet import ControlNet
 from ..models.hub import resolve
-from ..models.t2i_adapter import KIND, T2IAdapter
+from ..models.t2i_adapter import T2IAdapter
+from ..models.t2i_adapter_config import KIND
+from ..models.t2i_adapter_file import in_own_names
+from ..models.tensors import stored
 from ..ops import checks
 from . import inputs
 
@@ -196,8 +199,10 @@ def _read(
     path: AnyPath, variant: str | None, dtype: torch.dtype, device: torch.device
 ) -> ControlNet | T2IAdapter:
     found = resolve(path, models={"": STEM}, variant=variant, others=())
-    config = found / CONFIG
+    config = (found.parent if found.is_file() else found) / CONFIG
     adapter = config.is_file() and read_json(config).get("_class_name") == KIND
+    if found.is_file() and found.name != CONFIG:
+        adapter = adapter or in_own_names(stored([found]))
     kind: Any = T2IAdapter if adapter else ControlNet
     network: ControlNet | T2IAdapter = kind.from_pretrained(
         found, variant=variant, dtype=dtype, device=device

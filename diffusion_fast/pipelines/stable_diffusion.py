@@ -173,7 +173,7 @@ class StableDiffusion:
         Several act together; ``controls.unload(name)`` takes one off.
 
         Args:
-            path: a diffusers folder or hub id of either kind; or a ControlNet's single file.
+            path: a diffusers folder or hub id of either kind, or a single file of one.
             name: what to call it; by default the path.
             variant: which weights of a folder, such as ``"fp16"``.
 

@@ -18,7 +18,8 @@ from diffusion_fast.engine.rewrites.plan import CONTROL, REWRITES, RewriteReport
 from diffusion_fast.models.controlled import ControlledUNet
 from diffusion_fast.models.controlnet import ControlNet
 from diffusion_fast.models.controlnet_config import ControlNetConfig
-from diffusion_fast.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
+from diffusion_fast.models.t2i_adapter import T2IAdapter
+from diffusion_fast.models.t2i_adapter_config import T2IAdapterConfig
 
 CHOICES: dict[str, str | Iterable[str]] = {
     **{name: [name] for name in CONTROL},

@@ -22,7 +22,8 @@ from diffusion_fast.models.controlled import ControlledUNet, check_base
 from diffusion_fast.models.controlnet import ControlNet
 from diffusion_fast.models.controlnet_config import ControlNetConfig
 from diffusion_fast.models.controlnet_file import compvis_name
-from diffusion_fast.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
+from diffusion_fast.models.t2i_adapter import T2IAdapter
+from diffusion_fast.models.t2i_adapter_config import T2IAdapterConfig
 
 CLOSE = 1e-5  # of max |out|, float32
 

@@ -237,6 +237,20 @@ def test_with_loras(
     assert torch.equal(case.ours(pipe, 4), before)
 
 
+def test_an_adapter_in_its_own_layout(tiny_folder: Folder, tmp_path: Path) -> None:
+    """A file is known by what is in it."""
+    from test_t2i_adapter_file import own_layout
+
+    shape = {"channels": [16, 32], "num_res_blocks": 1, "adapter_type": "light_adapter"}
+    model, drawn = adapter(shape), []
+    torch.save(own_layout(model), tmp_path / "light.pth")
+    for path in (tmp_path / "light.pth", saved(model, tmp_path / "folder")):
+        pipe = StableDiffusion.from_pretrained(tiny_folder("sd15"))
+        pipe.load_control(path)
+        drawn.append(draw(pipe, hint(0)))
+    assert torch.equal(*drawn)
+
+
 def test_calls_differ_by_what_they_ask(steered: StableDiffusion) -> None:
     """One prepared network serves all of them, and a hint for each image."""
     first = draw(steered)

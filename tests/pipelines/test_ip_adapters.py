@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import transformers
+from command_line import run
+from control_parity import HINT, controlnet, saved
 from diffusers.image_processor import IPAdapterMaskProcessor
-from diffusers_pipelines import PROMPT, arguments, picture
+from diffusers_pipelines import PROMPT, arguments, mask, picture
 from numerics import error
 from PIL import Image
 from safetensors.torch import save_file
@@ -256,6 +261,97 @@ def test_with_a_lora_and_saved(tiny_folder: Folder, folder: Path, tmp_path: Path
         pipe.save_pretrained(tmp_path / "saved")
     again = StableDiffusion.from_pretrained(tmp_path / "saved")
     assert not again.ip_adapters.names
+
+
+@pytest.mark.parametrize("task", ["", "Img2Img", "Inpaint"])
+def test_together_with_a_controlnet(
+    tiny_folder: Folder, folder: Path, kind: str, task: str, tmp_path: Path
+) -> None:
+    """And a LoRA; from noise, an image, or within a mask; after 1, 4 and 20 steps."""
+    model, file = tiny_folder(kind), f"plus_{kind}.safetensors"
+    pipe, theirs = StableDiffusion.from_pretrained(model), judge(model, folder, [file])
+    fields = inspect.signature(diffusers.ControlNetModel.__init__).parameters.keys()
+    config = json.loads((model / "unet" / "config.json").read_text())
+    shape = {n: v for n, v in config.items() if n in fields}
+    net = controlnet({**shape, "conditioning_embedding_out_channels": HINT}, 1)
+    xl = "XL" if kind == "sdxl" else ""
+    parts = theirs.components if xl else theirs.components | {"requires_safety_checker": False}
+    theirs = getattr(diffusers, f"StableDiffusion{xl}ControlNet{task}Pipeline")(
+        **parts, controlnet=net
+    )
+    theirs.set_progress_bar_config(disable=True)
+    hint = picture(64, 96).rotate(90)
+    start: dict[str, Any] = {"image": picture(64, 96), "strength": 0.8} if task else {}
+    mine: dict[str, Any] = dict(start)
+    if task == "Inpaint":
+        start |= {"mask_image": mask(64, 96), "strength": 1.0}
+        mine |= {"mask": mask(64, 96), "strength": 1.0}
+    start |= {"control_image" if task else "image": hint, "controlnet_conditioning_scale": 0.8}
+    control = {"control_image": hint, "control_scale": 0.8}
+    mine |= {"size": None if task else (64, 96)}
+    bare = ours(pipe, 4, **mine)
+    pipe.load_control(saved(net, tmp_path / "control"))
+    steered = ours(pipe, 4, **mine, **control)
+    assert error(steered, bare) > 0.01
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    generator, width = torch.Generator().manual_seed(2), pipe.unet.config.cross_attention_dim
+    down, up = torch.randn(2, width, generator=generator), torch.randn(32, 2, generator=generator)
+    state = {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up}
+    save_file(state | {f"{layer}.alpha": torch.tensor(2.0)}, tmp_path / "lora.safetensors")
+    pipe.loras.load(tmp_path / "lora.safetensors", "style")
+    theirs.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
+    pipe.ip_adapters.load(folder / file, "plus", 0.7)
+    theirs.set_ip_adapter_scale(0.7)
+    seeds = [3] if task == "Inpaint" else [3, 4]  # of a batch, diffusers encodes the first alone
+    size = {} if task == "Img2Img" else {"height": 64, "width": 96}
+    for steps in (4, 20) if task == "Img2Img" else (1, 4, 20):  # of 1 step, none is left to it
+        given = {**mine, **control, "batch": len(seeds), "ip_adapter_image": photo()}
+        result = ours(pipe, steps, **given)
+        asked = {**start, **size, "ip_adapter_image": photo(), "num_inference_steps": steps}
+        expected = theirs(**arguments(seeds, output_type="latent", **asked)).images
+        assert error(result, expected) < TOLERANCE
+        if steps == 4:
+            assert error(result, steered[: len(seeds)]) > 0.01
+
+
+def test_on_the_command_line(tiny_folder: Folder, folder: Path, tmp_path: Path) -> None:
+    model, file = tiny_folder("sd15"), folder / "plain_sd15.safetensors"
+    photo().save(tmp_path / "photo.png")
+    left = Image.new("L", (80, 64))
+    left.paste(255, (0, 0, 40, 64))
+    left.save(tmp_path / "left.png")
+    common = ["sample", "a cat", "--model", model, "--steps", 2, "--size", "80x64"]
+    given = ["--ip-adapter", f"{file}=0.6", "--ip-adapter-image", tmp_path / "photo.png"]
+
+    def drawn(name: str, *options: Any) -> Any:
+        done = run(*common, "-o", tmp_path / name, *options)
+        assert done.returncode == 0, done.stderr
+        return np.asarray(Image.open(tmp_path / name))
+
+    bare, full = drawn("bare.png"), drawn("full.png", *given)
+    masked = drawn("masked.png", *given, "--ip-adapter-mask", tmp_path / "left.png")
+    pipe = StableDiffusion.from_pretrained(model)
+    pipe.ip_adapters.load(file, "plain", 0.6)
+    image = Image.open(tmp_path / "photo.png")
+    expected = pipe("a cat", steps=2, size=(64, 80), ip_adapter_image=image).images[0]
+    assert np.array_equal(full, np.asarray(expected))
+    assert (full != bare).any()
+    assert (masked != full).any()
+    encoder = ["--image-encoder", folder / "image_encoder"]
+    assert np.array_equal(drawn("encoder.png", *given, *encoder), full)
+    again = tmp_path / "again.png"
+    assert run("sample", "--again", tmp_path / "masked.png", "-o", again).returncode == 0
+    assert again.read_bytes() == (tmp_path / "masked.png").read_bytes()
+    for options, message in (
+        (given[:2], "expected an image for each of 1 IP-Adapters"),
+        (given[2:], "expected None: the model has no IP-Adapter"),
+        (["--ip-adapter", f"{file}=much", *given[2:]], "--ip-adapter: expected a file, or FILE="),
+        (["--ip-adapter", folder / "plain_sdxl.bin", *given[2:]], "--ip-adapter: "),
+        ([*given, "--image-encoder", tmp_path], "--ip-adapter: "),
+    ):
+        done = run(*common, "-o", tmp_path / "x.png", *options)
+        assert done.returncode == 1, options
+        assert message in done.stderr.replace("\n", " ")
 
 
 def test_what_is_refused(tiny_folder: Folder, folder: Path, tmp_path: Path) -> None:

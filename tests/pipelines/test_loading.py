@@ -260,7 +260,15 @@ def test_a_folder_that_is_no_model(tmp_path: Path, tiny_folder: Folder) -> None:
         StableDiffusion.from_pretrained(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline", None])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("StableDiffusion3Pipeline", "FluxPipeline", None),
+        *("StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline"),
+        *("StableDiffusionDepth2ImgPipeline", "StableDiffusionUpscalePipeline"),
+        *("StableUnCLIPPipeline", "StableUnCLIPImg2ImgPipeline"),
+    ],
+)
 def test_an_unsupported_model_is_named(
     tiny_folder: Folder, tmp_path: Path, name: str | None
 ) -> None:
