@@ -126,6 +126,7 @@ class ControlNet(UNetEncoder):
         time_ids: Tensor | None = None,
         context_lengths: Tensor | None = None,
         guess_mode: bool = False,
+        embedded: Tensor | None = None,
     ) -> list[Tensor]:
         """What is added to a U-Net's skips in their order, and last of all to its bottom.
 
@@ -134,6 +135,7 @@ class ControlNet(UNetEncoder):
                 :meth:`UNet2DCondition.forward <diffusion_fast.UNet2DCondition.forward>`.
             hint: [B, 3, f H, f W] in [0, 1], with f = 8.
             guess_mode: weigh residuals from 0.1 for the finest to 1 for the bottom.
+            embedded: what :meth:`embed_hint` gave of the hint, if that is known.
 
         Raises:
             ValueError: an argument that is missing, not expected, or of the wrong shape or dtype.
@@ -143,7 +145,8 @@ class ControlNet(UNetEncoder):
         emb = self.embed_time(t.expand(x.shape[0]), text_embeds, time_ids)
         kv = self.project_context(self.embed_context(context))
         time = self.project_time(emb)
-        return self.residuals(x, time, kv, context_lengths, self.embed_hint(hint), guess_mode)
+        embedded = self.embed_hint(hint) if embedded is None else embedded
+        return self.residuals(x, time, kv, context_lengths, embedded, guess_mode)
 
     def check_hint(self, hint: Tensor, x: Tensor) -> None:
         """Raise ValueError unless a hint fits images x [B, C, H, W]."""

@@ -59,6 +59,69 @@ def test_controlnets(kind: str, count: int) -> None:
     assert explain(fast).controlnets == [None] * count
 
 
+def test_a_hint_is_embedded_once() -> None:
+    """Until it, or a weight that reads it, is another one."""
+    net_config = {**tiny.SD, "conditioning_embedding_out_channels": HINT[:2]}
+    parts = {**tiny.pipeline("sd").components, "controlnet": controlnet(net_config, 0)}
+    pipe = diffusers.StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    fast, calls = accelerate(copy.deepcopy(pipe)), []
+    fast.controlnet.controlnet_cond_embedding.conv_in.register_forward_hook(
+        lambda *_: calls.append(1)
+    )
+    asked: dict[str, Any] = {"image": hint(), "num_inference_steps": STEPS}
+    expected, result = tiny.picture(pipe, **asked), tiny.picture(fast, **asked)
+    assert error(result, expected) <= CLOSE
+    assert len(calls) == 1
+    for one in (pipe, fast):
+        with torch.no_grad():
+            one.controlnet.controlnet_cond_embedding.conv_in.weight.mul_(-2)
+    edited, result = tiny.picture(pipe, **asked), tiny.picture(fast, **asked)
+    assert error(result, edited) <= CLOSE
+    assert error(edited, expected) > 1e-3
+
+    net = fast.controlnet
+    seen = torch.rand(2, 3, 32, 32)
+    states = {"sample": torch.rand(2, 4, 16, 16), "encoder_hidden_states": torch.rand(2, 7, 24)}
+
+    def residual(module: Any) -> torch.Tensor:
+        return module(timestep=3, controlnet_cond=seen, **states, return_dict=False)[1]
+
+    with torch.no_grad():
+        first = residual(net)
+        calls.clear()
+        assert torch.equal(residual(net), first)
+        assert not calls
+        seen.mul_(0.5)
+        assert error(residual(net), residual(pipe.controlnet)) <= CLOSE
+        assert len(calls) == 1
+    net.requires_grad_(True)
+    residual(net).sum().backward()  # with gradients, nothing is kept
+    residual(net).sum().backward()
+    assert len(calls) == 3
+    assert net.controlnet_cond_embedding.conv_in.weight.grad is not None
+
+
+def test_a_tiny_autoencoder_stays() -> None:
+    """The U-Net and the ControlNet run by ours all the same."""
+    widths = {f"{half}_block_out_channels": (8, 8) for half in ("encoder", "decoder")}
+    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    vae = diffusers.AutoencoderTiny(**widths, **blocks).eval()
+    net_config = {**tiny.SD, "conditioning_embedding_out_channels": HINT[:2]}
+    parts = tiny.pipeline("sd", vae=vae).components | {"controlnet": controlnet(net_config, 0)}
+    pipe = diffusers.StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    fast = accelerate(copy.deepcopy(pipe))
+    asked: dict[str, Any] = {"image": hint(), "num_inference_steps": STEPS}
+    assert error(tiny.picture(fast, **asked), tiny.picture(pipe, **asked)) <= CLOSE
+    told = explain(fast)
+    assert told.vae_decoder is None
+    for part in (told.unet, *told.controlnets):
+        assert part is not None
+        assert (part.calls, not part.others) == (STEPS, True)
+    assert explain(restore(fast)).unet is None
+
+
 def test_t2i_adapters() -> None:
     plain: Any = tiny.pipeline("sd")
     parts = {n: v for n, v in plain.components.items() if n != "image_encoder"}
