@@ -47,6 +47,22 @@ def test_text_to_image(tiny_folder: Folder, kind: str, sampler: str) -> None:
     assert result.seeds == [3, 4]
 
 
+@pytest.mark.parametrize("sampler", list(SCHEDULERS))
+def test_one_step(tiny_folder: Folder, sampler: str) -> None:
+    """From pure noise with trailing timesteps. With others diffusers' single step begins where no
+    noise is left; ours begins at the last timestep whatever the spacing.
+    """
+    folder, judge = tiny_folder("sd15"), theirs(tiny_folder("sd15"), sampler)
+    spacing = {"timestep_spacing": "trailing"}
+    judge.scheduler = type(judge.scheduler).from_config(judge.scheduler.config, **spacing)
+    asked = {"num_inference_steps": 1, "output_type": "latent", "height": 64, "width": 64}
+    expected = judge(**arguments([3], **asked)).images
+    pipe = StableDiffusion.from_pretrained(folder)
+    drawing = {"guidance_scale": GUIDANCE, "sampler": sampler, "seed": 3, "size": 64}
+    result = pipe(PROMPT, NEGATIVE, steps=1, output="latent", **drawing, **spacing)
+    assert error(result.latents, expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral"])
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_image_to_image(tiny_folder: Folder, kind: str, sampler: str) -> None:
