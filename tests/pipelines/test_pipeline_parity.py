@@ -49,8 +49,8 @@ def test_text_to_image(tiny_folder: Folder, kind: str, sampler: str) -> None:
 
 @pytest.mark.parametrize("sampler", list(SCHEDULERS))
 def test_one_step(tiny_folder: Folder, sampler: str) -> None:
-    """From pure noise with trailing timesteps. With others diffusers' single step begins where no
-    noise is left; ours begins at the last timestep whatever the spacing.
+    """From pure noise with trailing timesteps; with others DDIM's and Euler's single step begins
+    where no noise is left in diffusers, and at the last timestep here.
     """
     folder, judge = tiny_folder("sd15"), theirs(tiny_folder("sd15"), sampler)
     spacing = {"timestep_spacing": "trailing"}
