@@ -20,7 +20,8 @@ class Model:
         name: what clients call it.
         loras: scales of its LoRAs by their names.
         height, width: of its images, unless a request says otherwise.
-        steps, guidance, sampler: its usual settings.
+        steps, guidance, sampler: its usual settings; no sampler where its scheduler is none of
+            ours, so that each request names one.
         inpainting: whether it was made for inpainting, and so needs an image and a mask.
     """
 
@@ -30,7 +31,7 @@ class Model:
     width: int = 512
     steps: int = 20
     guidance: float = 7.5
-    sampler: str = "dpmpp_2m"
+    sampler: str | None = "dpmpp_2m"
     inpainting: bool = False
 
     @classmethod
