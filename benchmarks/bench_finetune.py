@@ -108,7 +108,7 @@ def ours(task: Task, steps: int, device: str) -> tuple[list[float], float]:
         given = {"model": "m", "data": "d", "out": "o", "rank": RANK}
         torch.manual_seed(0)
         add_lora({"unet": unet}, Settings.of(given))
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
     small = CLIPTextModel(CLIPTextConfig(**shape, num_attention_heads=2)).requires_grad_(False)
 
     class Nothing(list[Any]):  # captions are states already
@@ -147,7 +147,7 @@ def diffusers(task: Task, steps: int, device: str) -> tuple[list[float], float]:
     from torch.nn import functional as F
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**task.unet)
+        unet: Any = UNet2DConditionModel(**task.unet)
     unet.to_empty(device="cpu")
     fill(unet)
     unet.to(device)
@@ -163,7 +163,7 @@ def diffusers(task: Task, steps: int, device: str) -> tuple[list[float], float]:
             )
         )
     unet.train()
-    noise_scheduler = DDPMScheduler(
+    noise_scheduler: Any = DDPMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
     )
     trained = [p for p in unet.parameters() if p.requires_grad]
