@@ -30,6 +30,13 @@ class PerStep:
 
     Raises:
         ValueError: no context, or a number in ``order`` that has none.
+
+    Examples:
+        >>> cat, dog = torch.zeros(1, 4), torch.ones(1, 4)
+        >>> turns = df.PerStep([cat, dog], [0, 0, 1])
+        >>> options = {"sampler": "ddim", "steps": 3, "context": turns}
+        >>> df.sample(lambda x, t, context: x, df.DiffusionSchedule(), (2, 3), **options).shape
+        torch.Size([2, 3])
     """
 
     contexts: Sequence[Context]

@@ -49,6 +49,12 @@ class DiffusionSchedule:
     Raises:
         ValueError: betas outside (0, 1) (1 is allowed as the last one with zero_terminal_snr),
             betas so small or so many that float32 alpha-bars stop decreasing, an unknown kind.
+
+    Examples:
+        >>> schedule = df.DiffusionSchedule(timesteps=1000, beta_end=0.02)
+        >>> x_0, t = torch.zeros(2, 3, 8, 8), torch.tensor([0, 999])
+        >>> schedule.add_noise(x_0, t).shape
+        torch.Size([2, 3, 8, 8])
     """
 
     def __init__(

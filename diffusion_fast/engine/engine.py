@@ -67,6 +67,14 @@ class Engine:
         ValueError: an argument that can't be; the message names it.
         RuntimeError: ``graph`` is ``"loop"`` or ``"step"`` and nothing can be captured, here or in
             :meth:`sample`.
+
+    Examples:
+        >>> engine = df.Engine(lambda x, t: x, df.DiffusionSchedule(), sampler="dpmpp_2m", steps=5)
+        >>> engine.sample((2, 3)).shape
+        torch.Size([2, 3])
+        >>> engine.configure(sampler="euler", steps=8)
+        >>> engine.table.steps
+        8
     """
 
     def __init__(

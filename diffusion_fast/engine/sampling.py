@@ -40,6 +40,10 @@ def sample(
     else both. ``steps=None`` takes all T steps of the schedule. With ``x_0`` and ``strength`` the
     loop starts from a noised image instead of pure noise; with ``x_0`` and ``mask`` it draws only
     where the mask is 1.
+
+    Examples:
+        >>> df.sample(lambda x, t: x, df.DiffusionSchedule(), (2, 3), sampler="ddim", steps=5).shape
+        torch.Size([2, 3])
     """
     engine = Engine(
         model,

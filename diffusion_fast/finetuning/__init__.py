@@ -39,6 +39,15 @@ def finetune(
         CheckpointError: the base can't be loaded.
         ValueError: a setting or data that can't be; the message names it.
         OSError: something can't be written.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> Path("photos").mkdir()
+        >>> Image.new("RGB", (64, 64), "red").save("photos/square.png")
+        >>> _ = Path("photos/square.txt").write_text("a red square")
+        >>> df.finetune("tiny", "photos", "square-lora", steps=1, resolution=64).name
+        'square-lora'
     """
     from .run import Finetuning  # imports Pillow
 

@@ -82,6 +82,10 @@ class UNetConfig:
 
     Raises:
         ValueError: a value that is out of range or doesn't fit another one.
+
+    Examples:
+        >>> df.UNetConfig.preset("digits").num_classes
+        10
     """
 
     sample_size: int | tuple[int, int] | None = None

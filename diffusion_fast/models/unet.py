@@ -387,6 +387,12 @@ class UNet2DCondition(UNetEncoder):
 
     Args:
         config: the shape, see :class:`UNetConfig`.
+
+    Examples:
+        >>> model = df.UNet2DCondition(df.UNetConfig.preset("digits"))
+        >>> x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([10, 500]), torch.tensor([3, 7])
+        >>> model(x, t, labels).shape
+        torch.Size([2, 1, 8, 8])
     """
 
     def __init__(self, config: UNetConfig) -> None:

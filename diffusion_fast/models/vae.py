@@ -162,6 +162,11 @@ class AutoencoderKL(Autoencoder):
 
     Args:
         config: the shape, see :class:`VAEConfig`.
+
+    Examples:
+        >>> vae = df.AutoencoderKL(df.VAEConfig(block_out_channels=(8,), norm_num_groups=4))
+        >>> vae.decode(torch.randn(1, 4, 8, 8)).shape
+        torch.Size([1, 3, 8, 8])
     """
 
     config: VAEConfig

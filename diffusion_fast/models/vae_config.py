@@ -47,6 +47,10 @@ class VAEConfig:
 
     Raises:
         ValueError: a value that is out of range or doesn't fit another one.
+
+    Examples:
+        >>> df.VAEConfig(block_out_channels=(8,), norm_num_groups=4).latent_channels
+        4
     """
 
     in_channels: int = 3

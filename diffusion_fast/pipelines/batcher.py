@@ -79,6 +79,12 @@ class Batcher:
 
     Raises:
         ValueError: an argument that can't be.
+
+    Examples:
+        >>> with df.Batcher(df.StableDiffusion.from_pretrained("tiny"), slots=2) as batcher:
+        ...     pending = [batcher.submit("a cat", steps=2, size=64, seed=seed) for seed in (0, 1)]
+        ...     [one.result().images[0].size for one in pending]
+        [(64, 64), (64, 64)]
     """
 
     def __init__(

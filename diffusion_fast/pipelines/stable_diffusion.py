@@ -59,6 +59,11 @@ class StableDiffusion:
         parts: the networks and the schedule.
         graph: how to capture CUDA graphs, see :class:`~diffusion_fast.Engine`.
         rewrites: which exact rewrites of the U-Net to use, see there.
+
+    Examples:
+        >>> pipe = df.StableDiffusion.from_pretrained("tiny")  # random weights
+        >>> pipe("a cat", steps=2, size=64, seed=3).images[0].size
+        (64, 64)
     """
 
     def __init__(self, parts: Parts, graph: str = "auto", rewrites: Any = "all") -> None:

@@ -75,6 +75,15 @@ class Trainer:
     Raises:
         ValueError: arguments that don't fit together, or a batch size that the processes can't
             share evenly.
+
+    Examples:
+        >>> class Model(torch.nn.Linear):
+        ...     def forward(self, x, t):
+        ...         return super().forward(x)
+        >>> data = [torch.randn(8, 3) for _ in range(4)]
+        >>> trainer = df.Trainer(Model(3, 3), data, df.DiffusionSchedule(), ema_decay=0.9, seed=0)
+        >>> len(trainer.fit(6))
+        6
     """
 
     def __init__(
@@ -477,6 +486,15 @@ def train_diffusion(
 
     Returns:
         The loss of every step.
+
+    Examples:
+        >>> class Model(torch.nn.Linear):
+        ...     def forward(self, x, t):
+        ...         return super().forward(x)
+        >>> data = [torch.randn(8, 3) for _ in range(4)]
+        >>> losses = df.train_diffusion(Model(3, 3), data, df.DiffusionSchedule(), epochs=2)
+        >>> len(losses)
+        8
     """
     checks.positive_int("epochs", epochs)
     if not isinstance(dataloader, Sized):

@@ -108,6 +108,12 @@ def use_backend(backend: str | None = None, **per_op: str) -> Iterator[None]:
 
     Raises:
         ValueError: a backend or op of this name doesn't exist.
+
+    Examples:
+        >>> with df.use_backend("reference"):
+        ...     y = df.ops.geglu(torch.randn(2, 8))
+        >>> y.shape
+        torch.Size([2, 4])
     """
     global overrides
     if backend is not None:

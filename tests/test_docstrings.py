@@ -1,0 +1,26 @@
+"""Every public item has an example in its docstring, and all of them run."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+import diffusion_fast as df
+
+MODULES = ("integrations", "ops")
+PUBLIC = [name for name in df.__all__ if name not in MODULES and not name.startswith("__")]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = inspect.getdoc(getattr(df, name)) or ""
+    test = doctest.DocTestParser().get_doctest(text, {"df": df, "torch": torch}, name, None, None)
+    assert test.examples, f"{name}: its docstring has no example"
+    said: list[str] = []
+    result = doctest.DocTestRunner(verbose=False).run(test, out=said.append)
+    assert result.failed == 0, "".join(said)
