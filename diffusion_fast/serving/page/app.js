@@ -27,7 +27,7 @@ async function fill() {
   $("queue").textContent = `${queue.occupied} of ${queue.slots} slots, ${queue.waiting} waiting`;
   if (filled) return;
   for (const name of ["width", "height", "steps", "guidance"]) $(name).value = queue[name];
-  option($("sampler"), "", `the model's (${queue.sampler})`);
+  option($("sampler"), "", `the model's (${queue.sampler ?? "none: choose one"})`);
   for (const one of await call("sdapi/v1/samplers")) option($("sampler"), one.name);
   for (const one of await call("sdapi/v1/schedulers")) option($("scheduler"), one.name, one.label);
   filled = true;
