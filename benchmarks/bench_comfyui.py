@@ -399,11 +399,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=0, help="time so many rounds, no cases")
     parser.add_argument("--out", type=Path, help="a folder for the rows")
     options = parser.parse_args(arguments)
-    command = shlex.join(["python", "benchmarks/bench_comfyui.py", *sys.argv[1:]])
+    given = ["COMFYUI" if one == str(options.comfyui) else one for one in sys.argv[1:]]
+    command = shlex.join(["python", "benchmarks/bench_comfyui.py", *given])
     comfyui = ComfyUI(options.comfyui.resolve())
     logging.disable(logging.WARNING)  # each case tells in its row why it fell back
-    facts = environment() | {"comfyui": comfyui.version}
-    facts["command"] = command.replace(str(options.comfyui), "COMFYUI")
+    facts = environment() | {"comfyui": comfyui.version, "command": command}
     facts = {name: facts[name] for name in FACTS}
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     kinds = ["SD15"] if options.full else options.kinds
