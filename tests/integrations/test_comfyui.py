@@ -133,6 +133,13 @@ def test_attention_that_another_node_replaced_stays_its_own(
     assert "other nodes keep the attention of attn2 of middle block 0" in caplog.text
 
 
+def test_keys_of_another_batch_are_split_among_the_queries() -> None:
+    """HyperTile tiles the queries alone, and ComfyUI reads keys and values in their batch."""
+    q, k, v = torch.randn(8, 16, 32), torch.randn(2, 64, 32), torch.randn(2, 64, 32)
+    tiles = k.view(8, 16, 32), v.view(8, 16, 32)
+    assert torch.equal(attend(q, k, v, {"n_heads": 4}), attend(q, *tiles, {"n_heads": 4}))
+
+
 def graphed(patcher: ModelPatcher) -> tuple[ModelPatcher, Any, TapeCapturer]:
     patched = patch(patcher, graphs=True)
     calls, capturer = patched.model_options["model_function_wrapper"], TapeCapturer()

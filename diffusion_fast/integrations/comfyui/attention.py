@@ -53,5 +53,6 @@ def _attends(block: nn.Module) -> bool:
 def attend(q: Tensor, k: Tensor, v: Tensor, extra_options: Mapping[str, Any]) -> Tensor:
     """What stands in for attention between the projections, all [B, S, H * D]."""
     heads = extra_options["n_heads"]
-    q, k, v = (x.unflatten(2, (heads, -1)) for x in (q, k, v))  # [B, S, H, D]
+    # HyperTile tiles the queries alone: keys of another batch are read in theirs.
+    q, k, v = (x.reshape(len(q), -1, heads, x.shape[2] // heads) for x in (q, k, v))  # [B, S, H, D]
     return ops.attention(q, k, v).flatten(2)
