@@ -24,14 +24,15 @@ FILE = ROOT / "constraints.txt"
 
 
 def asked_for() -> list[Requirement]:
-    """What pyproject.toml names: dependencies, extras and groups."""
+    """What pyproject.toml names: dependencies, extras and groups, but the project's own extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     texts = list(project["project"]["dependencies"])
     for names in project["project"]["optional-dependencies"].values():
         texts += names
     for names in project["dependency-groups"].values():
         texts += [name for name in names if isinstance(name, str)]
-    return [Requirement(text) for text in texts]
+    wanted = map(Requirement, texts)
+    return [one for one in wanted if canonicalize_name(one.name) != "diffusion-fast"]
 
 
 def pins(wanted: Iterable[Requirement]) -> dict[str, str]:
@@ -46,7 +47,7 @@ def pins(wanted: Iterable[Requirement]) -> dict[str, str]:
     while todo:
         requirement = todo.pop()
         key = canonicalize_name(requirement.name), frozenset(requirement.extras)
-        if key in seen or key[0] == "diffusion-fast":
+        if key in seen:
             continue
         seen.add(key)
         try:

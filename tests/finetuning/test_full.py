@@ -105,7 +105,7 @@ def test_a_single_file_is_written_as_it_was_read(
 ) -> None:
     from compvis_files import write_file
 
-    monkeypatch.setattr(text, "load_tokenizers", lambda _, count: [_Tokenizer()] * count)
+    monkeypatch.setattr(text, "load_tokenizers", lambda _, names: [_Tokenizer()] * len(names))
     path, states = write_file(kind, tmp_path)
     found = identify(path)
     assert found.unet is not None
