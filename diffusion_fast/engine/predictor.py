@@ -74,9 +74,10 @@ class PlainPredictor:
         self._t_of_row: Sequence[Tensor] = ()
 
     def prepare(self, context: Context | PerRow, timesteps: Tensor) -> None:
-        self._order = self._orders.setdefault(
-            timesteps.device, Order(self.max_rows, timesteps.device)
-        )
+        device = timesteps.device
+        if device not in self._orders:
+            self._orders[device] = Order(self.max_rows, device)
+        self._order = self._orders[device]
         self._order.take(context)
         joined = self._order.join(contexts_of(context))
         key = signature(context)
