@@ -19,11 +19,17 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 static_assert(kKeys % kPanel == 0);
 
 template <class T>
-inline float number(const T* from) { return load(from, Part{1})[0]; }
+inline float number(const T* from) {
+  return load(from, Part{1})[0];
+}
 template <>
-inline float number(const float* from) { return *from; }
+inline float number(const float* from) {
+  return *from;
+}
 template <>
-inline float number(const BFloat16* from) { return bits_of<float>(uint32_t(from->bits) << 16); }
+inline float number(const BFloat16* from) {
+  return bits_of<float>(uint32_t(from->bits) << 16);
+}
 
 // Keys and values of a head. Keys by blocks, in each by panels of columns: [panel][D][width], a
 // width being the vectors that the panel's keys take. Values by blocks: [panel][keys][width].
@@ -31,7 +37,9 @@ struct Head {
   std::vector<float> keys, values;
 };
 
-inline int vectors_of(long columns) { return int((std::min(columns, kPanel) + kLanes - 1) / kLanes); }
+inline int vectors_of(long columns) {
+  return int((std::min(columns, kPanel) + kLanes - 1) / kLanes);
+}
 
 template <class T>
 void pack(const Attention& a, const T* k, const T* v, long first, long count, Head& head) {
@@ -94,7 +102,8 @@ inline void weigh(Scratch& s, long row, long count, const float* bias, long bias
   if (most != s.most[row]) {
     const float factor = std::exp(s.most[row] - most);
     s.total[row] *= factor;
-    for (long d = 0; d < padded; d += kLanes) store(sums + d, load(sums + d, Full{}) * factor, Full{});
+    for (long d = 0; d < padded; d += kLanes)
+      store(sums + d, load(sums + d, Full{}) * factor, Full{});
     s.most[row] = most;
   }
   s.total[row] += sum(total);
@@ -139,9 +148,9 @@ void attend(const Attention& a, long item, long index, long begin, const Head& h
     for (long panel = 0; panel < dim; panel += kPanel) {
       const int vectors = vectors_of(dim - panel);
       for (long t = 0; t < tiles; ++t)
-        tile_of(vectors, s.scores.data() + t * kTileRows * kKeys, kKeys, 1,
-                values + panel * packed, vectors * kLanes, seen,
-                s.sums.data() + t * kTileRows * padded + panel, padded, true);
+        tile_of(vectors, s.scores.data() + t * kTileRows * kKeys, kKeys, 1, values + panel * packed,
+                vectors * kLanes, seen, s.sums.data() + t * kTileRows * padded + panel, padded,
+                true);
     }
   }
   T* out = (T*)a.out + ((item * a.queries + begin) * a.heads + index) * dim;

@@ -5,10 +5,10 @@
 #include <cstdint>
 
 struct Attention {
-  const void *q, *k, *v;  // [B, Sq, H, D], [B, Sk, H, D] twice, of one dtype
-  void* out;              // [B, Sq, H, D], contiguous
-  const float* bias;      // [B, H, Sq, Sk], or null
-  const int64_t* lengths; // [B], or null
+  const void *q, *k, *v;   // [B, Sq, H, D], [B, Sk, H, D] twice, of one dtype
+  void* out;               // [B, Sq, H, D], contiguous
+  const float* bias;       // [B, H, Sq, Sk], or null
+  const int64_t* lengths;  // [B], or null
   int64_t q_strides[3], k_strides[3], v_strides[3];  // of B, S, H
   int64_t bias_strides[4];
   int64_t batch, heads, queries, keys, dim;

@@ -31,8 +31,7 @@ std::vector<Source<T>> sources(const GroupNorm& n) {
   const bool last = n.last != 0;
   std::vector<Source<T>> found;
   found.push_back({(const T*)n.x, (T*)n.dx, {last, n.channels, n.pixels}, 0});
-  if (n.x2)
-    found.push_back({(const T*)n.x2, (T*)n.dx2, {last, n.channels2, n.pixels}, n.channels});
+  if (n.x2) found.push_back({(const T*)n.x2, (T*)n.dx2, {last, n.channels2, n.pixels}, n.channels});
   return found;
 }
 
@@ -133,7 +132,8 @@ Channels channels_of(const GroupNorm& n) {
       double* m = mean.data() + image * channels;
       const double* d = squares.data() + image * channels;
       double middle = 0, variance = 0;
-      for (long c = begin; c < end; ++c) middle += m[c] + (n.add ? of(n.add, n.add_stride, image, c) : 0);
+      for (long c = begin; c < end; ++c)
+        middle += m[c] + (n.add ? of(n.add, n.add_stride, image, c) : 0);
       middle /= width;
       for (long c = begin; c < end; ++c) {
         const double delta = m[c] + (n.add ? of(n.add, n.add_stride, image, c) : 0) - middle;
@@ -155,7 +155,6 @@ Channels channels_of(const GroupNorm& n) {
     }
   return k;
 }
-
 
 template <class T>
 void forward(const GroupNorm& n) {
@@ -219,8 +218,8 @@ void add_up(const GroupNorm& n, const Source<T>& source, const Channels& k, Sums
       walk<5, 2>(shape.last, {r.c0, r.c1, p, std::min(p + split.chunk, r.p1), 0}, numbers, sums,
                  [&](const Vec* known, Vec* sums, long c, long p, auto lanes) {
                    const Vec u = (load(x + at(c, p), lanes) - known[0]) * known[1] + known[2];
-                   const Vec dz = before_silu<kSilu>(load(grad + from(c, p), lanes),
-                                                     u * known[3] + known[4]);
+                   const Vec dz =
+                       before_silu<kSilu>(load(grad + from(c, p), lanes), u * known[3] + known[4]);
                    sums[0] += dz;
                    sums[1] += dz * u;
                  });
@@ -297,14 +296,14 @@ void backward(const GroupNorm& n) {
       const T* grad = (const T*)n.grad + image * whole.size();
       const Place at(source.shape), from(whole, source.first);
       const long row = image * whole.channels + source.first;
-      const float* numbers[8] = {&k.center[row],      &k.rstd[row],  &k.rest[row],
-                                 &k.slope[row],       &k.level[row], &slopes.first[row],
+      const float* numbers[8] = {&k.center[row],      &k.rstd[row],      &k.rest[row],
+                                 &k.slope[row],       &k.level[row],     &slopes.first[row],
                                  &slopes.second[row], &slopes.third[row]};
       walk<8, 0>(whole.last, range, numbers, nullptr,
                  [&](const Vec* known, Vec*, long c, long p, auto lanes) {
                    const Vec u = (load(x + at(c, p), lanes) - known[0]) * known[1] + known[2];
-                   const Vec dz = before_silu<kSilu>(load(grad + from(c, p), lanes),
-                                                     u * known[3] + known[4]);
+                   const Vec dz =
+                       before_silu<kSilu>(load(grad + from(c, p), lanes), u * known[3] + known[4]);
                    store(dx + at(c, p), dz * known[5] + u * known[6] + known[7], lanes);
                  });
     });

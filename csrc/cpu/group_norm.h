@@ -1,5 +1,5 @@
-// The arguments of group_norm_silu and of its gradient, as they cross from Python: keep in step with
-// diffusion_fast/ops/cpu/group_norm.py.
+// The arguments of group_norm_silu and of its gradient, as they cross from Python: keep in step
+// with diffusion_fast/ops/cpu/group_norm.py.
 #pragma once
 
 #include <cstdint>
@@ -7,9 +7,9 @@
 struct GroupNorm {
   // x [B, C1, S] and x2 [B, C2, S] (or null) of one dtype, channels innermost where `last`.
   const void *x, *x2;
-  void* y;                          // [B, C, S], C = C1 + C2
-  const float *weight, *bias;       // [C]
-  const float *add, *scale, *shift; // [B, C] or null; a stride of 0 is one row for all images
+  void* y;                           // [B, C, S], C = C1 + C2
+  const float *weight, *bias;        // [C]
+  const float *add, *scale, *shift;  // [B, C] or null; a stride of 0 is one row for all images
   int64_t add_stride, scale_stride, shift_stride;
   int64_t batch, channels, channels2, pixels, groups;
   double eps;

@@ -31,8 +31,7 @@ inline void tile(const float* a, long a_row, long a_step, const float* b, long b
   if (onto)
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r)
-      for (int n = 0; n < kVectors; ++n)
-        sums[r][n] += load(c + r * c_row + n * kLanes, Full{});
+      for (int n = 0; n < kVectors; ++n) sums[r][n] += load(c + r * c_row + n * kLanes, Full{});
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r)
     for (int n = 0; n < kVectors; ++n) store(c + r * c_row + n * kLanes, sums[r][n], Full{});
@@ -42,11 +41,15 @@ inline void tile(const float* a, long a_row, long a_step, const float* b, long b
 inline void tile_of(int vectors, const float* a, long a_row, long a_step, const float* b,
                     long b_row, long depth, float* c, long c_row, bool onto) {
   switch (vectors) {
-    case 1: return tile<1>(a, a_row, a_step, b, b_row, depth, c, c_row, onto);
-    case 2: return tile<2>(a, a_row, a_step, b, b_row, depth, c, c_row, onto);
+    case 1:
+      return tile<1>(a, a_row, a_step, b, b_row, depth, c, c_row, onto);
+    case 2:
+      return tile<2>(a, a_row, a_step, b, b_row, depth, c, c_row, onto);
 #if defined(__AVX512F__)
-    case 3: return tile<3>(a, a_row, a_step, b, b_row, depth, c, c_row, onto);
-    case 4: return tile<4>(a, a_row, a_step, b, b_row, depth, c, c_row, onto);
+    case 3:
+      return tile<3>(a, a_row, a_step, b, b_row, depth, c, c_row, onto);
+    case 4:
+      return tile<4>(a, a_row, a_step, b, b_row, depth, c, c_row, onto);
 #endif
   }
 }

@@ -14,7 +14,8 @@ struct Shape {
   long size() const { return channels * pixels; }
 };
 
-// Where the elements of an image lie; as a part of a wider image where they begin at a channel of it.
+// Where the elements of an image lie; as a part of a wider image where they begin at a channel of
+// it.
 struct Place {
   long by_channel, by_pixel, begin;
   explicit Place(const Shape& whole, long first = 0)
@@ -33,8 +34,8 @@ struct Range {
 };
 
 // Calls body(numbers, sums, channel, pixel, lanes) for vectors of elements that begin there, over a
-// range of an image. numbers[k] holds numbers[k][channel], and what the body adds to sums[a] ends in
-// sums[a][channel].
+// range of an image. numbers[k] holds numbers[k][channel], and what the body adds to sums[a] ends
+// in sums[a][channel].
 template <int kNumbers, int kSums, class Body>
 inline void walk(bool last, const Range& range, const float* const* numbers, float* const* sums,
                  Body body) {
