@@ -11,7 +11,7 @@ help:
 	@echo "make test      the test suite (no GPU needed)"
 	@echo "make test-compiles  what compiles kernels for GPUs (no GPU needed)"
 	@echo "make test-all  all of these and the slow tests"
-	@echo "make lint      ruff and mypy"
+	@echo "make lint      ruff, mypy and clang-format"
 	@echo "make bench     the benchmarks: each op, then whole models"
 	@echo "make gpu       all tests and benchmarks that need a GPU, into benchmarks/results/"
 	@echo "make docs      the documentation site, into build/docs"
@@ -53,6 +53,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	find csrc tests/csrc \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) \
+	  -exec $(BIN)/clang-format --dry-run --Werror {} +
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only

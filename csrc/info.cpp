@@ -1,4 +1,5 @@
-// Python module _info: what a built library of kernels is made of. Knows neither torch nor CUDA; it asks the library.
+// Python module _info: what a built library of kernels is made of. Knows neither torch nor CUDA; it
+// asks the library.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -13,7 +14,8 @@ namespace py = pybind11;
 
 namespace {
 
-// The library stays loaded: kernels of a library that is closed and opened again would be registered twice.
+// The library stays loaded: kernels of a library that is closed and opened again would be
+// registered twice.
 void* open_library(const std::string& path) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) throw std::runtime_error("cannot load " + path + ": " + dlerror());
@@ -23,7 +25,8 @@ void* open_library(const std::string& path) {
 template <typename Function>
 Function find(void* library, const char* name) {
   void* function = dlsym(library, name);
-  if (function == nullptr) throw std::runtime_error(std::string("not a library of this package: no ") + name);
+  if (function == nullptr)
+    throw std::runtime_error(std::string("not a library of this package: no ") + name);
   return reinterpret_cast<Function>(function);
 }
 
@@ -32,7 +35,8 @@ std::string build(const std::string& path) {
 }
 
 std::vector<py::dict> kernels(const std::string& path) {
-  const auto list = find<decltype(&diffusion_fast_kernels)>(open_library(path), "diffusion_fast_kernels");
+  const auto list =
+      find<decltype(&diffusion_fast_kernels)>(open_library(path), "diffusion_fast_kernels");
   const char* error = "unknown";
   std::vector<diffusion_fast::KernelReport> reports(list(nullptr, 0, &error));
   if (list(reports.data(), static_cast<int>(reports.size()), &error) < 0)
@@ -56,7 +60,9 @@ std::vector<py::dict> kernels(const std::string& path) {
 
 PYBIND11_MODULE(_info, m) {
   m.doc() = "Build information and resources of the compiled attention kernels.";
-  m.def("build", &build, py::arg("path"), "JSON: head_dims, architectures (as 800 for sm_80), nvcc, compiler.");
+  m.def("build", &build, py::arg("path"),
+        "JSON: head_dims, architectures (as 800 for sm_80), nvcc, compiler.");
   m.def("kernels", &kernels, py::arg("path"),
-        "Per kernel its registers, shared memory and occupancy on the current device. Raises RuntimeError without a CUDA device.");
+        "Per kernel its registers, shared memory and occupancy on the current device. Raises "
+        "RuntimeError without a CUDA device.");
 }

@@ -39,16 +39,23 @@ cudaError_t describe(const KernelInfo& kernel, KernelReport* report) {
   cudaFuncAttributes a;
   cudaError_t e = cudaFuncGetAttributes(&a, kernel.function);
   if (e != cudaSuccess) return e;
-  *report = {{}, kernel.threads, kernel.shared_bytes, a.numRegs, static_cast<int>(a.sharedSizeBytes),
-             static_cast<int>(a.localSizeBytes), 0, a.binaryVersion};
+  *report = {{},
+             kernel.threads,
+             kernel.shared_bytes,
+             a.numRegs,
+             static_cast<int>(a.sharedSizeBytes),
+             static_cast<int>(a.localSizeBytes),
+             0,
+             a.binaryVersion};
   for (int i = 0; kernel.name[i] != 0; ++i) report->name[i] = kernel.name[i];
-  e = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
+  e = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           kernel.shared_bytes);
   if (e != cudaSuccess) {  // more than this card has: no block of it can run here
     cudaGetLastError();
     return cudaSuccess;
   }
-  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(&report->blocks_per_multiprocessor, kernel.function, kernel.threads,
-                                                       kernel.shared_bytes);
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+      &report->blocks_per_multiprocessor, kernel.function, kernel.threads, kernel.shared_bytes);
 }
 
 }  // namespace
@@ -63,14 +70,17 @@ extern "C" const char* diffusion_fast_build() {
   static const std::string text = [] {
     std::string head_dims = DIFFUSION_FAST_HEAD_DIMS(DIFFUSION_FAST_NUMBER);
     head_dims.pop_back();
-    return "{\"head_dims\": [" + head_dims + "], \"architectures\": [" DIFFUSION_FAST_TEXT(__CUDA_ARCH_LIST__) "], \"nvcc\": \"" +
-           std::to_string(__CUDACC_VER_MAJOR__) + "." + std::to_string(__CUDACC_VER_MINOR__) + "\", \"compiler\": \"" __VERSION__ "\"}";
+    return "{\"head_dims\": [" + head_dims +
+           "], \"architectures\": [" DIFFUSION_FAST_TEXT(__CUDA_ARCH_LIST__) "], \"nvcc\": \"" +
+           std::to_string(__CUDACC_VER_MAJOR__) + "." + std::to_string(__CUDACC_VER_MINOR__) +
+           "\", \"compiler\": \"" __VERSION__ "\"}";
   }();
 #undef DIFFUSION_FAST_NUMBER
   return text.c_str();
 }
 
-extern "C" int diffusion_fast_kernels(diffusion_fast::KernelReport* reports, int capacity, const char** error) {
+extern "C" int diffusion_fast_kernels(diffusion_fast::KernelReport* reports, int capacity,
+                                      const char** error) {
   using namespace diffusion_fast;
   int count = 0;
   for (const AttentionEntry* entry : kEntries) {

@@ -1,4 +1,5 @@
-// The head dims this library was built with: all of them ahead of time, one when built on first use.
+// The head dims this library was built with: all of them ahead of time, one when built on first
+// use.
 #pragma once
 #include "attention/attention.h"
 

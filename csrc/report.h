@@ -15,6 +15,6 @@ extern "C" {
 // JSON: head dims, architectures, compilers.
 __attribute__((visibility("default"))) const char* diffusion_fast_build();
 // Fills up to `capacity` reports for the current device; the number of kernels, or -1 and *error.
-__attribute__((visibility("default"))) int diffusion_fast_kernels(diffusion_fast::KernelReport* reports, int capacity,
-                                                                   const char** error);
+__attribute__((visibility("default"))) int diffusion_fast_kernels(
+    diffusion_fast::KernelReport* reports, int capacity, const char** error);
 }

@@ -9,12 +9,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+SOURCES = [p for folder in ("csrc", "tests/csrc") for p in sorted((ROOT / folder).rglob("*"))]
+CPP = [str(p) for p in SOURCES if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
+CLANG_FORMAT = ["-c", "from clang_format import clang_format; clang_format()"]
 
 
-@pytest.mark.parametrize("command", ["ruff check .", "ruff format --check .", "mypy"])
-def test_clean(command: str) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "ruff", "check", "."],
+        ["-m", "ruff", "format", "--check", "."],
+        ["-m", "mypy"],
+        [*CLANG_FORMAT, "--dry-run", "--Werror", *CPP],
+    ],
+    ids=["ruff", "ruff format", "mypy", "clang-format"],
+)
+def test_clean(command: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", *command.split()],
+        [sys.executable, *command],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -1,4 +1,5 @@
-// The library's C++ face: one entry per head dim, the same for both types. Knows neither torch nor CUDA types.
+// The library's C++ face: one entry per head dim, the same for both types. Knows neither torch nor
+// CUDA types.
 #pragma once
 #include "params.h"
 #include "plan.h"

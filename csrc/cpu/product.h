@@ -41,15 +41,11 @@ inline void tile(const float* a, long a_row, long a_step, const float* b, long b
 inline void tile_of(int vectors, const float* a, long a_row, long a_step, const float* b,
                     long b_row, long depth, float* c, long c_row, bool onto) {
   switch (vectors) {
-    case 1:
-      return tile<1>(a, a_row, a_step, b, b_row, depth, c, c_row, onto);
-    case 2:
-      return tile<2>(a, a_row, a_step, b, b_row, depth, c, c_row, onto);
+    case 1: return tile<1>(a, a_row, a_step, b, b_row, depth, c, c_row, onto);
+    case 2: return tile<2>(a, a_row, a_step, b, b_row, depth, c, c_row, onto);
 #if defined(__AVX512F__)
-    case 3:
-      return tile<3>(a, a_row, a_step, b, b_row, depth, c, c_row, onto);
-    case 4:
-      return tile<4>(a, a_row, a_step, b, b_row, depth, c, c_row, onto);
+    case 3: return tile<3>(a, a_row, a_step, b, b_row, depth, c, c_row, onto);
+    case 4: return tile<4>(a, a_row, a_step, b, b_row, depth, c, c_row, onto);
 #endif
   }
 }

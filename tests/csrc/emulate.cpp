@@ -1,10 +1,14 @@
 // Runs one call of the kernels on the emulator: `emulate REQUEST`, a text file of lines
 //
-//   set NAME VALUE                               a number of the call; only_plan: print its plan, run nothing
-//   tensor NAME FILE OFFSET BATCH ROW HEAD       raw bytes; offset of element 0 in bytes, strides in elements
+//   set NAME VALUE
+//   tensor NAME FILE OFFSET BATCH ROW HEAD
 //
-// Tensors are written back to their files. Each lies against an unmapped page, so that access past its end ends the
-// process. Prints the emulator's report: `stat NAME VALUE` and `error TEXT` lines; exits 1 on an error.
+// The first sets a number of the call (only_plan: print its plan, run nothing), the second gives
+// raw bytes, the offset of element 0 in bytes and strides in elements.
+//
+// Tensors are written back to their files. Each lies against an unmapped page, so that access past
+// its end ends the process. Prints the emulator's report: `stat NAME VALUE` and `error TEXT` lines;
+// exits 1 on an error.
 #include <sys/mman.h>
 
 #include <fstream>
@@ -32,9 +36,10 @@ struct Tensor {
 
 uint8_t* guarded_copy(const std::vector<char>& bytes) {
   constexpr size_t kPage = 4096, kAlignment = 16;
-  const size_t kept = (bytes.size() + kAlignment - 1) / kAlignment * kAlignment, mapped = (kept + kPage - 1) / kPage * kPage;
-  auto* base = static_cast<uint8_t*>(
-      mmap(nullptr, mapped + 2 * kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  const size_t kept = (bytes.size() + kAlignment - 1) / kAlignment * kAlignment,
+               mapped = (kept + kPage - 1) / kPage * kPage;
+  auto* base = static_cast<uint8_t*>(mmap(nullptr, mapped + 2 * kPage, PROT_READ | PROT_WRITE,
+                                          MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   mprotect(base, kPage, PROT_NONE);
   mprotect(base + kPage + mapped, kPage, PROT_NONE);
   uint8_t* at = base + kPage + mapped - kept;
@@ -64,7 +69,8 @@ struct Request {
   }
   void write_back() const {
     for (const auto& [name, t] : tensor)
-      std::ofstream(t.file, std::ios::binary).write(reinterpret_cast<const char*>(t.memory), static_cast<std::streamsize>(t.size));
+      std::ofstream(t.file, std::ios::binary)
+          .write(reinterpret_cast<const char*>(t.memory), static_cast<std::streamsize>(t.size));
   }
   int integer(const std::string& name) const { return static_cast<int>(number.at(name)); }
   Tensor get(const std::string& name) const {
@@ -99,7 +105,8 @@ Params common(const Request& r) {
 
 const char* run(const Request& r, const DeviceLimits& device) {
   if (r.integer("backward") == 0)
-    return emulate_forward(common<ForwardParams>(r), static_cast<ForwardKernel>(r.integer("kernel")), device);
+    return emulate_forward(common<ForwardParams>(r),
+                           static_cast<ForwardKernel>(r.integer("kernel")), device);
   auto p = common<BackwardParams>(r);
   p.splits = r.integer("splits");
   p.dout = r.get("dout").data<void>();
@@ -128,17 +135,18 @@ int main(int, char** arguments) {
                             request.integer("shared_per_multiprocessor")};
   if (request.number.count("only_plan") != 0) {
     std::cout << "stat splits "
-              << emulate_splits(request.integer("batch") * request.integer("heads"), request.integer("queries"),
-                                request.integer("keys"), device)
+              << emulate_splits(request.integer("batch") * request.integer("heads"),
+                                request.integer("queries"), request.integer("keys"), device)
               << "\n";
     return 0;
   }
   const char* refused = run(request, device);
   request.write_back();
   const emulator::Report& report = emulator::report;
-  std::cout << "stat mma " << report.mma << "\nstat ldmatrix " << report.ldmatrix << "\nstat cp_async " << report.cp_async
-            << "\nstat bank_conflicts " << report.bank_conflicts << "\nstat blocks " << report.blocks
-            << "\nstat shared_bytes " << report.shared_bytes << "\n";
+  std::cout << "stat mma " << report.mma << "\nstat ldmatrix " << report.ldmatrix
+            << "\nstat cp_async " << report.cp_async << "\nstat bank_conflicts "
+            << report.bank_conflicts << "\nstat blocks " << report.blocks << "\nstat shared_bytes "
+            << report.shared_bytes << "\n";
   if (refused != nullptr) std::cout << "error launch refused: " << refused << "\n";
   for (const std::string& e : report.errors) std::cout << "error " << e << "\n";
   return refused != nullptr || !report.errors.empty();

@@ -5,7 +5,8 @@
 #include "attention/attention.h"
 
 namespace diffusion_fast {
-const char* emulate_forward(const ForwardParams& p, ForwardKernel wanted, const DeviceLimits& device);
+const char* emulate_forward(const ForwardParams& p, ForwardKernel wanted,
+                            const DeviceLimits& device);
 const char* emulate_backward(const BackwardParams& p);
 int emulate_splits(int64_t batch_heads, int queries, int keys, const DeviceLimits& device);
 }  // namespace diffusion_fast

@@ -1,5 +1,6 @@
-// As emulator_test.cpp, for the instructions of sm_90a: small kernels with one defect each. One warpgroup; a tile of 64 rows
-// of 64 values is both operands of a 64x64 product, brought in one box.
+// As emulator_test.cpp, for the instructions of sm_90a: small kernels with one defect each. One
+// warpgroup; a tile of 64 rows of 64 values is both operands of a 64x64 product, brought in one
+// box.
 #include <cstring>
 #include <iostream>
 
@@ -166,7 +167,8 @@ void no_barrier_after_proxy_fence(Params p) {
 void operand_off_its_pattern(Params p) {
   get_tile(p);
   ptx::wgmma_fence();
-  ptx::wgmma_shared<Bfloat16, 64>(result[threadIdx.x], operand(tile() + 128), operand(tile()), false);
+  ptx::wgmma_shared<Bfloat16, 64>(result[threadIdx.x], operand(tile() + 128), operand(tile()),
+                                  false);
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
 }
@@ -178,7 +180,8 @@ void warps_differ(Params p) {
   get_tile(p);
   float d[32];
   ptx::wgmma_fence();
-  ptx::wgmma_shared<Bfloat16, 64>(d, operand(tile()), operand(tile() + threadIdx.x / 64 * 32), false);
+  ptx::wgmma_shared<Bfloat16, 64>(d, operand(tile()), operand(tile() + threadIdx.x / 64 * 32),
+                                  false);
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
 }
@@ -199,22 +202,42 @@ const struct {
   void (*kernel)(Params);
 } kKernels[] = {
 #define KERNEL(name) {#name, name}
-    KERNEL(clean), KERNEL(barrier_not_shown), KERNEL(barrier_before_it_was_made), KERNEL(no_barrier_there),
-    KERNEL(too_many_arrivals), KERNEL(other_parity), KERNEL(more_bytes_announced), KERNEL(box_not_waited_for),
-    KERNEL(box_over_box), KERNEL(box_over_barrier), KERNEL(box_off_its_pattern), KERNEL(no_fence),
-    KERNEL(product_not_waited_for), KERNEL(product_not_committed), KERNEL(accumulators_written),
-    KERNEL(registers_overwritten), KERNEL(operand_overwritten), KERNEL(operand_released_early), KERNEL(no_proxy_fence),
-    KERNEL(no_barrier_after_proxy_fence), KERNEL(operand_off_its_pattern), KERNEL(a_warp_left_out), KERNEL(warps_differ),
-    KERNEL(named_barrier_alone), KERNEL(named_barrier_orders),
+    KERNEL(clean),
+    KERNEL(barrier_not_shown),
+    KERNEL(barrier_before_it_was_made),
+    KERNEL(no_barrier_there),
+    KERNEL(too_many_arrivals),
+    KERNEL(other_parity),
+    KERNEL(more_bytes_announced),
+    KERNEL(box_not_waited_for),
+    KERNEL(box_over_box),
+    KERNEL(box_over_barrier),
+    KERNEL(box_off_its_pattern),
+    KERNEL(no_fence),
+    KERNEL(product_not_waited_for),
+    KERNEL(product_not_committed),
+    KERNEL(accumulators_written),
+    KERNEL(registers_overwritten),
+    KERNEL(operand_overwritten),
+    KERNEL(operand_released_early),
+    KERNEL(no_proxy_fence),
+    KERNEL(no_barrier_after_proxy_fence),
+    KERNEL(operand_off_its_pattern),
+    KERNEL(a_warp_left_out),
+    KERNEL(warps_differ),
+    KERNEL(named_barrier_alone),
+    KERNEL(named_barrier_orders),
 };
 
-// The product of clean(), from the layouts' definition: thread t, sum i is row 16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2).
+// The product of clean(), from the layouts' definition: thread t, sum i is row 16 (t / 32) + t % 32
+// / 4 + 8 (i / 2 % 2).
 bool is_product() {
   float x[64][64];
   for (int i = 0; i < 64 * 64; ++i) x[i / 64][i % 64] = ptx::to_float<Bfloat16>(source[i]);
   for (int t = 0; t < kThreads; ++t)
     for (int i = 0; i < 32; ++i) {
-      const int row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + t % 4 * 2 + i % 2;
+      const int row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8,
+                column = i / 4 * 8 + t % 4 * 2 + i % 2;
       float sum = 0.f;
       for (int k = 0; k < 64; ++k) sum += x[row][k] * x[column][k];
       if (sum != result[t][i]) return false;  // small integers: exact
@@ -233,7 +256,8 @@ int main(int, char** arguments) {
   Params params{};
   ptx::encode<Bfloat16>(&params.map, {source, {64, 64, 1, 1}, {128, 128, 128}, 64, 64});
   for (const auto& k : kKernels)
-    if (std::string(arguments[1]) == k.name) ptx::launch(k.kernel, 1, kThreads, kShared, params, nullptr);
+    if (std::string(arguments[1]) == k.name)
+      ptx::launch(k.kernel, 1, kThreads, kShared, params, nullptr);
   for (const std::string& e : emulator::report.errors) std::cout << e << "\n";
   std::cout << "product " << is_product() << "\n";
 }

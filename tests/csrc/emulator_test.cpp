@@ -1,5 +1,6 @@
-// Small kernels with one defect each, to see the emulator name it. `emulator_test NAME` prints the report's lines;
-// `emulator_test floats` prints every 16-bit pattern's value and the pattern that value rounds to.
+// Small kernels with one defect each, to see the emulator name it. `emulator_test NAME` prints the
+// report's lines; `emulator_test floats` prints every 16-bit pattern's value and the pattern that
+// value rounds to.
 #include <cstring>
 #include <iostream>
 
@@ -74,9 +75,13 @@ void copy_seen_by_another(int) {  // waiting makes it visible to the waiting thr
   ptx::cp_async_wait<0>();
   ptx::load_shared128(ptx::shared_base() + (threadIdx.x ^ 1) * 16);
 }
-void copy_from_odd_address(int) { ptx::cp_async16(ptx::shared_base() + threadIdx.x * 16, kSource + 4, true); }
-void bank_conflicts(int) {  // eight rows 128 bytes apart: 7 extra passes per block of rows, 4 blocks, 2 warps
-  for (int i = 0; i < 16; ++i) ptx::store_shared32(ptx::shared_base() + (threadIdx.x + i * 64) * 4, 0);
+void copy_from_odd_address(int) {
+  ptx::cp_async16(ptx::shared_base() + threadIdx.x * 16, kSource + 4, true);
+}
+void bank_conflicts(
+    int) {  // eight rows 128 bytes apart: 7 extra passes per block of rows, 4 blocks, 2 warps
+  for (int i = 0; i < 16; ++i)
+    ptx::store_shared32(ptx::shared_base() + (threadIdx.x + i * 64) * 4, 0);
   __syncthreads();
   uint32_t r[4];
   ptx::ldmatrix_x4(r, ptx::shared_base() + threadIdx.x % 8 * 128);
@@ -87,17 +92,30 @@ const struct {
   void (*kernel)(int);
 } kKernels[] = {
 #define KERNEL(name) {#name, name}
-    KERNEL(clean),        KERNEL(no_barrier),   KERNEL(syncwarp_across_warps), KERNEL(write_after_read),
-    KERNEL(never_written), KERNEL(out_of_range), KERNEL(misaligned),            KERNEL(divergent),
-    KERNEL(deadlock),     KERNEL(two_barriers), KERNEL(copy_not_waited_for),   KERNEL(copy_never_waited_for),
-    KERNEL(copy_not_committed), KERNEL(copy_seen_by_another), KERNEL(copy_from_odd_address), KERNEL(bank_conflicts),
+    KERNEL(clean),
+    KERNEL(no_barrier),
+    KERNEL(syncwarp_across_warps),
+    KERNEL(write_after_read),
+    KERNEL(never_written),
+    KERNEL(out_of_range),
+    KERNEL(misaligned),
+    KERNEL(divergent),
+    KERNEL(deadlock),
+    KERNEL(two_barriers),
+    KERNEL(copy_not_waited_for),
+    KERNEL(copy_never_waited_for),
+    KERNEL(copy_not_committed),
+    KERNEL(copy_seen_by_another),
+    KERNEL(copy_from_odd_address),
+    KERNEL(bank_conflicts),
 };
 
 template <typename T>
 void print_floats(const char* name) {
   for (int i = 0; i < 65536; ++i) {
     const float f = ptx::to_float<T>(static_cast<uint16_t>(i));
-    std::cout << name << " " << i << " " << emulator::float_bits(f) << " " << (ptx::pack<T>(f, 0.f) & 0xffff) << "\n";
+    std::cout << name << " " << i << " " << emulator::float_bits(f) << " "
+              << (ptx::pack<T>(f, 0.f) & 0xffff) << "\n";
   }
 }
 
@@ -105,7 +123,8 @@ void print_floats(const char* name) {
 void round_floats() {
   for (uint32_t bits; std::cin >> bits;) {
     const float f = emulator::bits_float(bits);
-    std::cout << (ptx::pack<Half>(f, 0.f) & 0xffff) << " " << (ptx::pack<Bfloat16>(0.f, f) >> 16) << "\n";
+    std::cout << (ptx::pack<Half>(f, 0.f) & 0xffff) << " " << (ptx::pack<Bfloat16>(0.f, f) >> 16)
+              << "\n";
   }
 }
 

@@ -5,5 +5,6 @@
 
 int main() {
   using namespace diffusion_fast;
-  for (uint32_t bits; std::cin >> bits;) std::cout << ptx::bits_of(exp2_polynomial(ptx::float_of(bits))) << "\n";
+  for (uint32_t bits; std::cin >> bits;)
+    std::cout << ptx::bits_of(exp2_polynomial(ptx::float_of(bits))) << "\n";
 }

@@ -1,5 +1,6 @@
-// One warp through every instruction of device.cuh on fixed pseudo-random inputs. Compiled by nvcc it prints what the GPU
-// does, compiled by g++ (-x c++) what the emulator does: lines of "name index bits".
+// One warp through every instruction of device.cuh on fixed pseudo-random inputs. Compiled by nvcc
+// it prints what the GPU does, compiled by g++ (-x c++) what the emulator does: lines of "name
+// index bits".
 #include <cstdio>
 #include <cstdlib>
 
@@ -45,7 +46,8 @@ __global__ void fragments(const __grid_constant__ Params p) {
   __syncwarp();
   int at = multiply<Half>(p, p.out, 0);
   at = multiply<Bfloat16>(p, p.out, at);
-  const uint4 v = ptx::load_shared128(ptx::shared_base() + (lane ^ 5) * 16), z = ptx::load_shared128(ptx::shared_base() + 512 + lane * 16);
+  const uint4 v = ptx::load_shared128(ptx::shared_base() + (lane ^ 5) * 16),
+              z = ptx::load_shared128(ptx::shared_base() + 512 + lane * 16);
   const uint32_t loaded[4] = {v.x, v.w, z.x | z.y, z.z | z.w};
   for (int i = 0; i < 4; ++i) p.out[at++ * kLanes + lane] = loaded[i];
   __syncwarp();
@@ -55,7 +57,8 @@ __global__ void fragments(const __grid_constant__ Params p) {
   ptx::store_shared32(ptx::shared_base() + 512 + lane * 4, lane);
   // Rounded to 16 bits: the approximate exponential may differ in its last bits.
   p.out[at++ * kLanes + lane] = ptx::pack<Bfloat16>(pair.x, pair.y);
-  p.out[at++ * kLanes + lane] = ptx::pack<Half>(ptx::exp2_approximate(p.floats[lane]), __shfl_xor_sync(0xffffffffu, p.floats[lane], 9));
+  p.out[at++ * kLanes + lane] = ptx::pack<Half>(ptx::exp2_approximate(p.floats[lane]),
+                                                __shfl_xor_sync(0xffffffffu, p.floats[lane], 9));
 }
 
 template <typename T>

@@ -1,6 +1,7 @@
-// One warpgroup through the building blocks of the Hopper kernel: boxes into shared memory, Q K^T, P V. Compiled by nvcc for
-// sm_90a it prints what the GPU does, compiled by g++ (-x c++) what the emulator does. All values are small integers, so that
-// every sum is exact and the two must agree in every bit. Rows and columns past the end are there: 50 queries, 120 keys.
+// One warpgroup through the building blocks of the Hopper kernel: boxes into shared memory, Q K^T,
+// P V. Compiled by nvcc for sm_90a it prints what the GPU does, compiled by g++ (-x c++) what the
+// emulator does. All values are small integers, so that every sum is exact and the two must agree
+// in every bit. Rows and columns past the end are there: 50 queries, 120 keys.
 #include <cstdio>
 #include <cstdlib>
 
@@ -16,10 +17,12 @@ struct FragmentParams {
 };
 
 template <int kHeadDim>
-constexpr int kWords = 64 + HopperShape<kHeadDim>::kColumns / 2 + HopperShape<kHeadDim>::kTile / 4 / kWarpgroup;
+constexpr int kWords =
+    64 + HopperShape<kHeadDim>::kColumns / 2 + HopperShape<kHeadDim>::kTile / 4 / kWarpgroup;
 
 template <int kHeadDim>
-__global__ void __launch_bounds__(kWarpgroup) hopper_fragments(const __grid_constant__ FragmentParams p) {
+__global__ void __launch_bounds__(kWarpgroup)
+    hopper_fragments(const __grid_constant__ FragmentParams p) {
   if constexpr (ptx::kHopper) {
     using Shape = HopperShape<kHeadDim>;
     const HopperMemory<kHeadDim> memory;
@@ -32,9 +35,12 @@ __global__ void __launch_bounds__(kWarpgroup) hopper_fragments(const __grid_cons
       ptx::mbarrier_arrive_and_expect(memory.full(0), Shape::kQuery + 2 * Shape::kTile);
       for (int box = 0; box < Shape::kBoxes; ++box) {
         const int column = box * Shape::kBoxColumns;
-        ptx::load_box(memory.own(0) + box * Shape::kGroupRows * Shape::kSwizzle, p.q, memory.full(0), column, 0, 1, 0);
-        ptx::load_box(memory.slot(0) + box * Shape::kKeys * Shape::kSwizzle, p.k, memory.full(0), column, 0, 1, 0);
-        ptx::load_box(memory.slot(1) + box * Shape::kKeys * Shape::kSwizzle, p.v, memory.full(0), column, 0, 0, 0);
+        ptx::load_box(memory.own(0) + box * Shape::kGroupRows * Shape::kSwizzle, p.q,
+                      memory.full(0), column, 0, 1, 0);
+        ptx::load_box(memory.slot(0) + box * Shape::kKeys * Shape::kSwizzle, p.k, memory.full(0),
+                      column, 0, 1, 0);
+        ptx::load_box(memory.slot(1) + box * Shape::kKeys * Shape::kSwizzle, p.v, memory.full(0),
+                      column, 0, 0, 0);
       }
     }
     ptx::mbarrier_wait(memory.full(0), 0);
@@ -42,7 +48,8 @@ __global__ void __launch_bounds__(kWarpgroup) hopper_fragments(const __grid_cons
     Rounded<> probabilities[8];
     Accumulator<Shape::kColumns> o;
     for (int i = 0; i < 32; ++i)
-      probabilities[i / 4].x[0][i % 4] = ptx::pack<Bfloat16>(static_cast<float>((threadIdx.x + i) % 5), static_cast<float>(i % 3));
+      probabilities[i / 4].x[0][i % 4] =
+          ptx::pack<Bfloat16>(static_cast<float>((threadIdx.x + i) % 5), static_cast<float>(i % 3));
     float *scores = &s[0].x[0][0][0], *outputs = &o.x[0][0][0];
     auto pin_all = [&] {
       for (int i = 0; i < 64; ++i) ptx::pin(scores[i]);
@@ -59,8 +66,10 @@ __global__ void __launch_bounds__(kWarpgroup) hopper_fragments(const __grid_cons
     pin_all();
     uint32_t* out = p.out + threadIdx.x;
     for (int i = 0; i < 64; ++i, out += kWarpgroup) *out = ptx::bits_of(scores[i]);
-    for (int i = 0; i < Shape::kColumns / 2; ++i, out += kWarpgroup) *out = ptx::bits_of(outputs[i]);
-    for (int i = 0; i < Shape::kTile / 16 / kWarpgroup; ++i) {  // where the copy engine put each value of V
+    for (int i = 0; i < Shape::kColumns / 2; ++i, out += kWarpgroup)
+      *out = ptx::bits_of(outputs[i]);
+    for (int i = 0; i < Shape::kTile / 16 / kWarpgroup;
+         ++i) {  // where the copy engine put each value of V
       const uint4 x = ptx::load_shared128(memory.slot(1) + (i * kWarpgroup + threadIdx.x) * 16);
       const uint32_t words[4] = {x.x, x.y, x.z, x.w};
       for (uint32_t word : words) {
@@ -97,16 +106,19 @@ void run() {
   p.heads = kHeads;
   const Strides strides{0, kHeads * kHeadDim, kHeadDim};
   FragmentParams params{};
-  const char* error = ptx::without_hopper(reinterpret_cast<const void*>(hopper_fragments<kHeadDim>), kWarpgroup);
+  const char* error =
+      ptx::without_hopper(reinterpret_cast<const void*>(hopper_fragments<kHeadDim>), kWarpgroup);
   auto encode = [&](TensorMap* map, const uint16_t* from, int rows, int box_rows) {
-    if (error == nullptr) error = ptx::encode<Bfloat16>(map, boxed<kHeadDim>(from, strides, p, rows, box_rows));
+    if (error == nullptr)
+      error = ptx::encode<Bfloat16>(map, boxed<kHeadDim>(from, strides, p, rows, box_rows));
   };
   encode(&params.q, values, kQueries, Shape::kGroupRows);
   encode(&params.k, values + kCount, kKeyRows, Shape::kKeys);
   encode(&params.v, values + 2 * kCount, kKeyRows, Shape::kKeys);
   params.out = allocate<uint32_t>(kWords<kHeadDim> * kWarpgroup);
   for (int i = 0; i < kWords<kHeadDim> * kWarpgroup; ++i) params.out[i] = 0xffffffffu;
-  if (error == nullptr) error = ptx::launch(hopper_fragments<kHeadDim>, 1, kWarpgroup, Shape::kShared, params, nullptr);
+  if (error == nullptr)
+    error = ptx::launch(hopper_fragments<kHeadDim>, 1, kWarpgroup, Shape::kShared, params, nullptr);
 #if defined(__CUDACC__)
   if (error == nullptr && cudaDeviceSynchronize() != cudaSuccess) error = "the kernel failed";
 #else
@@ -116,7 +128,8 @@ void run() {
     std::fprintf(stderr, "head dim %d: %s\n", kHeadDim, error);
     std::exit(1);
   }
-  for (int i = 0; i < kWords<kHeadDim> * kWarpgroup; ++i) std::printf("%d %u\n", kHeadDim, params.out[i]);
+  for (int i = 0; i < kWords<kHeadDim> * kWarpgroup; ++i)
+    std::printf("%d %u\n", kHeadDim, params.out[i]);
 }
 
 int main() {  // 32-, 64- and 128-byte swizzle, one box and more

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import mutants
 import pytest
 import torch
 from emulated_attention import SHORT, TILED
+from mutants import Mutant
 from numerics import assert_close
 from torch import Tensor
 
@@ -117,41 +117,31 @@ def run(binary: Path) -> None:
     assert conflicts == 0
 
 
-def build_mutant(tmp_path: Path, file: str, text: str, replacement: str) -> Path:
-    folder = tmp_path / "csrc"
-    shutil.copytree(emulated.CSRC, folder)
-    file, _, kernel = file.partition(":")
-    path = folder / "attention" / file
-    source = path.read_text()
-    start = source.index(f" {kernel}(") if kernel else 0
-    assert text in source[start:], "the kernels have changed: write this mutant anew"
-    path.write_text(source[:start] + source[start:].replace(text, replacement, 1))
-    return emulated.build(HEAD_DIM, torch.bfloat16, folder)
-
-
-def _parameters() -> list[object]:
-    slow = [pytest.param(*m, id=m[0], marks=pytest.mark.slow) for m in mutants.VALUES]
-    return [pytest.param(*m, id=m[0]) for m in mutants.SYNCHRONISATION] + slow
+def build_mutant(mutant: Mutant, tmp_path: Path) -> Path:
+    mutant.write(tmp_path / "csrc")
+    return emulated.build(HEAD_DIM, torch.bfloat16, tmp_path / "csrc")
 
 
 def test_the_kernels_themselves_pass() -> None:
     run(emulated.build(HEAD_DIM, torch.bfloat16))
 
 
-@pytest.mark.parametrize("name, file, text, replacement", _parameters())
-def test_defect_is_noticed(
-    name: str, file: str, text: str, replacement: str, tmp_path: Path
-) -> None:
-    binary = build_mutant(tmp_path, file, text, replacement)
+@pytest.mark.parametrize("mutant", mutants.SYNCHRONISATION, ids=str)
+def test_defect_of_synchronisation_is_noticed(mutant: Mutant, tmp_path: Path) -> None:
+    binary = build_mutant(mutant, tmp_path)
     with pytest.raises(AssertionError):
         run(binary)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "file, text, replacement", [pytest.param(*m[1:], id=m[0]) for m in mutants.HARMLESS]
-)
-def test_harmless_change_is_harmless(
-    file: str, text: str, replacement: str, tmp_path: Path
-) -> None:
-    run(build_mutant(tmp_path, file, text, replacement))
+@pytest.mark.parametrize("mutant", mutants.VALUES, ids=str)
+def test_defect_of_values_is_noticed(mutant: Mutant, tmp_path: Path) -> None:
+    binary = build_mutant(mutant, tmp_path)
+    with pytest.raises(AssertionError):
+        run(binary)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", mutants.HARMLESS, ids=str)
+def test_harmless_change_is_harmless(mutant: Mutant, tmp_path: Path) -> None:
+    run(build_mutant(mutant, tmp_path))

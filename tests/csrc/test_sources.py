@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
+import mutants
 import pytest
 from emulated_attention import CSRC, HEAD_DIMS
+from mutants import Mutant
 
 KERNELS = sorted((CSRC / "attention").glob("*.cuh"))
 EVERYWHERE = sorted(p for p in CSRC.rglob("*") if p.suffix in (".cu", ".cuh", ".h", ".cpp"))
@@ -58,3 +60,20 @@ def test_every_head_dim_has_its_instance(head_dim: int) -> None:
 @pytest.mark.parametrize("path", EVERYWHERE, ids=lambda p: p.name)
 def test_files_stay_short(path: object) -> None:
     assert len(path.read_text().splitlines()) <= 400  # type: ignore[attr-defined]
+
+
+MUTANTS = (
+    *(mutants.SYNCHRONISATION + mutants.VALUES + mutants.HARMLESS),
+    *(mutants.HOPPER_SYNCHRONISATION + mutants.HOPPER_VALUES + mutants.EXPONENTIAL),
+)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_finds_its_place(mutant: Mutant) -> None:
+    """What compiles the mutants runs less often than the kernels are edited."""
+    path, text = mutant.source()
+    assert text != path.read_text()
+
+
+def test_no_marker_without_a_mutant() -> None:
+    assert {name for name, _, _ in mutants.stretches()} == {m.marker for m in MUTANTS}

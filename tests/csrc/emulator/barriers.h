@@ -1,7 +1,7 @@
 // mbarriers, named barriers and the copy engine (TMA).
 //
-// A copy poisons its target when issued. It lands when no thread can run otherwise, and with a seed at random moments
-// before, in random order.
+// A copy poisons its target when issued. It lands when no thread can run otherwise, and with a seed
+// at random moments before, in random order.
 #pragma once
 #include <map>
 
@@ -37,8 +37,11 @@ struct BoxCopy {
   uint32_t bytes() const { return tensor.columns * 2 * tensor.rows; }
 };
 
-// Swizzle over spans of 32, 64 or 128 bytes: the 16-byte chunk within the span takes the xor of the address bits from 7 on.
-inline uint32_t swizzled(uint32_t address, uint32_t span) { return address ^ (address >> 3 & (span - 16)); }
+// Swizzle over spans of 32, 64 or 128 bytes: the 16-byte chunk within the span takes the xor of the
+// address bits from 7 on.
+inline uint32_t swizzled(uint32_t address, uint32_t span) {
+  return address ^ (address >> 3 & (span - 16));
+}
 
 class Barriers : public Asynchronous {
  public:
@@ -82,10 +85,12 @@ class Barriers : public Asynchronous {
     Thread& me = *b.current;
     me.at = "named barrier";
     me.line = line;
-    if (number < 1 || number > 15 || threads % 32 != 0) fail("named barrier: number or threads, line " + std::to_string(line));
+    if (number < 1 || number > 15 || threads % 32 != 0)
+      fail("named barrier: number or threads, line " + std::to_string(line));
     NamedBarrier& barrier = named_[number];
     if (barrier.arrived.empty()) barrier.threads = threads;
-    if (barrier.threads != threads) fail("named barrier: two numbers of threads, line " + std::to_string(line));
+    if (barrier.threads != threads)
+      fail("named barrier: two numbers of threads, line " + std::to_string(line));
     barrier.arrived.push_back(me.id);
     if (static_cast<int>(barrier.arrived.size()) < threads) {
       sleep();
@@ -101,12 +106,15 @@ class Barriers : public Asynchronous {
     Block& b = *block;
     const uint32_t span = c.tensor.columns * 2;
     const Mbarrier& m = find(c.barrier, line);
-    if (!m.shown) b.note("the copy engine has not been shown the mbarrier: line " + std::to_string(line));
-    if (c.to % (8 * span) != 0) fail("box copy: not at the start of its swizzle pattern, line " + std::to_string(line));
+    if (!m.shown)
+      b.note("the copy engine has not been shown the mbarrier: line " + std::to_string(line));
+    if (c.to % (8 * span) != 0)
+      fail("box copy: not at the start of its swizzle pattern, line " + std::to_string(line));
     shared_at(c.to, 16, line);
     shared_at(c.to + c.bytes() - 16, 16, line);
     for (const auto& [address, other] : mbarriers_)
-      if (address >= c.to && address < c.to + c.bytes()) fail("box copy over an mbarrier, line " + std::to_string(line));
+      if (address >= c.to && address < c.to + c.bytes())
+        fail("box copy over an mbarrier, line " + std::to_string(line));
     on_write(c.to, c.bytes(), *b.current, line, Access::kInFlight);
     memset(b.shared.data() + (c.to - kSharedBase), 0xff, c.bytes());
     copies_.push_back(c);
@@ -143,7 +151,8 @@ class Barriers : public Asynchronous {
     if (m == mbarriers_.end()) fail("not an mbarrier: line " + std::to_string(line));
     if (block->options.races) {
       const Access& made = block->words[(address - kSharedBase) / 4].write;
-      if (!happens_before(made, *block->current)) note_race("mbarrier used before it was made", made, *block->current, address, line);
+      if (!happens_before(made, *block->current))
+        note_race("mbarrier used before it was made", made, *block->current, address, line);
     }
     return m->second;
   }
@@ -174,7 +183,10 @@ class Barriers : public Asynchronous {
         uint16_t value = 0;
         const int64_t at_column = int64_t{c.at[0]} + column, at_row = int64_t{c.at[1]} + row;
         if (inside(0, at_column) && inside(1, at_row) && inside(2, c.at[2]) && inside(3, c.at[3]))
-          memcpy(&value, t.base + at_row * t.stride[0] + c.at[2] * t.stride[1] + c.at[3] * t.stride[2] + at_column * 2, 2);
+          memcpy(&value,
+                 t.base + at_row * t.stride[0] + c.at[2] * t.stride[1] + c.at[3] * t.stride[2] +
+                     at_column * 2,
+                 2);
         const uint32_t to = swizzled(c.to + row * t.columns * 2 + column * 2, t.columns * 2);
         memcpy(b.shared.data() + (to - kSharedBase), &value, 2);
       }

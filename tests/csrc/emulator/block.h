@@ -1,8 +1,8 @@
 // One thread block on the host: threads are fibers, warp collectives and barriers are rendezvous.
 //
-// The last thread to arrive at a collective computes it for all. Threads that meet at different lines are a divergence,
-// no thread left to run is a deadlock; both name their source lines. With a seed other than 0 warps and lanes interleave
-// in a seeded random order.
+// The last thread to arrive at a collective computes it for all. Threads that meet at different
+// lines are a divergence, no thread left to run is a deadlock; both name their source lines. With a
+// seed other than 0 warps and lanes interleave in a seeded random order.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -51,7 +51,7 @@ struct Thread {
   const char* at = "start";
   bool done = false;
   std::vector<AsyncCopy> copies;
-  int groups = 0;  // committed so far
+  int groups = 0;                  // committed so far
   std::vector<uint32_t> unfenced;  // words
 };
 
@@ -125,7 +125,8 @@ inline std::vector<int> lanes_of(int warp) {
 }
 
 inline std::string where(const Thread& t) {
-  return "thread " + std::to_string(t.id) + " at line " + std::to_string(t.line) + " (" + t.at + ")";
+  return "thread " + std::to_string(t.id) + " at line " + std::to_string(t.line) + " (" + t.at +
+         ")";
 }
 
 [[noreturn]] inline void fail(const std::string& why) {
@@ -153,7 +154,8 @@ inline Thread* ready_thread() {
 
 inline Thread* next_thread() {
   Thread* next = ready_thread();
-  while (next == nullptr && block->asynchronous != nullptr && block->asynchronous->deliver()) next = ready_thread();
+  while (next == nullptr && block->asynchronous != nullptr && block->asynchronous->deliver())
+    next = ready_thread();
   return next;
 }
 
@@ -219,7 +221,9 @@ inline void block_barrier(int line) {
   me.at = "__syncthreads";
   me.line = line;
   if (b.arrived == 0) b.barrier_line = line;
-  if (b.barrier_line != line) fail("__syncthreads at two lines: " + where(me) + " against line " + std::to_string(b.barrier_line));
+  if (b.barrier_line != line)
+    fail("__syncthreads at two lines: " + where(me) + " against line " +
+         std::to_string(b.barrier_line));
   if (++b.arrived < static_cast<int>(b.threads.size())) {
     b.warps[me.warp].ready &= ~(1u << me.lane);
     reschedule();

@@ -1,7 +1,9 @@
-// Who has seen what: vector clocks, for kernels whose barriers order any set of threads (mbarriers, named barriers).
+// Who has seen what: vector clocks, for kernels whose barriers order any set of threads (mbarriers,
+// named barriers).
 //
-// Off until the first mbarrier is made: __syncthreads and __syncwarp alone are cheaper to follow by counting them. Besides
-// the threads, the copy engine has a place in a clock, and so has each warp for the reads of its wgmma.
+// Off until the first mbarrier is made: __syncthreads and __syncwarp alone are cheaper to follow by
+// counting them. Besides the threads, the copy engine has a place in a clock, and so has each warp
+// for the reads of its wgmma.
 #pragma once
 #include <algorithm>
 #include <cstdint>

@@ -1,5 +1,5 @@
-// A fiber: a stack one can leave and come back to. Hand-written on x86-64 (a ucontext switch costs two system calls),
-// ucontext elsewhere.
+// A fiber: a stack one can leave and come back to. Hand-written on x86-64 (a ucontext switch costs
+// two system calls), ucontext elsewhere.
 #pragma once
 #include <sys/mman.h>
 
@@ -41,7 +41,8 @@ class Fiber {
   // Next jump_to() enters `entry` on the given stack; entry must never return.
   void start(uint8_t* stack, size_t size, void (*entry)()) {
 #if defined(__x86_64__)
-    void** top = reinterpret_cast<void**>(stack + size - 32);  // as after a call: 16-byte aligned plus 8
+    // as after a call: 16-byte aligned plus 8
+    void** top = reinterpret_cast<void**>(stack + size - 32);
     top[0] = reinterpret_cast<void*>(entry);
     top[1] = nullptr;
     for (int i = 1; i <= 6; ++i) top[-i] = nullptr;
@@ -70,7 +71,8 @@ class Fiber {
 #endif
 };
 
-// Stacks, each with an unmapped page below it: an overflow ends the process instead of the neighbour.
+// Stacks, each with an unmapped page below it: an overflow ends the process instead of the
+// neighbour.
 class Stacks {
  public:
   static constexpr size_t kSize = 128 << 10, kGuard = 4096;

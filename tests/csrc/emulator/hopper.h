@@ -6,17 +6,25 @@ namespace diffusion_fast::ptx {
 
 constexpr bool kHopper = true;
 
-inline void mbarrier_init(uint32_t barrier, int count, DIFFUSION_FAST_AT) { emulator::products().make(barrier, count, line); }
+inline void mbarrier_init(uint32_t barrier, int count, DIFFUSION_FAST_AT) {
+  emulator::products().make(barrier, count, line);
+}
 inline void mbarrier_init_fence() { emulator::products().show(); }
-inline void mbarrier_arrive(uint32_t barrier, DIFFUSION_FAST_AT) { emulator::products().arrive(barrier, 0, line); }
+inline void mbarrier_arrive(uint32_t barrier, DIFFUSION_FAST_AT) {
+  emulator::products().arrive(barrier, 0, line);
+}
 inline void mbarrier_arrive_and_expect(uint32_t barrier, int bytes, DIFFUSION_FAST_AT) {
   emulator::products().arrive(barrier, bytes, line);
 }
-inline void mbarrier_wait(uint32_t barrier, int parity, DIFFUSION_FAST_AT) { emulator::products().wait(barrier, parity, line); }
-inline void named_barrier(int number, int threads, DIFFUSION_FAST_AT) { emulator::products().meet(number, threads, line); }
+inline void mbarrier_wait(uint32_t barrier, int parity, DIFFUSION_FAST_AT) {
+  emulator::products().wait(barrier, parity, line);
+}
+inline void named_barrier(int number, int threads, DIFFUSION_FAST_AT) {
+  emulator::products().meet(number, threads, line);
+}
 
-inline void load_box(uint32_t to, const TensorMap& map, uint32_t barrier, int column, int row, int head, int batch,
-                     DIFFUSION_FAST_AT) {
+inline void load_box(uint32_t to, const TensorMap& map, uint32_t barrier, int column, int row,
+                     int head, int batch, DIFFUSION_FAST_AT) {
   emulator::BoxCopy copy{{}, to, barrier, {column, row, head, batch}};
   memcpy(&copy.tensor, &map, sizeof copy.tensor);
   emulator::products().copy(copy, line);
@@ -45,16 +53,19 @@ inline void wgmma_fence(DIFFUSION_FAST_AT) {
 }
 inline void wgmma_commit(DIFFUSION_FAST_AT) {
   using namespace emulator;
-  warp_collective(kWgmma + 1, nullptr, "wgmma.commit_group", line, [](Warp&, void**) { products().commit(); });
+  warp_collective(kWgmma + 1, nullptr, "wgmma.commit_group", line,
+                  [](Warp&, void**) { products().commit(); });
 }
 template <int kPending>
 void wgmma_wait(DIFFUSION_FAST_AT) {
   using namespace emulator;
-  warp_collective(kWgmma + 2, nullptr, "wgmma.wait_group", line, [](Warp&, void**) { products().wait(kPending); });
+  warp_collective(kWgmma + 2, nullptr, "wgmma.wait_group", line,
+                  [](Warp&, void**) { products().wait(kPending); });
 }
 
 template <typename T, int kN>
-void wgmma(float* d, const uint32_t* a, uint64_t a_bits, uint64_t b_bits, bool accumulate, int line) {
+void wgmma(float* d, const uint32_t* a, uint64_t a_bits, uint64_t b_bits, bool accumulate,
+           int line) {
   using namespace emulator;
   static_assert(kN % 8 == 0 && kN <= 256);
   struct Argument {
@@ -68,7 +79,8 @@ void wgmma(float* d, const uint32_t* a, uint64_t a_bits, uint64_t b_bits, bool a
       const Argument& argument = *static_cast<Argument*>(arguments[lane]);
       p.d[lane] = argument.d;
       p.a[lane] = argument.a;
-      if (argument.a_bits != a_bits || argument.b_bits != b_bits) fail("wgmma: descriptors differ, line " + std::to_string(line));
+      if (argument.a_bits != a_bits || argument.b_bits != b_bits)
+        fail("wgmma: descriptors differ, line " + std::to_string(line));
     }
     products().issue(std::move(p));
   });
@@ -86,9 +98,11 @@ inline const char* without_hopper(const void*, int) { return nullptr; }
 
 template <typename T>
 const char* encode(TensorMap* map, const BoxedTensor& t) {
-  const auto columns = static_cast<uint32_t>(t.box_columns), rows = static_cast<uint32_t>(t.box_rows);
+  const auto columns = static_cast<uint32_t>(t.box_columns),
+             rows = static_cast<uint32_t>(t.box_rows);
   emulator::EncodedTensor e{static_cast<const uint8_t*>(t.base), {}, {}, columns, rows};
-  bool good = reinterpret_cast<uintptr_t>(t.base) % 16 == 0 && t.box_rows > 0 && t.box_rows <= 256 &&
+  bool good = reinterpret_cast<uintptr_t>(t.base) % 16 == 0 && t.box_rows > 0 &&
+              t.box_rows <= 256 &&
               (t.box_columns == 16 || t.box_columns == 32 || t.box_columns == 64);
   for (int i = 0; i < 4; ++i) {
     good &= t.size[i] >= 1 && t.size[i] <= uint64_t{1} << 32;

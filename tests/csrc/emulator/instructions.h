@@ -58,7 +58,8 @@ inline uint32_t shared_base() { return emulator::kSharedBase; }
 inline void cp_async16(uint32_t to, const void* from, bool valid, DIFFUSION_FAST_AT) {
   emulator::Thread& me = *emulator::block->current;
   uint8_t* target = emulator::shared_at(to, 16, line);
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) emulator::fail("cp.async source misaligned, line " + std::to_string(line));
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    emulator::fail("cp.async source misaligned, line " + std::to_string(line));
   emulator::on_write(to, 16, me, line, emulator::Access::kInFlight);
   memset(target, 0xff, 16);
   me.copies.push_back({to, from, valid, me.groups});
@@ -69,7 +70,8 @@ template <int kPending>
 void cp_async_wait() {
   emulator::Thread& me = *emulator::block->current;
   size_t landed = 0;
-  while (landed < me.copies.size() && me.copies[landed].group < me.groups - kPending) emulator::land(me.copies[landed++], me);
+  while (landed < me.copies.size() && me.copies[landed].group < me.groups - kPending)
+    emulator::land(me.copies[landed++], me);
   me.copies.erase(me.copies.begin(), me.copies.begin() + static_cast<std::ptrdiff_t>(landed));
 }
 
@@ -98,16 +100,27 @@ template <int kBlocks, bool kTransposed>
 void ldmatrix(uint32_t* r, uint32_t from, int line) {
   emulator::LdmatrixArgument mine{r, from};
   const int warp = emulator::block->current->warp;
-  emulator::warp_collective(emulator::kLdmatrix + kBlocks * 2 + kTransposed, &mine, "ldmatrix", line,
-                            [=](emulator::Warp&, void** a) { emulator::execute_ldmatrix<kBlocks, kTransposed>(warp, a, line); });
+  emulator::warp_collective(emulator::kLdmatrix + kBlocks * 2 + kTransposed, &mine, "ldmatrix",
+                            line, [=](emulator::Warp&, void** a) {
+                              emulator::execute_ldmatrix<kBlocks, kTransposed>(warp, a, line);
+                            });
 }
-inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t from, DIFFUSION_FAST_AT) { ldmatrix<4, false>(r, from, line); }
-inline void ldmatrix_x4_transposed(uint32_t (&r)[4], uint32_t from, DIFFUSION_FAST_AT) { ldmatrix<4, true>(r, from, line); }
-inline void ldmatrix_x2(uint32_t (&r)[2], uint32_t from, DIFFUSION_FAST_AT) { ldmatrix<2, false>(r, from, line); }
-inline void ldmatrix_x2_transposed(uint32_t (&r)[2], uint32_t from, DIFFUSION_FAST_AT) { ldmatrix<2, true>(r, from, line); }
+inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t from, DIFFUSION_FAST_AT) {
+  ldmatrix<4, false>(r, from, line);
+}
+inline void ldmatrix_x4_transposed(uint32_t (&r)[4], uint32_t from, DIFFUSION_FAST_AT) {
+  ldmatrix<4, true>(r, from, line);
+}
+inline void ldmatrix_x2(uint32_t (&r)[2], uint32_t from, DIFFUSION_FAST_AT) {
+  ldmatrix<2, false>(r, from, line);
+}
+inline void ldmatrix_x2_transposed(uint32_t (&r)[2], uint32_t from, DIFFUSION_FAST_AT) {
+  ldmatrix<2, true>(r, from, line);
+}
 
 template <typename T>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, DIFFUSION_FAST_AT) {
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                  DIFFUSION_FAST_AT) {
   emulator::MmaArgument mine{d, {a[0], a[1], a[2], a[3]}, {b0, b1}};
   emulator::warp_collective(emulator::kMma + 16, &mine, "mma.m16n8k16", line,
                             [](emulator::Warp&, void** v) { emulator::execute_mma<T, 16>(v); });
@@ -134,7 +147,8 @@ inline float max_or_nan(float x, float y) { return x != x || y != y ? NAN : x < 
 
 // Runs every block to its end, one after the other; errors go to emulator::report.
 template <typename Params>
-const char* launch(void (*kernel)(Params), unsigned blocks, int threads, int shared_bytes, const Params& params, void*) {
+const char* launch(void (*kernel)(Params), unsigned blocks, int threads, int shared_bytes,
+                   const Params& params, void*) {
   static emulator::Block block;
   block.options = emulator::options;
   block.report = &emulator::report;

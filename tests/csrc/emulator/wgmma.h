@@ -1,41 +1,48 @@
-// wgmma: products that run as late as their wait allows. Each of the four warps of a warpgroup has its 16 rows, and waits for
-// itself: that one warp is done says nothing of the others.
+// wgmma: products that run as late as their wait allows. Each of the four warps of a warpgroup has
+// its 16 rows, and waits for itself: that one warp is done says nothing of the others.
 //
-// Until its wait a product's accumulators are NaN, and touching them or its A registers is an error; its operands in shared
-// memory are read then, and writing there is an error. Layouts: PTX ISA 9.0, sections 9.7.15.5.1.1 and 9.7.15.5.1.2.
+// Until its wait a product's accumulators are NaN, and touching them or its A registers is an
+// error; its operands in shared memory are read then, and writing there is an error. Layouts: PTX
+// ISA 9.0, sections 9.7.15.5.1.1 and 9.7.15.5.1.2.
 #pragma once
 #include "barriers.h"
 
 namespace diffusion_fast::emulator {
 
-// A matrix in shared memory as a descriptor shows it: in chunks of 16 bytes, 8 values along its contiguous dim.
+// A matrix in shared memory as a descriptor shows it: in chunks of 16 bytes, 8 values along its
+// contiguous dim.
 struct Matrix {
   uint32_t start, leading, stride, span;
   bool along_k;  // what is contiguous
   explicit Matrix(uint64_t bits, bool k_contiguous)
-      : start(static_cast<uint32_t>(bits & 0x3fff) << 4), leading(static_cast<uint32_t>(bits >> 16 & 0x3fff) << 4),
-        stride(static_cast<uint32_t>(bits >> 32 & 0x3fff) << 4), along_k(k_contiguous) {
+      : start(static_cast<uint32_t>(bits & 0x3fff) << 4),
+        leading(static_cast<uint32_t>(bits >> 16 & 0x3fff) << 4),
+        stride(static_cast<uint32_t>(bits >> 32 & 0x3fff) << 4),
+        along_k(k_contiguous) {
     constexpr uint32_t kSpan[] = {0, 128, 64, 32};
     span = kSpan[bits >> 62];
   }
   // K contiguous: chunk 0 or 1 of row `line`. Else: chunk of columns, `line` being k.
   uint32_t chunk(int line, int chunk) const {
-    const uint32_t l = static_cast<uint32_t>(line), c = static_cast<uint32_t>(chunk), per_span = span / 16;
+    const uint32_t l = static_cast<uint32_t>(line), c = static_cast<uint32_t>(chunk),
+                   per_span = span / 16;
     const uint32_t row = l / 8 * stride + l % 8 * span;
-    return swizzled(start + row + (along_k ? c * 16 : c / per_span * leading + c % per_span * 16), span);
+    return swizzled(start + row + (along_k ? c * 16 : c / per_span * leading + c % per_span * 16),
+                    span);
   }
 };
 
 struct Product {
   float* d[32];
-  const uint32_t* a[32];    // registers; nullptr: a_bits
-  uint32_t a_then[32][4];   // what they held
+  const uint32_t* a[32];   // registers; nullptr: a_bits
+  uint32_t a_then[32][4];  // what they held
   uint64_t a_bits, b_bits;
   bool accumulate;
   int n, line, group;
   uint32_t serial;
-  const float* value;        // of each 16-bit pattern
-  std::vector<float> start;  // [32, n / 2]; empty while an earlier product on the same accumulators is under way
+  const float* value;  // of each 16-bit pattern
+  std::vector<float>
+      start;  // [32, n / 2]; empty while an earlier product on the same accumulators is under way
 };
 
 class Products : public Barriers {
@@ -62,7 +69,8 @@ class Products : public Barriers {
     WarpState& w = mine();
     const int warp = b.current->warp;
     if (!b.clocks.on()) fail("wgmma without an mbarrier in the kernel: not modelled");
-    if (!w.fenced) b.note("wgmma without wgmma.fence since the last wait: line " + std::to_string(p.line));
+    if (!w.fenced)
+      b.note("wgmma without wgmma.fence since the last wait: line " + std::to_string(p.line));
     p.serial = ++w.issued;
     p.group = w.groups;
     compare(warp / 4, p);
@@ -79,12 +87,14 @@ class Products : public Barriers {
   void before_write(uint32_t address, uint32_t bytes, const Thread& t, int line) override {
     Clocks& clocks = block->clocks;
     const size_t warps = block->warps.size();
-    const uint32_t first = (address - kSharedBase) / kGranule, last = (address - kSharedBase + bytes - 1) / kGranule;
+    const uint32_t first = (address - kSharedBase) / kGranule,
+                   last = (address - kSharedBase + bytes - 1) / kGranule;
     for (uint32_t granule = first; granule <= last; ++granule)
       for (size_t w = 0; w < warps && !readers_.empty(); ++w) {
         const uint32_t serial = readers_[granule * warps + w];
         if (clocks.of(t.id)[clocks.products_of(static_cast<int>(w))] >= serial) continue;
-        block->note("write where a wgmma may still read: line " + std::to_string(line), ", warp " + std::to_string(w));
+        block->note("write where a wgmma may still read: line " + std::to_string(line),
+                    ", warp " + std::to_string(w));
       }
   }
   void leave(const Thread& thread) override {
@@ -94,7 +104,8 @@ class Products : public Barriers {
     Barriers::end();
     for (const auto& [group, log] : logs_)
       for (int w = 0; w < 4; ++w)
-        if (warps_[group * 4 + w].issued != log.size()) block->note("the warps of a warpgroup issue different numbers of wgmma");
+        if (warps_[group * 4 + w].issued != log.size())
+          block->note("the warps of a warpgroup issue different numbers of wgmma");
   }
 
  private:
@@ -120,8 +131,8 @@ class Products : public Barriers {
     }
     const Issued& first = log[p.serial - 1];
     if (first.line != p.line || first.a_bits != p.a_bits || first.b_bits != p.b_bits)
-      fail("the warps of a warpgroup issue different wgmma: lines " + std::to_string(first.line) + " and " +
-           std::to_string(p.line));
+      fail("the warps of a warpgroup issue different wgmma: lines " + std::to_string(first.line) +
+           " and " + std::to_string(p.line));
   }
   static void take_accumulators(Product& p) {
     for (int lane = 0; lane < 32; ++lane) {
@@ -130,11 +141,13 @@ class Products : public Barriers {
     }
   }
 
-  // At the issue: every word of the operand was written, seen by this warp, and not by an unfenced store.
+  // At the issue: every word of the operand was written, seen by this warp, and not by an unfenced
+  // store.
   void read(const Matrix& m, int first, int lines, int chunks, const Product& p) {
     Block& b = *block;
     const size_t warps = b.warps.size();
-    if (m.span == 0) fail("wgmma: operands without a swizzle are not modelled, line " + std::to_string(p.line));
+    if (m.span == 0)
+      fail("wgmma: operands without a swizzle are not modelled, line " + std::to_string(p.line));
     if (m.start % (8 * m.span) >= (m.along_k ? m.span : 16))
       b.note("wgmma: operand off its swizzle pattern, line " + std::to_string(p.line));
     if (readers_.empty()) readers_.assign((b.shared.size() / kGranule + 1) * warps, 0);
@@ -145,11 +158,12 @@ class Products : public Barriers {
         readers_[(address - kSharedBase) / kGranule * warps + b.current->warp] = p.serial;
         for (uint32_t at = address; b.options.races && at < address + 16; at += 4) {
           const Word& word = b.words[(at - kSharedBase) / 4];
-          const char* defect = word.write.kind == Access::kNone                 ? "wgmma of memory never written"
-                               : word.write.kind == Access::kInFlight           ? "wgmma while a copy is in flight"
-                               : !happens_before(word.write, *b.current)        ? "wgmma after write"
-                               : word.unfenced                                  ? "wgmma of a store without proxy fence"
-                                                                                : nullptr;
+          const char* defect = word.write.kind == Access::kNone ? "wgmma of memory never written"
+                               : word.write.kind == Access::kInFlight
+                                   ? "wgmma while a copy is in flight"
+                               : !happens_before(word.write, *b.current) ? "wgmma after write"
+                               : word.unfenced ? "wgmma of a store without proxy fence"
+                                               : nullptr;
           if (defect != nullptr) note_race(defect, word.write, *b.current, at, p.line);
         }
       }
@@ -171,10 +185,12 @@ class Products : public Barriers {
       for (int c = 0; c < 2; ++c) load(left, warp % 4 * 16 + row, c, p.value, &a[row][c * 8], 1);
     for (int lane = 0; lane < 32 && registers; ++lane) {
       if (memcmp(p.a_then[lane], p.a[lane], 16) != 0)
-        block->note("A registers of a wgmma in flight were overwritten: line " + std::to_string(p.line));
+        block->note("A registers of a wgmma in flight were overwritten: line " +
+                    std::to_string(p.line));
       for (int r = 0; r < 4; ++r)
         for (int e = 0; e < 2; ++e)
-          a[lane / 4 + r % 2 * 8][lane % 4 * 2 + e + r / 2 * 8] = p.value[p.a_then[lane][r] >> 16 * e & 0xffff];
+          a[lane / 4 + r % 2 * 8][lane % 4 * 2 + e + r / 2 * 8] =
+              p.value[p.a_then[lane][r] >> 16 * e & 0xffff];
     }
     if (registers)
       for (int k = 0; k < 16; ++k)
@@ -189,19 +205,23 @@ class Products : public Barriers {
     float sums[16][kMostColumns];
     auto each = [&](auto visit) {  // visit(sum, lane, index)
       for (int lane = 0; lane < 32; ++lane)
-        for (int i = 0; i < p.n / 2; ++i) visit(sums[lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2], lane, i);
+        for (int i = 0; i < p.n / 2; ++i)
+          visit(sums[lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2], lane, i);
     };
     bool touched = false;
     each([&](float& sum, int lane, int i) {
       sum = p.accumulate ? p.start[lane * p.n / 2 + i] : 0.f;
       touched |= float_bits(p.d[lane][i]) != 0xffffffffu;
     });
-    if (touched) block->note("accumulators of a wgmma in flight were written: line " + std::to_string(p.line));
+    if (touched)
+      block->note("accumulators of a wgmma in flight were written: line " + std::to_string(p.line));
     for (int row = 0; row < 16; ++row)
       for (int k = 0; k < 16; ++k)
         for (int n = 0; n < p.n; ++n) sums[row][n] += a[row][k] * b[k][n];
     if (next != nullptr) next->start.resize(static_cast<size_t>(32) * p.n / 2);
-    each([&](float& sum, int lane, int i) { (next == nullptr ? p.d[lane][i] : next->start[lane * p.n / 2 + i]) = sum; });
+    each([&](float& sum, int lane, int i) {
+      (next == nullptr ? p.d[lane][i] : next->start[lane * p.n / 2 + i]) = sum;
+    });
     ++block->report->mma;
   }
 
