@@ -30,7 +30,7 @@ from .graphs import policy
 from .graphs.capture import Graph
 from .loop import Rows as TableRows
 from .loop import known_levels
-from .rewrites.prepare import Kept
+from .rewrites.derived import Kept
 from .rewrites.rows import Condition, Rows, RowsUNet, side_by_side
 
 CHUNK = 77  # tokens of a text encoder's chunk, in whose multiples contexts grow

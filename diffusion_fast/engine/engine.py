@@ -185,7 +185,8 @@ class Engine:
             joined = join_steps(context, null_context, self.table.halves, shape[0], steps)
             loop = self._loop_for(shape, 0 if extra_channels is None else extra_channels.shape[1])
 
-            prepared = loop.prepare(self.table, joined, extra_channels)
+            execute = self._graphs.executor(loop.predictor, loop.buffers.layout.device)
+            prepared = loop.prepare(self.table, joined, extra_channels, execute)
             way = self._graphs.choose(
                 prepared.capturable(masked=mask is not None),
                 philox=isinstance(generator, Philox),
@@ -320,7 +321,9 @@ class Engine:
         """Free a loop, its graphs, and its predictor if no other loop has it."""
         self._graphs.drop(self._loops.pop(layout))
         kept = {id(loop.predictor) for loop in self._loops.values()}
-        self._predictors = {k: one for k, one in self._predictors.items() if id(one) in kept}
+        for key, predictor in list(self._predictors.items()):
+            if id(predictor) not in kept:
+                self._graphs.drop(self._predictors.pop(key))
 
     def _predictor_for(self, layout: Layout) -> Predictor:
         """Images of the same batch share a predictor, whatever their sizes."""

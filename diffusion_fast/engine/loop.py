@@ -21,6 +21,7 @@ from ..samplers.table import StepTable
 from .buffers import Buffers, Clock, Generators, Layout, Noise, noise_source
 from .graphs.policy import Capturable, Way
 from .predictor import PlainPredictor, Predictor, signature
+from .rewrites.derived import Executor, eagerly
 
 
 def denoise(run: Run, rows: Iterable[int], after: Callable[[int], None] | None = None) -> None:
@@ -184,7 +185,11 @@ class Loop:
         self._rows: Rows | None = None  # of the last table
 
     def prepare(
-        self, table: StepTable, context: Context | PerRow, extra_channels: Tensor | None
+        self,
+        table: StepTable,
+        context: Context | PerRow,
+        extra_channels: Tensor | None,
+        execute: Executor = eagerly,
     ) -> Prepared:
         """Write everything that does not depend on the noise."""
         buffers, rows = self.buffers, self._rows
@@ -193,7 +198,7 @@ class Loop:
             buffers.table[: len(rows)] = rows.folded.to(buffers.layout.device)
             buffers.count.fill_(len(rows))
         buffers.write_extra(extra_channels)
-        self.predictor.prepare(context, rows.timesteps)
+        self.predictor.prepare(context, rows.timesteps, execute)
         whole = isinstance(self.predictor, PlainPredictor) and rows.timesteps.dtype
         return Prepared(self, rows, context, (signature(context), whole))
 

@@ -32,7 +32,8 @@ class Order:
 
     def take(self, context: Context | PerRow) -> None:
         """Know the order of a run's contexts."""
-        self._order = context.order if isinstance(context, PerRow) else ()
+        several = len(contexts_of(context)) > 1
+        self._order = context.order if several and isinstance(context, PerRow) else ()
         self._on_device[: len(self._order)] = torch.tensor(self._order, dtype=torch.int64)
 
     def join(self, made: Sequence[Any]) -> Any:

@@ -16,6 +16,7 @@ from ..ops import checks
 from .buffers import Clock
 from .order import Order, contexts_of
 from .rewrites.controlled import prepare
+from .rewrites.derived import Executor, eagerly
 from .rewrites.plan import REWRITES, Bypassed, RewriteReport
 
 
@@ -27,13 +28,16 @@ class Predictor(Protocol):
     their own, but those of the shapes before must stay as they are.
     """
 
-    def prepare(self, context: Context | PerRow, timesteps: Tensor) -> None:
+    def prepare(
+        self, context: Context | PerRow, timesteps: Tensor, execute: Executor = eagerly
+    ) -> None:
         """Before each run: everything that depends on the prompt or on the time grid only.
 
         Args:
             context: what the halves that run are conditioned on, batch [halves * B], as
                 :func:`~diffusion_fast.conditioning.join_steps` gives it.
             timesteps: [R] on the device, int64 if all are whole, else float32.
+            execute: how to do work that only reads and writes tensors which keep their addresses.
         """
         ...
 
@@ -73,7 +77,9 @@ class PlainPredictor:
         self._t = torch.empty(0)  # of the time grid now
         self._t_of_row: Sequence[Tensor] = ()
 
-    def prepare(self, context: Context | PerRow, timesteps: Tensor) -> None:
+    def prepare(
+        self, context: Context | PerRow, timesteps: Tensor, execute: Executor = eagerly
+    ) -> None:
         device = timesteps.device
         if device not in self._orders:
             self._orders[device] = Order(self.max_rows, device)

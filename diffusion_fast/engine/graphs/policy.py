@@ -207,7 +207,7 @@ class GraphCache:
     def _of(self, key: _Key) -> list[Graph]:
         return [graph for _, graph in self._graphs[key].values()]
 
-    def drop(self, owner: Hashable) -> None:
+    def drop(self, owner: object) -> None:
         """Forget the graphs whose key begins with ``owner``."""
         for key in [key for key in self._graphs if key[0] is owner]:
             del self._graphs[key]
@@ -238,17 +238,67 @@ class Graphs:
         self.capturer: Capturer = CudaCapturer()
         self._is_module = isinstance(model, nn.Module)
         self._refused: dict[_Key, dict[str, str]] = {}  # why, of each attempt
+        self._done: set[_Key] = set()  # work that was done once
         self.last = Way("off", self._unavailable(device) or "no run yet")
 
     def clear(self) -> None:
         """After a change of the model: what was captured, and what failed, is forgotten."""
         self.cache.clear()
         self._refused.clear()
+        self._done.clear()
 
-    def drop(self, owner: Hashable) -> None:
-        """Forget the graphs of a loop whose buffers are given up."""
+    def drop(self, owner: object) -> None:
+        """Forget the graphs of a loop whose buffers are given up, or of a predictor."""
         self.cache.drop(owner)
         self._refused = {key: why for key, why in self._refused.items() if key[0] is not owner}
+        self._done = {key for key in self._done if key[0] is not owner}
+
+    def executor(
+        self, owner: object, device: torch.device
+    ) -> Callable[[Hashable, Callable[[], None]], None]:
+        """What does work on tensors that keep their addresses: by a graph from the second time on.
+
+        It is asked with the kind of the work, and the work. The same kind does the same.
+
+        Args:
+            owner: what has those tensors, see :meth:`drop`.
+            device: where they are.
+        """
+
+        def execute(kind: Hashable, work: Callable[[], None]) -> None:
+            key = (owner, kind, surroundings(device))
+            refused = self._refused.setdefault(key, {})
+            if self._unavailable(device) is not None or "off" in refused:
+                work()
+            elif key not in self._done:  # the first time, which a single image would be slowed by
+                work()
+                self._done.add(key)
+            elif (graph := self._or_refused(key, device, work)) is not None:
+                graph.replay()
+            else:
+                work()
+
+        return execute
+
+    def _or_refused(
+        self, key: _Key, device: torch.device, work: Callable[[], None]
+    ) -> Graph | None:
+        """The graph of work; None where it can't be captured, which a warning says once."""
+
+        def capture() -> Graph:
+            with _uncached_autocast():
+                return self.capturer.capture(device, work, work)
+
+        try:
+            return self.cache.get(key, "work", capture)
+        except Exception as error:
+            self._refused[key]["off"] = why = f"{type(error).__name__}: {error}"
+            warnings.warn(
+                f"graph: what is prepared for a run can't be captured, so it runs eagerly: {why}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
 
     def choose(self, loop: Capturable, *, philox: bool, by_step: str | None) -> Way:
         """How to run a prepared loop; its state is overwritten if that must be captured.

@@ -19,8 +19,9 @@ from ...ops import checks
 from ..buffers import Clock
 from ..order import contexts_of
 from . import cost
+from .derived import Executor, Kept, eagerly
 from .plan import Rewritable, RewritePlan, RewriteReport, make_plan
-from .prepare import Kept, PreparedNetwork, PreparedUNet
+from .prepare import PreparedNetwork, PreparedUNet
 
 HINT_NAMES = ("hints", "scales", "windows")
 # Which rewrite of a ControlNet each of a U-Net is.
@@ -65,7 +66,9 @@ class PreparedControlled:
         return replace(self.plan, halves=1 if self._one_half else self.plan.halves, off=off)
 
     @torch.no_grad()
-    def prepare(self, context: Context | PerRow, timesteps: Tensor) -> None:
+    def prepare(
+        self, context: Context | PerRow, timesteps: Tensor, execute: Executor = eagerly
+    ) -> None:
         """Take a run's context, hints and time grid.
 
         Args:
@@ -73,6 +76,7 @@ class PreparedControlled:
                 <diffusion_fast.models.controlled.ControlledUNet.forward>`, for all halves; or
                 several for the rows, with the same hints.
             timesteps: [N], N at most the plan's ``max_rows``.
+            execute: how to compute keys, values and times, see :class:`Derived`.
 
         Raises:
             ValueError: what doesn't fit the model, hints that differ between the halves of guidance
@@ -88,7 +92,7 @@ class PreparedControlled:
             for name, first, other in zip(HINT_NAMES, hints[0], made, strict=True):
                 if other is not first and not torch.equal(other, first):
                     checks.fail(name, "the same at all steps", "others")
-        self.unet.prepare(_like(context, several), timesteps)
+        self.unet.prepare(_like(context, several), timesteps, execute)
         for i, given in enumerate(several):
             shared = {name: given[name] for name in ("context", *SHARED) if name in given}
             if self._one_half:
@@ -96,7 +100,7 @@ class PreparedControlled:
             several[i] = shared
         for control in self.controls:
             if control is not None:
-                control.prepare(_like(context, several), timesteps)
+                control.prepare(_like(context, several), timesteps, execute)
         self._take_hints(timesteps, *hints[0])
 
     def _take_hints(

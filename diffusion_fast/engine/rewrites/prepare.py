@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from ...conditioning import Context, PerRow
 from ...models import UNet2DCondition
@@ -20,6 +20,7 @@ from ..buffers import Clock
 from ..graphs.policy import surroundings
 from ..order import Order, contexts_of
 from . import cost
+from .derived import Derived, Executor, eagerly
 from .leaves import Leaf, modules, plain_leaves
 from .plan import REWRITES, RewritePlan, RewriteReport, check_placement
 
@@ -48,34 +49,6 @@ def rewritten(model: Network, on: Collection[str]) -> tuple[Network, list[Leaf]]
         for leaf in leaves:
             leaf.refresh()
     return network, leaves
-
-
-class Kept:
-    """Nested tensors at fixed addresses, and what stands beside them (None, numbers).
-
-    For each set of shapes and dtypes there are tensors of their own, which live on: captured graphs
-    read them.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[object, list[Any]] = {}
-
-    def write(self, values: Any) -> Any:
-        """The same values in the same lists and tuples, in the kept tensors."""
-        new, form = tree_flatten(values)
-        tensors = [isinstance(value, Tensor) for value in new]
-        key = tuple(
-            (value.shape, value.dtype) if tensor else value
-            for value, tensor in zip(new, tensors, strict=True)
-        )
-        if key not in self._kept:
-            pairs = zip(new, tensors, strict=True)
-            self._kept[key] = [value.clone() if tensor else value for value, tensor in pairs]
-        kept = self._kept[key]
-        for old, value, tensor in zip(kept, new, tensors, strict=True):
-            if tensor:
-                old.copy_(value)
-        return tree_unflatten(kept, form)
 
 
 class TimeTable:
@@ -149,7 +122,6 @@ class PreparedNetwork(Generic[Encoder]):
             self.times = TimeTable(self.network, plan.max_rows, self._images)
         weight = model.conv_in.weight
         self._grid = torch.zeros(plan.max_rows, 1, dtype=torch.float32, device=weight.device)
-        self._kept = Kept()
         self._order = Order(plan.max_rows, weight.device)
         # Of this run: context, its keys and values, lengths, additions, images.
         self.given: Any = None
@@ -158,19 +130,22 @@ class PreparedNetwork(Generic[Encoder]):
         self._repeats = not (plan.device.type == "meta" or hooked(*parts)) and all(
             type(module).__module__.startswith(_KNOWN) for module in parts
         )
-        self._last: tuple[Hashable, list[Tensor | None]] | None = None  # what was prepared for
+        self._of_contexts, self._of_times = Derived(), Derived()
         self.tokens = 0  # of the context
         # Images and tokens of each IP-Adapter.
         self.images_of: tuple[tuple[int, int], ...] = ()
 
     @torch.no_grad()
-    def prepare(self, context: Context | PerRow, timesteps: Tensor) -> None:
-        """Take a run's context and time grid; those of the last run are there already.
+    def prepare(
+        self, context: Context | PerRow, timesteps: Tensor, execute: Executor = eagerly
+    ) -> None:
+        """Take a run's context and time grid; what is there already is not computed again.
 
         Args:
             context: as the model takes it, for all halves: text states [halves * B or 1, L, C] or
                 labels [halves * B], or a dict of the model's keywords; or several for the rows.
             timesteps: [N], N at most the plan's ``max_rows``.
+            execute: how to compute, see :class:`Derived`.
 
         Raises:
             ValueError: a context that doesn't fit the model, or too many timesteps.
@@ -180,26 +155,25 @@ class PreparedNetwork(Generic[Encoder]):
             self._checked(timesteps, **(one if isinstance(one, Mapping) else {"context": one}))
             for one in contexts_of(context)
         ]
-        order = context.order if isinstance(context, PerRow) else [0] * len(timesteps)
-        inputs = tree_leaves([timesteps, torch.tensor(order), [vars(one) for one in several]])
         around = surroundings(timesteps.device) if self._repeats else None
-        if self._last is not None and around == self._last[0] and _equal(inputs, self._last[1]):
-            return
-        self._last = None  # until all is done
         self._order.take(context)
-        self.given = self._kept.write(self._order.join([self._made(one) for one in several]))
-        if self.times is not None:
-            of_row = [several[number].additions for number in order]
-            pooled = (
-                None if one[0] is None else torch.cat(one) for one in zip(*of_row, strict=True)
-            )
-            self.times.write(
-                self.model.embed_time(timesteps.repeat_interleave(self._images), *pooled)
-            )
-        else:
+        self.tokens = 1 if several[0].context.dim() == 1 else several[0].context.shape[1]
+        self.images_of = tuple(tuple(one.shape[1:3]) for one in several[0].images[0])
+        apart = (None, None, None) if self.times is not None else None  # the table has them
+        parts = [(one.context, one.lengths, apart or one.additions, one.images) for one in several]
+        self.given = self._of_contexts.compute(parts, self._made, execute, around)
+        if self.times is None:
             self._grid[: len(timesteps)] = timesteps[:, None]
-        if self._repeats:
-            self._last = around, [None if value is None else value.clone() for value in inputs]
+            return
+        order = context.order if isinstance(context, PerRow) else [0] * len(timesteps)
+        of_row = [several[number].additions for number in order]
+        pooled = [None if one[0] is None else torch.cat(one) for one in zip(*of_row, strict=True)]
+        times = timesteps.repeat_interleave(self._images)
+        self._of_times.compute((times, *pooled), self._write_times, execute, around)
+
+    def _write_times(self, inputs: tuple[Any, ...]) -> None:
+        assert self.times is not None
+        self.times.write(self.model.embed_time(*inputs))
 
     def _checked(
         self,
@@ -226,13 +200,16 @@ class PreparedNetwork(Generic[Encoder]):
         additions = text_embeds, time_ids, timestep_cond
         return _Given(context, context_lengths, additions, pictured)
 
-    def _made(self, given: _Given) -> tuple[Any, ...]:
-        """What the steps read of a context."""
-        context = given.context.expand(self.batch, *given.context.shape[1:])
-        self.tokens = 1 if context.dim() == 1 else context.shape[1]
+    def _made(self, several: list[tuple[Any, ...]]) -> Any:
+        """What the steps read of all contexts."""
+        return self._order.join([self._made_of(*one) for one in several])
+
+    def _made_of(
+        self, context: Tensor, lengths: Tensor | None, additions: Any, pictured: Any
+    ) -> tuple[Any, ...]:
+        context = context.expand(self.batch, *context.shape[1:])
         kv = self._project(context) if "cached_context" in self.plan.on else None
-        images, weights, masks = given.images
-        self.images_of = tuple(tuple(one.shape[1:3]) for one in images)
+        images, weights, masks = pictured
         if images and "cached_images" in self.plan.on:
             assert isinstance(self.model, UNet2DCondition)  # a ControlNet is given none
             images = self.model.project_images(images)
@@ -243,8 +220,8 @@ class PreparedNetwork(Generic[Encoder]):
         return (
             context if kv is None else None,
             kv,
-            given.lengths,
-            (None, None, None) if self.times is not None else given.additions,
+            lengths,
+            additions,
             (images, weights, masks),
         )
 
@@ -289,7 +266,8 @@ class PreparedNetwork(Generic[Encoder]):
             ValueError: the model was moved or cast: that takes a new plan.
         """
         check_placement("model", self.model.conv_in.weight, self.plan.dtype, self.plan.device)
-        self._last = None
+        for derived in (self._of_contexts, self._of_times):
+            derived.forget()
         for leaf in self._leaves:
             leaf.refresh()
 
@@ -332,13 +310,6 @@ class PreparedUNet(PreparedNetwork[UNet2DCondition]):
         if key not in self._explained:
             self._explained[key] = cost.explain(self.plan, self.model, PreparedUNet, *key)
         return self._explained[key]
-
-
-def _equal(these: list[Tensor | None], those: list[Tensor | None]) -> bool:
-    return len(these) == len(those) and all(
-        a is b if a is None or b is None else a.dtype == b.dtype and torch.equal(a, b)
-        for a, b in zip(these, those, strict=True)
-    )
 
 
 _KNOWN = ("torch.nn.", __name__.partition(".")[0] + ".")
