@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+import diffusion_fast as df
 from diffusion_fast.engine.graphs import capture, policy
 
 
@@ -132,6 +133,12 @@ class TapeCapturer:
         if self.unroll_error:
             raise self.unroll_error
         return self._kept(Unrolled(step, times))
+
+
+def captured(engine: df.Engine, name: str) -> list[Any]:
+    """An engine's graphs of a name: ``"step"``, ``"loop"``, or ``"work"`` of what is prepared."""
+    kinds = engine._graphs.cache._graphs.values()
+    return [graphs[name][1] for graphs in kinds if name in graphs]
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from numerics import error
 from prepared import LIKE_SDXL, TEXT_TIME, conditions, unet
-from tape import TapeCapturer, tape
+from tape import TapeCapturer, captured, tape
 
 import diffusion_fast as df
 from diffusion_fast.engine.rewrites.derived import Derived, eagerly
@@ -69,12 +69,6 @@ def contexts(model: UNet2DCondition, seed: int, tokens: int = 5) -> dict[str, An
     }
 
 
-def prepared_by_graph(engine: df.Engine) -> list[Any]:
-    """The graphs of what is prepared, beside those of steps and loops."""
-    kinds = engine._graphs.cache._graphs.values()
-    return [graph for kind in kinds for name, (_, graph) in kind.items() if name == "work"]
-
-
 @pytest.mark.parametrize("changes", [{}, LIKE_SDXL | TEXT_TIME], ids=["sd15", "sdxl"])
 def test_new_prompts_are_prepared_by_a_graph(tape: TapeCapturer, changes: dict[str, Any]) -> None:
     """From the second prompt of a length on; each image is the one that a new engine draws."""
@@ -85,7 +79,7 @@ def test_new_prompts_are_prepared_by_a_graph(tape: TapeCapturer, changes: dict[s
     for seed, steps, tokens in ((1, 3, 5), (2, 3, 5), (3, 3, 5), (3, 4, 5), (4, 3, 8), (5, 3, 5)):
         given = contexts(model, seed, tokens)
         x = engine.sample(SHAPE, **given, table={"steps": steps})
-        found.append(len(prepared_by_graph(engine)))
+        found.append(len(captured(engine, "work")))
         fresh = df.Engine(model, SCHEDULE, graph="off", steps=steps, **options)
         truth = fresh.sample(SHAPE, **contexts(model, seed, tokens))
         assert error(x, truth) < 1e-12
@@ -99,7 +93,7 @@ def test_a_known_prompt_replays_nothing(tape: TapeCapturer) -> None:
     engine = df.Engine(model, SCHEDULE, sampler="ddim", steps=3, guidance_scale=3.0)
     for seed in (1, 2, 3):
         engine.sample(SHAPE, **contexts(model, seed))
-    (graph,) = prepared_by_graph(engine)
+    (graph,) = captured(engine, "work")
     assert graph.replays == 2
     engine.sample(SHAPE, **contexts(model, 3))
     assert graph.replays == 2
@@ -120,7 +114,7 @@ def test_edits_are_prepared_anew(tape: TapeCapturer) -> None:
         x = engine.sample(SHAPE, **contexts(model, seed))
         truth = df.Engine(model, SCHEDULE, graph="off", **options)
         assert error(x, truth.sample(SHAPE, **contexts(model, seed))) < 1e-12
-    assert len(prepared_by_graph(engine)) == 1
+    assert len(captured(engine, "work")) == 1
 
 
 def test_a_capture_that_fails_is_told_of_once(tape: TapeCapturer) -> None:
@@ -142,8 +136,8 @@ def test_graphs_go_with_the_predictor(tape: TapeCapturer) -> None:
     engine = df.Engine(model, SCHEDULE, sampler="ddim", steps=2, guidance_scale=3.0)
     for seed in (1, 2):
         engine.sample(SHAPE, **contexts(model, seed))
-    assert len(prepared_by_graph(engine)) == 1
+    assert len(captured(engine, "work")) == 1
     for batch in range(3, 7):
         null, text = (conditions(model, 1) for _ in range(2))
         engine.sample((batch, 4, 8, 8), null_context=null, context=text)
-    assert not prepared_by_graph(engine)
+    assert not captured(engine, "work")
