@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +14,6 @@ from ..dispatch import checks
 from . import library
 from .contest import Kind
 from .library import DTYPES
-
-_POINTER, _INT, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-
 
 # The contest's kinds of calls: dtype, head width at most, and whether the keys are many.
 WIDTHS = (40, 64, 80, 160, 512)
@@ -54,17 +51,8 @@ def default(kind: Kind) -> str | None:
     return "sdpa" if kind[0] == str(torch.bfloat16) else None
 
 
-class _Arguments(ctypes.Structure):
-    """``Attention`` of csrc/cpu/attention.h."""
-
-    _fields_ = (
-        *((name, _POINTER) for name in ("q", "k", "v", "out", "bias", "lengths")),
-        *((f"{name}_strides", _INT * 3) for name in ("q", "k", "v")),
-        ("bias_strides", _INT * 4),
-        *((name, _INT) for name in ("batch", "heads", "queries", "keys", "dim")),
-        ("scale", ctypes.c_double),
-        *((name, _FLAG) for name in ("dtype", "threads")),
-    )
+# ``Attention`` of csrc/cpu/attention.h.
+_ARGUMENTS = struct.Struct("@6P 9q 4q 5q d 2i")
 
 
 def supports(
@@ -93,25 +81,28 @@ def forward(
     save_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """out [B, Sq, H, D], and no log-sum-exp."""
-    c = _Arguments()
-    c.batch, c.queries, c.heads, c.dim = q.shape
-    c.keys, c.scale = k.shape[1], scale
-    c.dtype, c.threads = DTYPES[q.dtype], torch.get_num_threads()
-    kept = []
-    for name, value in (("q", q), ("k", k), ("v", v)):
-        value = value if value.stride(-1) == 1 else value.contiguous()
-        strides = value.stride()[:3]
-        shared = len(value) == 1  # by all images
-        setattr(c, f"{name}_strides", (_INT * 3)(0 if shared else strides[0], *strides[1:]))
-        setattr(c, name, value.data_ptr())
-        kept.append(value)
+    q, k, v = (value if value.stride(-1) == 1 else value.contiguous() for value in (q, k, v))
+    (batch, queries, heads, dim), keys = q.shape, k.shape[1]
+    out = torch.empty(q.shape, dtype=q.dtype)
+    bias_strides: tuple[int, ...] = (0,) * 4
     if bias is not None:
-        bias = bias.float().expand(len(q), q.shape[2], q.shape[1], k.shape[1])
-        c.bias, c.bias_strides = bias.data_ptr(), (_INT * 4)(*bias.stride())
+        bias = bias.float().expand(batch, heads, queries, keys)
+        bias_strides = bias.stride()
     if key_lengths is not None:
         key_lengths = key_lengths.long().contiguous()
-        c.lengths = key_lengths.data_ptr()
-    out = torch.empty(q.shape, dtype=q.dtype)
-    c.out = out.data_ptr()
-    library.kernels.attention(ctypes.byref(c))
+    arguments = _ARGUMENTS.pack(
+        *(0 if value is None else value.data_ptr() for value in (q, k, v, out, bias, key_lengths)),
+        *(stride for value in (q, k, v) for stride in _strides(value)),
+        *bias_strides,
+        *(batch, heads, queries, keys, dim),
+        scale,
+        *(DTYPES[q.dtype], torch.get_num_threads()),
+    )
+    library.kernels.attention(arguments)
     return out, q.new_empty(0, dtype=torch.float32)
+
+
+def _strides(value: Tensor) -> tuple[int, ...]:
+    """Of the batch, which is 0 where one serves all images, the positions and the heads."""
+    of_image, *others = value.stride()[:3]
+    return 0 if len(value) == 1 else of_image, *others

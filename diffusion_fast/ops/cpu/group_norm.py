@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
+import struct
 from typing import Any
 
 import torch
@@ -15,9 +15,6 @@ from ..dispatch.backend import requested
 from ..rows import picked_row
 from . import library
 from .library import DTYPES
-
-_POINTER, _INT, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-
 
 # Elements of contiguous images from which the kernels are faster than PyTorch's own, which are good
 # there: without and with a gradient. In channels_last the kernels always are.
@@ -33,71 +30,50 @@ def slower(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, *rest: Any)
     return [f"fewer than {least:,} elements, not in channels_last"] if x.numel() < least else []
 
 
-class _Arguments(ctypes.Structure):
-    """``GroupNorm`` of csrc/cpu/group_norm.h."""
-
-    _fields_ = (
-        *((name, _POINTER) for name in ("x", "x2", "y", "weight", "bias", "add", "scale", "shift")),
-        *((f"{name}_stride", _INT) for name in ("add", "scale", "shift")),
-        *((name, _INT) for name in ("batch", "channels", "channels2", "pixels", "groups")),
-        ("eps", ctypes.c_double),
-        *((name, _FLAG) for name in ("dtype", "last", "silu", "threads")),
-        *((name, _POINTER) for name in ("grad", "dx", "dx2")),
-        *((name, _POINTER) for name in ("dweight", "dbias", "dadd", "dscale", "dshift")),
-    )
+# ``GroupNorm`` of csrc/cpu/group_norm.h.
+_ARGUMENTS = struct.Struct("@8P 3q 5q d 4i 8P")
 
 
 def _run(
     x: Tensor,
     x2: Tensor | None,
+    last: bool,
     num_groups: int,
     eps: float,
     silu: bool,
-    per_channel: dict[str, Tensor | None],
-    made: dict[str, int],
-    others: dict[str, Tensor] | None = None,
-) -> list[Tensor]:
+    vectors: tuple[Tensor | None, ...],
+    y: Tensor | None = None,
+    gradients: tuple[Tensor | None, ...] = (None,) * 8,
+) -> None:
     """Call the kernel.
 
     Args:
-        x, x2, num_groups, eps, silu: as in :func:`~diffusion_fast.ops.group_norm_silu`.
-        per_channel: weight, bias, add, scale and shift, [C] or [B or 1, C].
-        made: names of the images that it makes, with their channels.
-        others: what else it is given, as it lies in memory.
-
-    Returns:
-        The images made, in the layout of ``x``.
+        x, x2: the image, without gaps.
+        last: whether its channels are innermost.
+        num_groups, eps, silu: as in :func:`~diffusion_fast.ops.group_norm_silu`.
+        vectors: weight, bias [C], add, scale and shift [B or 1, C].
+        y: what the norm writes.
+        gradients: grad, like ``y``; dx and dx2, like ``x`` and ``x2``; and float32 sums of the five
+            vectors' gradients. All but the first are written.
     """
-    layout = format_of(x)
-    kept = {"x": x.contiguous(memory_format=layout), **(others or {})}
-    if x2 is not None:
-        kept["x2"] = x2.contiguous(memory_format=layout)
-    c = _Arguments(
-        batch=x.shape[0],
-        channels=x.shape[1],
-        channels2=0 if x2 is None else x2.shape[1],
-        pixels=math.prod(x.shape[2:]),
-        groups=num_groups,
-        eps=eps,
-        dtype=DTYPES[x.dtype],
-        last=layout == torch.channels_last,
-        silu=silu,
-        threads=torch.get_num_threads(),
+    vectors = tuple([value if value is None else _as_float(value) for value in vectors])
+    tensors = (x, x2, y, *vectors, *gradients)
+    pointers = [0 if value is None else value.data_ptr() for value in tensors]
+    arguments = _ARGUMENTS.pack(
+        *pointers[:8],
+        *[0 if value is None or len(value) == 1 else value.stride(0) for value in vectors[2:]],
+        *(x.shape[0], x.shape[1], 0 if x2 is None else x2.shape[1]),
+        *(math.prod(x.shape[2:]), num_groups),
+        eps,
+        *(DTYPES[x.dtype], last, silu, torch.get_num_threads()),
+        *pointers[8:],
     )
-    for name, value in per_channel.items():
-        if value is not None:
-            value = value.float()
-            kept[name] = value = value if value.stride(-1) == 1 else value.contiguous()
-            if value.dim() == 2:
-                setattr(c, f"{name}_stride", value.stride(0) if len(value) > 1 else 0)
-    images = {
-        name: torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, memory_format=layout)
-        for name, channels in made.items()
-    }
-    for name, value in (*kept.items(), *images.items()):
-        setattr(c, name, value.data_ptr())
-    library.kernels.group_norm_silu(ctypes.byref(c))
-    return [*images.values()]
+    library.kernels.group_norm_silu(arguments)
+
+
+def _as_float(value: Tensor) -> Tensor:
+    value = value.float()
+    return value if value.stride(-1) == 1 else value.contiguous()
 
 
 def forward(
@@ -117,8 +93,14 @@ def forward(
     if row is not None:
         picked = (v if v is None else picked_row(v, row) for v in (add, scale, shift))
         add, scale, shift = picked
-    given = {"weight": weight, "bias": bias, "add": add, "scale": scale, "shift": shift}
-    return _run(x, x2, num_groups, eps, silu, given, {"y": weight.shape[0]})[0]
+    layout = format_of(x)
+    x = x.contiguous(memory_format=layout)
+    x2 = None if x2 is None else x2.contiguous(memory_format=layout)
+    shape = (x.shape[0], weight.shape[0], *x.shape[2:])
+    y = torch.empty(shape, dtype=x.dtype, memory_format=layout)
+    vectors, last = (weight, bias, add, scale, shift), layout == torch.channels_last
+    _run(x, x2, last, num_groups, eps, silu, vectors, y)
+    return y
 
 
 def backward(
@@ -135,16 +117,20 @@ def backward(
     x2: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """Gradients of x, weight, bias, add, scale, shift and x2; empty for one that is None."""
-    given = {"weight": weight, "bias": bias, "add": add, "scale": scale, "shift": shift}
-    made = {"dx": x.shape[1]} | ({} if x2 is None else {"dx2": x2.shape[1]})
-    sums = {
-        f"d{name}": torch.empty((len(x), len(weight))[value.dim() == 1 :], dtype=torch.float32)
-        for name, value in given.items()
-        if value is not None
-    }
-    others = {"grad": grad.contiguous(memory_format=format_of(x)), **sums}
-    dx, *dx2 = _run(x, x2, num_groups, eps, silu, given, made, others)
+    layout, layout2 = format_of(x), format_of(x if x2 is None else x2)
+    x = x.contiguous(memory_format=layout)
+    x2 = None if x2 is None else x2.contiguous(memory_format=layout)
+    vectors, last = (weight, bias, add, scale, shift), layout == torch.channels_last
+    dx, dx2 = torch.empty_like(x), None if x2 is None else torch.empty_like(x2)
+    sums = [
+        None
+        if value is None
+        else torch.empty((len(x), len(weight))[value.dim() == 1 :], dtype=torch.float32)
+        for value in vectors
+    ]
+    gradients = (grad.contiguous(memory_format=layout), dx, dx2, *sums)
+    _run(x, x2, last, num_groups, eps, silu, vectors, gradients=gradients)
     empty = x.new_empty(0)
-    found = (sums[f"d{name}"].to(x.dtype) if f"d{name}" in sums else empty for name in given)
-    last = empty if x2 is None else dx2[0].contiguous(memory_format=format_of(x2))
-    return dx, *found, last
+    found = (empty if one is None else one.to(x.dtype) for one in sums)
+    second = empty if dx2 is None else dx2.contiguous(memory_format=layout2)
+    return dx, *found, second

@@ -118,29 +118,25 @@ class Op:
         elif _is_compiling():
             return self._through(args)
         grad = _grad_enabled()
-        key: Any = (  # all that a choice can depend on; written out, as it is made at every call
-            _backend.overrides,
-            grad,
-            _functorch_level(),
-            *[
-                None
-                if a is None
-                else (a.__class__, a.shape, a.stride(), a.dtype, a.device, grad and a.requires_grad)
-                if isinstance(a, Tensor)
-                else (
-                    len(a),
-                    *[
-                        (e.shape, e.layout == torch.strided and e.stride(), e.dtype, e.device)
-                        if isinstance(e, Tensor)
-                        else (e.__class__, e)
-                        for e in a
-                    ],
-                )
-                if isinstance(a, (list, tuple))
-                else (a.__class__, a)
-                for a in args[: self._keyed]
-            ],
-        )
+        # All that a choice can depend on, in one flat tuple: it is made at every call.
+        parts: list[Any] = [_backend.overrides, grad, _functorch_level()]
+        for a in args[: self._keyed]:
+            if a is None:
+                parts.append(None)
+            elif isinstance(a, Tensor):
+                parts += (a.__class__, a.shape, a.stride(), a.dtype, a.device)
+                parts.append(grad and a.requires_grad)
+            elif isinstance(a, (list, tuple)):
+                parts.append(len(a))
+                for e in a:
+                    if isinstance(e, Tensor):
+                        strides = e.layout == torch.strided and e.stride()
+                        parts += (e.shape, strides, e.dtype, e.device)
+                    else:
+                        parts += (e.__class__, e)
+            else:
+                parts += (a.__class__, a)
+        key: Any = tuple(parts)
         try:
             found = self._found.get(key)
         except TypeError:  # a value that no signature can hold: sizes of a trace, or none of ours
