@@ -8,6 +8,7 @@ or, after :func:`move_in`, on another one with the same versions of triton and o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import multiprocessing
@@ -24,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import GPUDriver
 from triton.runtime import driver
 from triton.runtime.jit import MockTensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch, tuning
 
@@ -80,10 +82,13 @@ class Ahead(GPUDriver):
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
+def recording(arch: int = 0) -> Iterator[list[Launch]]:
     """The launches of the block, with tensors on the meta device; nothing runs.
 
     Where a configuration would be measured, each of the candidates is launched.
+
+    Args:
+        arch: the architecture that is launched for, 90 for sm_90; 0 for what runs on all of them.
     """
     found: list[Launch] = []
 
@@ -94,7 +99,8 @@ def recording() -> Iterator[list[Launch]]:
     before = launch.recorder, tuning.choose
     launch.recorder, tuning.choose = record, _all
     try:
-        yield found
+        with launch.planned_for(divmod(arch, 10)):
+            yield found
     finally:
         launch.recorder, tuning.choose = before
 
@@ -108,6 +114,8 @@ def _all(_: str, key: Any, configs: Any, run: Callable[[Any], object], device: A
 def _without_data(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_without_data, value))
+    if isinstance(value, TensorDescriptor):
+        return dataclasses.replace(value, base=_without_data(value.base))
     return MockTensor(value.dtype) if isinstance(value, torch.Tensor) else value
 
 

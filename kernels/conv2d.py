@@ -5,7 +5,7 @@ Layout: any strides, in and out; fast where x, x2, the weight and y are channels
 
 import torch
 
-from . import launch, matmul
+from . import launch, matmul, product
 from .layout import format_of
 
 
@@ -31,7 +31,7 @@ def conv2d(x, weight, bias, stride, padding, x2, add, residual, packed):
         residual = launch.laid_out_like(residual, y)
     pixels = out_height * out_width
     epilogue = (bias, add, None, None, None)
-    p = matmul.Product(
+    p = product.Product(
         x=x,
         x_strides=x.stride(),
         x2=x2,

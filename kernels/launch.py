@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -46,6 +46,27 @@ def multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 132
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a GPU; that of :func:`planned_for` where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)
+    return _planned
+
+
+_planned = (0, 0)
+
+
+@contextlib.contextmanager
+def planned_for(capability: tuple[int, int]) -> Iterator[None]:
+    """Launches of tensors that are on no GPU are those for one of this compute capability."""
+    global _planned
+    before, _planned = _planned, capability
+    try:
+        yield
+    finally:
+        _planned = before
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

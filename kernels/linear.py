@@ -3,7 +3,7 @@
 Layout: x and w are rows, each contiguous, a row's stride free; y is contiguous.
 """
 
-from . import launch, matmul
+from . import launch, matmul, product
 from .layer_norm import _rows
 
 
@@ -18,7 +18,7 @@ def linear(x, weight, bias, residual, geglu, mean, rstd, sums, packed):
     if residual is not None:
         residual = launch.laid_out_like(residual, y)
     epilogue = (bias, None, mean, rstd, sums)
-    p = matmul.Product(
+    p = product.Product(
         x=x,
         x_strides=(0, 1, 0, stride),
         x2=None,

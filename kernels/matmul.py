@@ -24,24 +24,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch, tuning
+from . import hopper, launch, tuning
 from .geglu import _phi
-
-GROUP = 8  # rows of tiles that are walked together, so that they share w in L2
-PARTS = 16  # partial sums, at most
-CUTS = (2, 3, 4, 6)  # numbers of parts that are measured for every tile
-CROWD = 2.3  # blocks of a multiprocessor, at most, that parts may make
-
-
-@triton.jit
-def _tile(tiles_m, tiles_n, GROUP: tl.constexpr):
-    """(row, column) of a program's tile, and its part of the sum."""
-    tiles = tiles_m * tiles_n
-    program = tl.program_id(0) % tiles
-    first = program // (GROUP * tiles_n) * GROUP
-    height = tl.minimum(tiles_m - first, GROUP)
-    inside = program % (GROUP * tiles_n)
-    return first + inside % height, inside // height, tl.program_id(0) // tiles
+from .product import GROUP, PARTS, add_parts, affine, cuts, finish, parts_of, steps, tile_of
 
 
 @triton.jit
@@ -101,39 +86,6 @@ def _accumulate(
 
 
 @triton.jit
-def _affine(value, epilogue, row, column, offset, shape, DTYPE: tl.constexpr):
-    """The folded LayerNorm, bias and the numbers per image; ``offset`` of the column in them."""
-    rows, columns, pixels = shape[0], shape[1], shape[2]
-    bias_ptr, add_ptr, mean_ptr, rstd_ptr, sums_ptr = epilogue
-    inside = column < columns
-    if mean_ptr is not None:
-        mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
-        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
-        sums = tl.load(sums_ptr + offset + column, mask=inside, other=0.0)
-        value = (value - mean[:, None] * sums[None, :]) * rstd[:, None]
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + offset + column, mask=inside, other=0.0).to(DTYPE)
-        value += bias[None, :]
-    if add_ptr is not None:
-        place = (row // pixels * columns)[:, None] + column[None, :]
-        mask = (row < rows)[:, None] & inside[None, :]
-        value += tl.load(add_ptr + place, mask=mask, other=0.0).to(DTYPE)
-    return value
-
-
-@triton.jit
-def _finish(value, y_ptr, residual_ptr, y_strides, row, column, shape, DTYPE: tl.constexpr):
-    """Add the residual, which lies as the result does, and store."""
-    rows, columns, pixels = shape[0], shape[1], shape[2]
-    place = row // pixels * y_strides[0] + row % pixels * y_strides[1]
-    place = place[:, None] + (column * y_strides[2])[None, :]
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
-    if residual_ptr is not None:
-        value += tl.load(residual_ptr + place, mask=mask, other=0.0).to(DTYPE)
-    tl.store(y_ptr + place, value, mask=mask)
-
-
-@triton.jit
 def _product(
     y_ptr,
     y_strides,
@@ -166,7 +118,7 @@ def _product(
     K: tl.constexpr,
 ):
     rows, columns, pixels = shape[0], shape[1], shape[2]
-    tile_m, tile_n, part = _tile(tl.cdiv(rows, M), tl.cdiv(columns, N), GROUP)
+    tile_m, tile_n, part = tile_of(tl.program_id(0), tl.cdiv(rows, M), tl.cdiv(columns, N), GROUP)
     row = tile_m * M + tl.arange(0, M)
     column = tile_n * N + tl.arange(0, N)
     if WIDE:
@@ -199,41 +151,11 @@ def _product(
         mask = (row < (part + 1) * rows)[:, None] & (column < columns)[None, :]
         tl.store(parts_ptr + (row * columns)[:, None] + column[None, :], acc, mask=mask)
     else:
-        acc = _affine(acc, epilogue, row, column, 0, shape, DTYPE)
+        acc = affine(acc, epilogue, row, column, 0, shape, DTYPE)
         if GEGLU:
-            gate = _affine(gate, epilogue, row, column, columns, shape, DTYPE)
+            gate = affine(gate, epilogue, row, column, columns, shape, DTYPE)
             acc = acc * (gate * _phi(gate))
-        _finish(acc, y_ptr, residual_ptr, y_strides, row, column, shape, DTYPE)
-
-
-@triton.jit
-def _reduce(
-    y_ptr,
-    y_strides,
-    parts_ptr,
-    epilogue,
-    residual_ptr,
-    shape,
-    parts,
-    DTYPE: tl.constexpr,
-    WIDE: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-):
-    rows, columns = shape[0], shape[1]
-    tiles_n = tl.cdiv(columns, N)
-    row = tl.program_id(0) // tiles_n * M + tl.arange(0, M)
-    column = tl.program_id(0) % tiles_n * N + tl.arange(0, N)
-    if WIDE:
-        row, column = row.to(tl.int64), column.to(tl.int64)
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
-    place = parts_ptr + (row * columns)[:, None] + column[None, :]
-    total = tl.zeros([M, N], DTYPE)
-    for _ in range(parts):
-        total += tl.load(place, mask=mask, other=0.0)
-        place += rows * columns
-    total = _affine(total, epilogue, row, column, 0, shape, DTYPE)
-    _finish(total, y_ptr, residual_ptr, y_strides, row, column, shape, DTYPE)
+        finish(acc, y_ptr, residual_ptr, y_strides, row, column, shape, DTYPE)
 
 
 class Config(NamedTuple):
@@ -245,34 +167,6 @@ class Config(NamedTuple):
     warps: int
     stages: int
     parts: int = 1
-
-
-class Product(NamedTuple):
-    """A call as the kernel sees it: tensors, strides and sizes."""
-
-    x: torch.Tensor
-    x_strides: tuple[int, int, int, int]  # image, channel, row, column
-    x2: torch.Tensor | None
-    x2_strides: tuple[int, int, int, int]
-    w: torch.Tensor
-    w_strides: tuple[int, int, int, int]  # column of the result, channel, row, column
-    y: torch.Tensor
-    y_strides: tuple[int, int, int]  # image, pixel, column
-    epilogue: tuple  # bias, add, mean, rstd, sums
-    residual: torch.Tensor | None
-    shape: tuple[int, int, int]  # rows, columns, pixels of an image
-    channels: tuple[int, int]
-    size: tuple[int, int]  # of the image
-    out_width: int
-    window: tuple[int, int]
-    stride: int
-    pads: tuple[int, int]  # top, left
-    geglu: bool
-
-
-def steps(p, k):
-    """Iterations of the loop over the window and the channels."""
-    return sum(triton.cdiv(n, k) for n in p.channels) * p.window[0] * p.window[1]
 
 
 def configs(p):
@@ -298,10 +192,8 @@ def configs(p):
         found.insert(0, small._replace(parts=parts))
         wide = min(PARTS, sm // tiles[large], steps(p, large.k) // 8)
         found.append(large._replace(parts=max(wide, 2)))
-    # Parts that leave a multiprocessor one to two blocks or so may win where whole tiles do not.
     for config in every:
-        most = min(CROWD * sm / tiles[config], steps(p, config.k) / 8)
-        found += [config._replace(parts=n) for n in CUTS if n <= most]
+        found += [config._replace(parts=n) for n in cuts(p, tiles[config], config.k)]
     return list(dict.fromkeys(found))
 
 
@@ -309,21 +201,21 @@ def run(name, p):
     """Launch the product under the config that was measured fastest."""
     if not p.y.numel():
         return
+    by_descriptors = hopper.fits(p)
     key = (p.shape, p.channels, p.window, p.stride, str(p.x.dtype), p.geglu)
-    key += (p.x_strides[1] == 1, p.w_strides[1] == 1, p.y_strides[2] == 1)
-    candidates = configs(p)
+    key += (p.x_strides[1] == 1, p.w_strides[1] == 1, p.y_strides[2] == 1, by_descriptors)
+    candidates = configs(p) + (hopper.configs(p) if by_descriptors else [])
     _launch(p, tuning.choose(name, key, candidates, lambda c: _launch(p, c), p.x.device))
 
 
 def _launch(p, config):
+    if isinstance(config, hopper.Persistent):
+        hopper.launch_product(p, config)
+        return
     dtype = launch.accumulator(p.x.dtype)
-    per_part = triton.cdiv(steps(p, config.k), config.parts)
-    parts = max(triton.cdiv(steps(p, config.k), max(per_part, 1)), 1)
+    per_part, partial = parts_of(p, config)
+    parts = 1 if partial is None else len(partial)
     rows, columns, _ = p.shape
-    partial = None
-    if parts > 1:
-        accumulate = launch.torch_accumulator(p.x.dtype)
-        partial = torch.empty(parts, rows, columns, dtype=accumulate, device=p.x.device)
     meta = {"DTYPE": dtype, "WIDE": launch.wide(p.x, p.x2, p.w, p.y, partial), "device": p.x.device}
     launch.launch(
         _product,
@@ -359,9 +251,4 @@ def _launch(p, config):
         **meta,
     )
     if partial is not None:
-        m, n = 8, 128
-        grid = (triton.cdiv(rows, m) * triton.cdiv(columns, n),)
-        launch.launch(
-            _reduce, grid, p.y, p.y_strides, partial, p.epilogue, p.residual, p.shape, parts,
-            M=m, N=n, **meta,
-        )  # fmt: skip
+        add_parts(p, partial, **meta)

@@ -72,7 +72,7 @@ def warm(
         size=(side, side),
         steps=steps,
     )
-    _compile(ahead.launches(found), arch, processes)
+    _compile(ahead.launches(found, arch), arch, processes)
     if attention:
         _build(list(ahead.head_dims(found)), arch)
 

@@ -100,11 +100,16 @@ def _context(config: UNetConfig, dtype: torch.dtype, batch: int) -> dict[str, Te
     return given
 
 
-def launches(found: list[tuple[str, tuple[Any, ...]]]) -> list[Any]:
-    """What the Triton kernels of these calls launch, every candidate of a measurement included."""
+def launches(found: list[tuple[str, tuple[Any, ...]]], arch: int) -> list[Any]:
+    """What the Triton kernels of these calls launch, every candidate of a measurement included.
+
+    Args:
+        found: of :func:`calls`.
+        arch: the architecture that is launched for, 90 for sm_90.
+    """
     from ..kernels import ahead
 
-    with ahead.recording() as recorded:
+    with ahead.recording(arch) as recorded:
         for name, args in found:
             for backend in known_ops[name].backends:
                 if backend.name == "triton":

@@ -42,7 +42,8 @@ from diffusion_fast.kernels import ahead as kernels
 
 config = UNetConfig.preset("digits", in_channels=4, out_channels=4, num_classes=None)
 found = ahead.calls(config, None, torch.bfloat16, batch=1, size=(8, 8), steps=5)
-launches = [one for one in ahead.launches(found) if one.kernel in ("_layer_norm", "_sampler_step")]
+wanted = "_layer_norm", "_sampler_step"
+launches = [one for one in ahead.launches(found, 90) if one.kernel in wanted]
 programs = kernels.programs(launches, 90)
 if sys.argv[1] == "compile":
     print(*kernels.compile_all(programs, 90, 2))

@@ -12,7 +12,7 @@ from kernel_checks import DTYPES, check, randn
 from torch import Tensor
 
 from diffusion_fast import ops
-from diffusion_fast.kernels import matmul
+from diffusion_fast.kernels import matmul, product
 
 KINDS = ("plain", "bias", "residual", "geglu", "geglu residual", "norm", "norm geglu")
 SMALL = matmul.Config(16, 16, 16, 4, 2)
@@ -52,7 +52,7 @@ def case(
 
 @pytest.fixture(params=["small", "parts"])
 def _config(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def configs(p: matmul.Product) -> list[matmul.Config]:
+    def configs(p: product.Product) -> list[matmul.Config]:
         cut = request.param == "parts" and not p.geglu
         return [SMALL._replace(parts=3 if cut else 1)]
 
@@ -129,7 +129,7 @@ def test_candidates_differ_and_fit_the_shape() -> None:
 
     def found(rows: int, columns: int, inner: int, geglu: bool) -> list[matmul.Config]:
         x = torch.empty(rows, inner, dtype=torch.bfloat16, device="meta")
-        p = matmul.Product(
+        p = product.Product(
             x, (0, 1, 0, inner), None, (0,) * 4, x, (inner, 1, 0, 0), x, (0, columns, 1), (), None,
             (rows, columns, rows), (inner, 0), (1, rows), rows, (1, 1), 1, (0, 0), geglu,
         )  # fmt: skip
