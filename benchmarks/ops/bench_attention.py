@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -82,38 +80,11 @@ def _ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return ops.attention(q, k, v)
 
 
-SMALLEST_HOPPER_CALL = """
-import torch
-from diffusion_fast.ops.cuda import attention as attention_cuda
-from diffusion_fast.ops.cuda import build as extension
-assert not extension.load(64)
-x = torch.randn(1, 64, 1, 64, device="cuda").bfloat16()
-attention_cuda.forward(x, x, x, 0.125, None, None, False, kernel=3)
-torch.cuda.synchronize()
-"""
-
-
-@functools.cache
-def _hopper_fails() -> str | None:
-    """Asked in another process: a kernel that hangs can't be stopped in this one."""
-    command = [sys.executable, "-c", SMALLEST_HOPPER_CALL]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    except subprocess.TimeoutExpired:
-        return "the smallest call does not end"
-    if done.returncode == 0:
-        return None
-    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-
-
 def _hopper(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The kernel that is never chosen by itself (csrc/README.md); forward only."""
-    kernels = attention_cuda.FORWARD
-    assert kernels.machine is not None
-    assert kernels.supports is not None
-    refused = kernels.machine() or kernels.supports(q, k, v, 1.0, None)
+    """Forward only."""
+    refused = attention_cuda.machine() or attention_cuda.supports(q, k, v, 1.0, None)
     refused = refused or build.load(q.shape[-1])
-    why = "; ".join(refused) or _hopper_fails()
+    why = "; ".join(refused) or attention_cuda.hopper_fails(q.device)
     if why:
         raise BackendError(why)
     if torch.is_grad_enabled() and q.requires_grad:

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import attention_onednn, onednn
 from .cpu import attention as on_cpu
 from .cpu import library as cpu
 from .cpu.contest import Contest
 from .cuda import attention as attention_cuda
+from .cuda.contest import Contest as GpuContest
 from .dispatch import Backend, Op, autocast, checks
 from .dispatch.backend import requested
 
@@ -281,6 +283,58 @@ def _sdpa_trains(
     return []
 
 
+# PyTorch's kernels that compete with those of csrc/ on a GPU.
+_RIVALS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+
+
+def _by_rival(rival: SDPBackend) -> Any:
+    def run(*args: Any) -> tuple[Tensor, Tensor]:
+        with sdpa_kernel(rival):
+            return sdpa(*args)
+
+    return run
+
+
+_WAYS = GpuContest(
+    "attention",
+    {"own": attention_cuda.forward, "hopper": attention_cuda.hopper}
+    | {name: _by_rival(rival) for name, rival in _RIVALS.items()},
+)
+
+
+def _contested(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> bool:
+    """Whether the clock decides: with a gradient or its log-sum-exp our kernels have no rival."""
+    auto = q.is_cuda and requested("attention") == "auto"
+    return auto and not rest[-1] and not checks.needs_gradient(q, k, v, rest[1])
+
+
+def _on_cuda(*args: Any) -> tuple[Tensor, Tensor]:
+    hopper = _contested(*args) and _WAYS.known(args) == "hopper"
+    return _WAYS.ways["hopper" if hopper else "own"](*args)
+
+
+def _sdpa(*args: Any) -> tuple[Tensor, Tensor]:
+    best = _WAYS.known(args) if _contested(*args) else None
+    return (_WAYS.ways[best] if best in _RIVALS else sdpa)(*args)
+
+
+def _lost(best: str) -> list[str]:
+    return [f"{best} was measured faster at this shape"] if best in _RIVALS else []
+
+
+def _ready(*args: Any) -> list[str]:
+    why = attention_cuda.ready(*args)
+    return why or (_lost(_WAYS.choose(args)) if _contested(*args) else [])
+
+
+def _foresee(*args: Any) -> list[str] | None:
+    why = attention_cuda.foresee(*args)
+    if why or not _contested(*args):
+        return why
+    best = _WAYS.known(args)
+    return None if best is None else _lost(best)
+
+
 _OP = Op(
     "attention",
     reference,
@@ -295,7 +349,7 @@ _BACKWARD = Op("attention_backward", reference_backward, _fake_backward)
 _OP.add(
     Backend(
         "sdpa",
-        lambda: sdpa,
+        lambda: _sdpa,
         supports=_sdpa_supports,
         ready=_sdpa_trains,
         foresee=_sdpa_trains,
@@ -314,7 +368,16 @@ _OP.add(
     )
 )
 cpu.add(_OP, lambda: on_cpu.forward, on_cpu.supports, _CONTEST.slower(cpu.NAME))
-_OP.add(attention_cuda.FORWARD)
+_OP.add(
+    Backend(
+        "cuda",
+        lambda: _on_cuda,
+        attention_cuda.machine,
+        attention_cuda.supports,
+        _ready,
+        _foresee,
+    )
+)
 _BACKWARD.add(attention_cuda.BACKWARD)
 
 

@@ -7,6 +7,8 @@ one order: results are the same bit for bit, call after call.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import cache
 from typing import Any
 
@@ -130,7 +132,7 @@ def forward(
 
     Args:
         kernel: 0 chooses by shape and device; 1 asks for the short-key kernel, 2 for the tiled one,
-            3 for the Hopper one, which is never chosen (tests and benchmarks).
+            3 for the Hopper one, which takes a measurement to be chosen (:mod:`.contest`).
 
     Raises:
         RuntimeError: the kernel asked for can't run this call or not on this GPU; says why.
@@ -193,12 +195,66 @@ def backward(
     return dq, dk, dv, dbias.reshape(bias.shape).to(bias.dtype).contiguous()
 
 
-def _ready(q: Tensor, *_: Any) -> list[str]:
+SMALLEST_HOPPER_CALL = """
+import torch
+from diffusion_fast.ops.cuda import attention, build
+
+assert not build.load(64)
+x = torch.randn(1, 64, 1, 64, device="cuda:{index}").bfloat16()
+attention.forward(x, x, x, 0.125, None, None, False, kernel=3)
+torch.cuda.synchronize()
+"""
+
+
+@cache
+def hopper_fails(device: torch.device) -> str | None:
+    """Why the Hopper kernel must not be called on this GPU; None where it works.
+
+    It waits for barriers, and a kernel that hangs can't be stopped in its own process: so another
+    one makes the smallest call, once for a GPU and these sources; the answer is kept on disk.
+    """
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return "it takes a GPU of compute capability 9.0"
+    from ...kernels import measurements, tuning  # imports triton
+
+    file, key = tuning.cache_file(device), f"hopper attention {build.version()}"
+    known = measurements.lookup(file, key)
+    if known is None:
+        known = _smallest_call_fails(device.index or 0)
+        measurements.remember(file, key, known)
+    return known or None
+
+
+def _smallest_call_fails(index: int) -> str:
+    """Why the smallest call fails in a process of its own; empty if it doesn't."""
+    command = [sys.executable, "-c", SMALLEST_HOPPER_CALL.format(index=index)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        return "the smallest call does not end"
+    if done.returncode == 0:
+        return ""
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+
+
+def hopper(*args: Any) -> tuple[Tensor, Tensor]:
+    """:func:`forward` on the Hopper kernel.
+
+    Raises:
+        RuntimeError: it can't run, on this GPU or for this call; says why.
+    """
+    why = hopper_fails(args[0].device)
+    if why is not None:
+        raise RuntimeError(f"the Hopper kernel: {why}")
+    return forward(*args, kernel=3)
+
+
+def ready(q: Tensor, *_: Any) -> list[str]:
     """Builds the kernels of a head dim at its first call."""
     return build.load(q.shape[-1])
 
 
-def _foresee(q: Tensor, *_: Any) -> list[str]:
+def foresee(q: Tensor, *_: Any) -> list[str]:
     return build.failures.get(q.shape[-1], [])
 
 
@@ -207,7 +263,4 @@ def _of_forward(function: Any) -> Any:
     return lambda grad, q, k, v, out, lse, scale, bias, lengths: function(q, k, v, scale, bias)
 
 
-FORWARD = Backend("cuda", lambda: forward, machine, supports, _ready, _foresee)
-BACKWARD = Backend(
-    "cuda", lambda: backward, machine, *map(_of_forward, (supports, _ready, _foresee))
-)
+BACKWARD = Backend("cuda", lambda: backward, machine, *map(_of_forward, (supports, ready, foresee)))

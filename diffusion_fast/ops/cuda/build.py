@@ -92,6 +92,12 @@ def _key(*parts: object) -> str:
     return key_of(files, parts, environment)
 
 
+@cache
+def version() -> str:
+    """A name for the kernels' sources."""
+    return _key()
+
+
 def build_library(
     head_dims: Sequence[int], architectures: Sequence[str], jobs: int | None = None
 ) -> Path:

@@ -87,13 +87,13 @@ def _reasons(best: str) -> Reasons:
 
 
 def _key(op: str, args: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
-    return (op, device, *map(_shape, args))
+    return (op, device, *map(shape_of, args))
 
 
-def _shape(value: Any) -> Any:
+def shape_of(value: Any) -> Any:
     """What the speed depends on: everything but a tensor's numbers."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.stride(), str(value.dtype)
     if isinstance(value, (list, tuple)):
-        return tuple(map(_shape, value))
+        return tuple(map(shape_of, value))
     return value
