@@ -103,8 +103,8 @@ def _reason(source: Image.Image | AnyPath, error: Exception) -> str:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """[-1, 1] to 0..255, clipped."""
-    return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+    """[-1, 1] to 0..255, clipped, on the CPU; a GPU converts, and sends bytes."""
+    return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
 def to_pil(x: Tensor) -> list[Image.Image]:
@@ -114,7 +114,7 @@ def to_pil(x: Tensor) -> list[Image.Image]:
         ValueError: another number of channels or dimensions.
     """
     _check_images(x)
-    arrays = to_uint8(x).permute(0, 2, 3, 1).contiguous().numpy()
+    arrays = to_uint8(x.permute(0, 2, 3, 1).contiguous()).numpy()
     return [Image.fromarray(a.squeeze(-1) if a.shape[-1] == 1 else a) for a in arrays]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,14 +101,25 @@ def make_missing(
     units = share(jobs, rank, count, batch_size)
     wanted = {job.name: _settings(job, settings) for unit in units for job in unit}
     there = _present(folder, wanted)
+
+    def write(made: Sequence[tuple[Job, Image]]) -> None:
+        for job, image in made:
+            save_picture(image, folder / f"{job.name}.png", wanted[job.name])
+
     new = 0
-    for unit in units:
-        missing = {job.name for job in unit} - there
-        if missing:  # the unit is made whole: its images may depend on one another's rounding
-            for job, image in zip(unit, draw(unit), strict=True):
-                if job.name in missing:
-                    save_picture(image, folder / f"{job.name}.png", wanted[job.name])
-                    new += 1
+    writing: Future[None] | None = None
+    with ThreadPoolExecutor(1) as writer:  # packs the files of a unit while the next one is drawn
+        for unit in units:
+            missing = {job.name for job in unit} - there
+            if missing:  # the unit is made whole: its images may depend on one another's rounding
+                drawn = zip(unit, draw(unit), strict=True)
+                made = [(job, image) for job, image in drawn if job.name in missing]
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(write, made)
+                new += len(made)
+        if writing is not None:
+            writing.result()
     return Made(new, len(there))
 
 

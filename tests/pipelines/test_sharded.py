@@ -7,9 +7,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from many import CLASSES, draw_all
 from PIL import Image
 
+from diffusion_fast import images
 from diffusion_fast.cli.sample_many import many_prompts, read_prompts
 from diffusion_fast.images import SETTINGS
 from diffusion_fast.pipelines.sharded import Job, Made, jobs_for, make_missing, place, share
@@ -128,6 +131,46 @@ def test_an_error_keeps_what_was_made(tmp_path: Path) -> None:
         make_missing(jobs, tmp_path, broken, {})
     assert sorted(contents(tmp_path)) == ["00000.png"]
     assert make_missing(jobs, tmp_path, draw, {}) == Made(1, 1)
+
+
+def test_files_are_written_while_the_next_unit_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    writing, second = threading.Event(), threading.Event()
+    before = images.save_picture
+
+    def save(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
+        writing.set()
+        assert second.wait(20), "the second unit waits for the files of the first"
+        assert len(drawn) <= int(path.stem) + 2, "more than one unit waits to be written"
+        before(image, path, settings)
+
+    def seen(unit: Sequence[Job]) -> list[Image.Image]:
+        if drawn:
+            assert writing.wait(20)
+            second.set()
+        drawn.append(unit[0].name)
+        return draw(unit)
+
+    monkeypatch.setattr(images, "save_picture", save)
+    jobs = jobs_for([{"class": i} for i in range(4)])
+    assert make_missing(jobs, tmp_path, seen, {}) == Made(4, 0)
+    assert len(contents(tmp_path)) == len(drawn) == 4
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_file_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    def save(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(images, "save_picture", save)
+    jobs = jobs_for([{"class": i} for i in range(count)])
+    with pytest.raises(OSError, match="no space left"):
+        make_missing(jobs, tmp_path, draw, {})
+    assert not contents(tmp_path)
 
 
 def test_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
