@@ -21,6 +21,8 @@ from diffusion_fast import ops
 from diffusion_fast.kernels import ahead, conv2d, hopper, launch, linear, matmul, product
 
 Launched = list[hopper.Persistent]
+OTHER_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9
+pytestmark = pytest.mark.skipif(OTHER_GPU, reason="needs a GPU of compute capability 9.0, or none")
 
 
 @pytest.fixture
@@ -147,6 +149,45 @@ def test_any_shape(
         patch.setattr(launch, "multiprocessors", lambda device: 1)
         use(patch, hopper.Persistent(m, 16, 16, 4, 3, parts))
         check(*conv_case(torch.float16, size, window, padding, epilogue=True))
+
+
+SHAPES = {  # a linear layer, gated, and convolutions of several boxes an image and images a box
+    "linear": ((2048, 640), (640, 640), False),
+    "geglu": ((2048, 640), (5120, 640), True),
+    "conv 64": ((2, 320, 64, 64), (320, 320, 3, 3), False),
+    "conv 8": ((2, 1280, 8, 8), (1280, 1280, 3, 3), False),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", HALF)
+def test_every_candidate_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, shape: str, dtype: torch.dtype
+) -> None:
+    size, weights, geglu = SHAPES[shape]
+    layout = "channels_last" if len(size) == 4 else "contiguous"
+    x, weight = (randn(*n, dtype=dtype, layout=layout) for n in (size, weights))
+    weight *= x[0].numel() ** -0.5
+    if len(size) == 4:
+        call: Any = lambda x, weight: ops.conv2d(x, weight, padding=1)  # noqa: E731
+    else:
+        call = lambda x, weight: ops.linear(x, weight, geglu=geglu)  # noqa: E731
+    candidates: set[hopper.Persistent] = set()
+    before = hopper.configs
+
+    def noted(p: product.Product) -> list[hopper.Persistent]:
+        found: list[hopper.Persistent] = before(p)
+        candidates.update(found)
+        return found
+
+    monkeypatch.setattr(hopper, "configs", noted)
+    with ops.use_backend("triton"):
+        call(x, weight)
+    assert candidates
+    for config in candidates:
+        use(monkeypatch, config)
+        check(call, {"x": x, "weight": weight})
 
 
 def test_steps_behind_the_last_one_add_nothing(
