@@ -237,16 +237,24 @@ def _smallest_call_fails(index: int) -> str:
     return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
-def hopper(*args: Any) -> tuple[Tensor, Tensor]:
+def hopper(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    save_lse: bool,
+) -> tuple[Tensor, Tensor]:
     """:func:`forward` on the Hopper kernel.
 
     Raises:
         RuntimeError: it can't run, on this GPU or for this call; says why.
     """
-    why = hopper_fails(args[0].device)
+    why = hopper_fails(q.device)
     if why is not None:
         raise RuntimeError(f"the Hopper kernel: {why}")
-    return forward(*args, 3)  # whose last argument is the kernel
+    return forward(q, k, v, scale, bias, key_lengths, save_lse, kernel=3)
 
 
 def ready(q: Tensor, *_: Any) -> list[str]:
