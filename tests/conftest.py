@@ -10,6 +10,9 @@ import torch
 # One thread a process: most tensors here are tiny, and workers share the cores.
 torch.set_num_threads(1)
 
+# float32 means float32, also in cuDNN, which rounds to tf32 by default.
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
 # Triton's interpreter is chosen when triton is imported, by any test file. Nothing in this process
 # compiles Triton code without a GPU; ahead-of-time compilation runs in a process of its own.
 if not torch.cuda.is_available():

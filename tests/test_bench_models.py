@@ -411,6 +411,24 @@ def test_state_and_energy(monkeypatch: pytest.MonkeyPatch, reasons: int, throttl
     assert environment.energy_joules(call, 0.01) == pytest.approx(0.5)
 
 
+def test_errors_of_nvml_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    lib = FakeNVML()
+    monkeypatch.setattr(environment, "_nvml", lambda: (lib, None))
+
+    def fails(*_: Any) -> None:
+        raise lib.NVMLError("not supported")
+
+    assert environment._read(fails) == {"nvml": "not read: not supported"}
+
+
+def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(environment.subprocess, "run", absent)
+    assert environment._commit() is None
+
+
 def test_the_environment_says_what_ran() -> None:
     facts = environment.environment()
     assert facts["torch"] == torch.__version__

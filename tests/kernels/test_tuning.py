@@ -146,9 +146,21 @@ def test_launches_are_measured_with_other_data_in_the_cache(
     fakes = {name: mock.MagicMock() for name in ("device", "Stream", "CUDAGraph", "graph")}
     for name, fake in (fakes | {"synchronize": mock.Mock(), "Event": event}).items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    tuning._stream.cache_clear()
     tuning._measure(("first", "best"), done.append, torch.device("cpu"))
     for config in ("first", "best"):
         assert done[:1] == [config]  # which compiles it
         assert done[1 : 1 + 2 * tuning.REPEATS] == ["128 bytes", config] * tuning.REPEATS
         del done[: 1 + 2 * tuning.REPEATS]
     assert not done
+    tuning._stream.cache_clear()  # of a fake
+
+
+def test_all_captures_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS keeps megabytes for each stream, and PyTorch hands out 32 in turn."""
+    made = mock.MagicMock()
+    monkeypatch.setattr(torch.cuda, "Stream", made)
+    tuning._stream.cache_clear()
+    assert tuning._stream(CUDA) is tuning._stream(CUDA)
+    assert made.call_count == 1
+    tuning._stream.cache_clear()

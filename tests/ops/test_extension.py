@@ -117,6 +117,20 @@ def test_broken_nvcc_is_reported(
     assert "does not run" in str(extension.toolchain())
 
 
+@pytest.mark.parametrize("error", [ImportError("no module x"), OSError("x"), RuntimeError("x")])
+def test_what_a_build_lacks_is_a_reason(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention then runs elsewhere; the call does not fail."""
+
+    def fails(head_dim: int) -> Path:
+        raise error
+
+    monkeypatch.setattr(extension, "failures", {})
+    monkeypatch.setattr(extension, "_library_for", fails)
+    with pytest.warns(UserWarning, match="attention, head dim 40"):
+        assert extension.load(40) == [f"the kernels could not be built or loaded: {error}"]
+    assert len(extension.load(40)) == 1  # it isn't tried, or warned of, again
+
+
 def test_cuda_home_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
