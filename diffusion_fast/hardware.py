@@ -13,6 +13,7 @@ import torch
 
 from ._version import __version__
 
+FLAGS = ("flags", "Features")  # lines of /proc/cpuinfo, on x86 and on Arm
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "diffusers", "transformers")
 # What builds the CUDA extension, and what to install where it is missing.
 COMPILERS = {
@@ -45,7 +46,33 @@ def processor() -> dict[str, str]:
         "processor": _processor_name(),
         "cores": f"{cores}, PyTorch uses {torch.get_num_threads()} threads",
         "instructions": str(torch.backends.cpu.get_cpu_capability()),
+        "bfloat16": _bfloat16(),
     }
+
+
+# What multiplies in bfloat16, as Linux names it, fastest first.
+BFLOAT16 = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm's BF16"}
+
+
+def _bfloat16() -> str:
+    """Whether this CPU multiplies in bfloat16 or by way of float32."""
+    flags = cpu_flags()
+    if not flags:
+        return "unknown: this system does not list its CPU's instructions"
+    found = [name for flag, name in BFLOAT16.items() if flag in flags]
+    return f"fast: {found[0]}" if found else "not fast: the CPU has no products in it"
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """The instructions that Linux found, by its names; empty on other systems."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as info:
+            lines = (line.partition(":") for line in info)
+            flags = next((text for name, _, text in lines if name.strip() in FLAGS), "")
+    except OSError:
+        flags = ""
+    return frozenset(flags.split())
 
 
 @functools.cache

@@ -26,6 +26,22 @@ def test_processor() -> None:
     assert f"{torch.get_num_threads()} threads" in found["cores"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"fma", "avx512_bf16", "amx_bf16"}, "fast: AMX"),
+        ({"avx512_bf16"}, "fast: AVX512-BF16"),
+        ({"fma", "avx512f"}, "not fast: the CPU has no products in it"),
+        (set(), "unknown: this system does not list its CPU's instructions"),
+    ],
+)
+def test_whether_bfloat16_is_fast_here(
+    flags: set[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "cpu_flags", lambda: flags)
+    assert hardware.processor()["bfloat16"] == expected
+
+
 def test_gpus_or_the_reason() -> None:
     found = hardware.gpus()
     if torch.cuda.is_available():

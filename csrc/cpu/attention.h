@@ -15,4 +15,8 @@ struct Attention {
   double scale;
   int32_t dtype;  // 0 float32, 1 bfloat16, 2 float16
   int32_t threads;
+  int32_t tiles;  // whether AMX may compute bfloat16
 };
+
+// The same in bfloat16 on a CPU with AMX; false, and nothing done, without.
+bool attention_in_tiles(const Attention& a);

@@ -50,6 +50,4 @@ inline void tile_of(int vectors, const float* a, long a_row, long a_step, const 
   }
 }
 
-inline long rounded_up(long value, long to) { return (value + to - 1) / to * to; }
-
 }  // namespace

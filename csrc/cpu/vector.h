@@ -27,6 +27,8 @@ struct Float16 {
   uint16_t bits;
 };
 
+inline long rounded_up(long value, long to) { return (value + to - 1) / to * to; }
+
 // How many lanes of a vector lie in memory: all of them, or the first ones.
 struct Full {};
 struct Part {

@@ -10,16 +10,24 @@ from compilers import needs_cpu_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_close
+from small_unets import small_config
 from torch import Tensor
 
-from diffusion_fast import ops
+from diffusion_fast import hardware, ops
+from diffusion_fast.models import UNet2DCondition
+from diffusion_fast.ops.cpu import attention as on_cpu
+from diffusion_fast.ops.cpu import library
 
 pytestmark = needs_cpu_kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HAS_TILES = "amx_bf16" in hardware.cpu_flags() and library.level() == "AVX512"
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, **given: Tensor | float | None) -> Tensor:
-    with ops.use_backend(attention="cpu"):
+def check(
+    q: Tensor, k: Tensor, v: Tensor, tiles: bool = True, **given: Tensor | float | None
+) -> Tensor:
+    with ops.use_backend(attention="cpu"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(on_cpu, "TILES", tiles)
         result = ops.attention(q, k, v, **given)
     with ops.use_backend(attention="reference"):
         plain = ops.attention(q, k, v, **given)
@@ -30,7 +38,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, **given: Tensor | float | None) -> Te
     return result
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=80)
 @given(
     batch=st.integers(1, 3),
     heads=st.integers(1, 3),
@@ -42,6 +50,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, **given: Tensor | float | None) -> Te
     sliced=st.booleans(),
     bias=st.sampled_from(["none", "full", "keys", "queries", "masked"]),
     lengths=st.booleans(),
+    tiles=st.booleans(),
 )
 def test_any_call(
     batch: int,
@@ -54,6 +63,7 @@ def test_any_call(
     sliced: bool,
     bias: str,
     lengths: bool,
+    tiles: bool,
 ) -> None:
     def made(images: int, length: int) -> Tensor:
         wide = torch.randn(images, length, heads, dim * 2 + 1).to(dtype)
@@ -67,26 +77,29 @@ def test_any_call(
         added = added.masked_fill(torch.rand(queries, keys) < 0.5, -math.inf)
         added[0] = -math.inf  # a query that sees no key
     few = torch.randint(1, keys + 1, (batch,)) if lengths else None
-    result = check(q, k, v, bias=added, key_lengths=few)
+    result = check(q, k, v, tiles, bias=added, key_lengths=few)
     if bias == "masked":
         assert not result[:, 0].any()
 
 
 @pytest.mark.parametrize("dim", [40, 64, 80, 160, 512])
 @pytest.mark.parametrize("keys", [77, 333])
-def test_head_widths_of_models(dim: int, keys: int) -> None:
-    q, k = torch.randn(2, 100, 2, dim), torch.randn(2, keys, 2, dim)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_widths_of_models(dim: int, keys: int, dtype: torch.dtype) -> None:
+    q, k = torch.randn(2, 100, 2, dim).to(dtype), torch.randn(2, keys, 2, dim).to(dtype)
     check(q, k, torch.randn_like(k))
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
-def test_scores_of_any_size(scale: float) -> None:
-    q, k = torch.randn(1, 50, 2, 16) * 3, torch.randn(1, 200, 2, 16) * 3
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, -0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_of_any_size(scale: float, dtype: torch.dtype) -> None:
+    q, k = (torch.randn(1, 50, 2, 16) * 3).to(dtype), (torch.randn(1, 200, 2, 16) * 3).to(dtype)
     check(q, k, torch.randn_like(k), scale=scale)
 
 
-def test_threads_do_not_change_a_bit() -> None:
-    q, k = torch.randn(2, 150, 3, 40), torch.randn(1, 300, 3, 40)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
+    q, k = torch.randn(2, 150, 3, 40).to(dtype), torch.randn(1, 300, 3, 40).to(dtype)
     found, threads = [], torch.get_num_threads()
     try:
         for count in (1, 2, 5):
@@ -98,14 +111,15 @@ def test_threads_do_not_change_a_bit() -> None:
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
-def test_a_nan_reaches_the_queries_that_see_it() -> None:
-    q, k, v = torch.randn(1, 20, 2, 8), torch.randn(1, 30, 2, 8), torch.randn(1, 30, 2, 8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_nan_reaches_the_queries_that_see_it(dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(1, length, 2, 8).to(dtype) for length in (20, 30, 30))
     q[0, 3, 1, 2] = math.nan
     with ops.use_backend(attention="cpu"):
         out = ops.attention(q, k, v)
         assert out[0, 3, 1].isnan().all()
         assert out.isnan().sum() == 8
-        k[0, 25, 0] = math.nan
+        k[0, 25, 0] = v[0, 25, 0] = math.nan
         seen = ops.attention(q[:, :2], k, v, key_lengths=torch.tensor([25]))
         assert not seen.isnan().any()
         assert ops.attention(q[:, :2], k, v)[:, :, 0].isnan().all()
@@ -119,3 +133,31 @@ def test_a_gradient_is_not_its_work() -> None:
     ):
         ops.attention(q, q, q)
     assert torch.autograd.grad(ops.attention(q, q, q).sum(), q)[0].isfinite().all()
+
+
+@pytest.mark.skipif(not HAS_TILES, reason="needs AMX, and a compiler that knows it")
+def test_products_in_tiles_leave_those_of_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN keeps the tiles of a thread as it set them."""
+    q, w = torch.randn(1, 64, 2, 40).bfloat16(), torch.randn(96, 96).bfloat16()
+    with ops.use_backend(attention="cpu"):
+        before = torch.mm(w, w)
+        tiled = ops.attention(q, q, q)
+        assert torch.equal(torch.mm(w, w), before)
+        monkeypatch.setattr(on_cpu, "TILES", False)
+        assert not torch.equal(ops.attention(q, q, q), tiled)  # it was AMX that computed
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_a_step_in_bfloat16(tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held to the error that plain PyTorch has in it."""
+    monkeypatch.setattr(on_cpu, "TILES", tiles)
+    torch.manual_seed(0)
+    model = UNet2DCondition(small_config()).bfloat16().eval().requires_grad_(False)
+    given = torch.randn(2, 4, 16, 16).bfloat16(), torch.tensor(7), torch.randn(2, 77, 24).bfloat16()
+    with ops.use_backend(attention="cpu"):
+        result = model(*given)
+    assert ops.explain("attention").last_ran == "cpu"
+    with ops.use_backend("reference"):
+        plain = model(*given)
+        truth = model.double()(given[0].double(), given[1], given[2].double())
+    assert_close(result, truth, plain)

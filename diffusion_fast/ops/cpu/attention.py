@@ -1,4 +1,4 @@
-"""Attention on the kernel of csrc/cpu: float32 sums of all dtypes, forward only."""
+"""Attention on the kernels of csrc/cpu, forward only: sums in float32, bfloat16 products by AMX."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from ..dispatch import checks
 from . import library
 from .contest import Kind
 from .library import DTYPES
+
+TILES = True  # whether AMX, where there is one, may compute bfloat16
 
 # The contest's kinds of calls: dtype, head width at most, and whether the keys are many.
 WIDTHS = (40, 64, 80, 160, 512)
@@ -47,12 +49,12 @@ KINDS: dict[Kind, Callable[[], tuple[Any, ...]]] = {
 
 
 def default(kind: Kind) -> str | None:
-    """Many CPUs have products in bfloat16, which the kernel does not use."""
+    """SDPA has products in bfloat16 wherever the CPU has, the kernel only with AMX."""
     return "sdpa" if kind[0] == str(torch.bfloat16) else None
 
 
 # ``Attention`` of csrc/cpu/attention.h.
-_ARGUMENTS = struct.Struct("@6P 9q 4q 5q d 2i")
+_ARGUMENTS = struct.Struct("@6P 9q 4q 5q d 3i")
 
 
 def supports(
@@ -96,7 +98,7 @@ def forward(
         *bias_strides,
         *(batch, heads, queries, keys, dim),
         scale,
-        *(DTYPES[q.dtype], torch.get_num_threads()),
+        *(DTYPES[q.dtype], torch.get_num_threads(), TILES),
     )
     library.kernels.attention(arguments)
     return out, q.new_empty(0, dtype=torch.float32)

@@ -1,0 +1,33 @@
+// Numbers that begin where a cache line does: a vector or a tile's row that crosses one costs
+// several.
+#pragma once
+
+#include <new>
+#include <vector>
+
+namespace {
+
+template <class T>
+struct OnLines {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+
+  OnLines() = default;
+  template <class U>
+  OnLines(const OnLines<U>&) {}
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kLine)); }
+  void deallocate(T* at, size_t) { ::operator delete(at, kLine); }
+  template <class U>
+  bool operator==(const OnLines<U>&) const {
+    return true;
+  }
+  template <class U>
+  bool operator!=(const OnLines<U>&) const {
+    return false;
+  }
+};
+
+template <class T>
+using Buffer = std::vector<T, OnLines<T>>;
+
+}  // namespace
