@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..ops import checks
 from ..prediction import PREDICTION_TYPES
 from ..samplers import SAMPLERS, of_diffusers
+from ..samplers.consistency import TIMESTEP_SCALING, TRAINED_STEPS
 from ..samplers.grids import sigma_grid
 from ..samplers.names import REFUSED, REFUSED_SETTINGS, options_of
 from ..samplers.registry import find
@@ -66,21 +67,29 @@ _BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "tra
 _ZERO_SNR = "rescale_betas_zero_snr"
 _SIGMAS = ("karras", "exponential", "beta")
 _PLACED = tuple(f"use_{name}_sigmas" for name in _SIGMAS)
+_QUANTILE, _SHIFT = "thresholding", "use_dynamic_shifting"
+_DISTILLED = ("original_inference_steps", "timestep_scaling")
 # What each class reads beside the betas, the prediction type, the spacing and its offset.
 _READS: dict[str, tuple[str, ...]] = {
-    "DDPMScheduler": (_ZERO_SNR, "variance_type", "clip_sample", "clip_sample_range"),
-    "DDIMScheduler": (_ZERO_SNR, "set_alpha_to_one", "clip_sample", "clip_sample_range"),
+    "DDPMScheduler": (
+        *(_ZERO_SNR, "variance_type", "clip_sample", "clip_sample_range", _QUANTILE),
+    ),
+    "DDIMScheduler": (
+        *(_ZERO_SNR, "set_alpha_to_one", "clip_sample", "clip_sample_range", _QUANTILE),
+    ),
     "DPMSolverMultistepScheduler": (
         *(_ZERO_SNR, "algorithm_type", "solver_order", "solver_type", *_PLACED, "use_lu_lambdas"),
         *("final_sigmas_type", "lower_order_final", "euler_at_final", "lambda_min_clipped"),
+        *(_QUANTILE, _SHIFT),
     ),
     "UniPCMultistepScheduler": (
         *(_ZERO_SNR, "solver_order", "solver_type", *_PLACED, "sigma_min", "sigma_max"),
         *("final_sigmas_type", "lower_order_final", "disable_corrector", "predict_x0"),
+        *(_QUANTILE, _SHIFT, "shift_terminal", "solver_p"),
     ),
     "EulerDiscreteScheduler": (
         *(_ZERO_SNR, *_PLACED, "sigma_min", "sigma_max", "final_sigmas_type"),
-        "interpolation_type",
+        *("interpolation_type", "timestep_type"),
     ),
     "EulerAncestralDiscreteScheduler": (_ZERO_SNR,),
     "HeunDiscreteScheduler": (*_PLACED, "clip_sample", "clip_sample_range"),
@@ -89,38 +98,40 @@ _READS: dict[str, tuple[str, ...]] = {
     "DPMSolverSDEScheduler": _PLACED,
     _SINGLESTEP: (
         *("algorithm_type", "solver_order", "solver_type", *_PLACED),
-        *("final_sigmas_type", "lower_order_final", "lambda_min_clipped"),
+        *("final_sigmas_type", "lower_order_final", "lambda_min_clipped", _QUANTILE, _SHIFT),
     ),
     "PNDMScheduler": ("set_alpha_to_one", "skip_prk_steps"),
     "LMSDiscreteScheduler": _PLACED,
-    "DEISMultistepScheduler": ("solver_order", *_PLACED, "lower_order_final"),
+    "DEISMultistepScheduler": (
+        *("solver_order", *_PLACED, "lower_order_final", _QUANTILE, _SHIFT),
+    ),
     "SASolverScheduler": (
         *("algorithm_type", "predictor_order", "corrector_order", *_PLACED),
-        *("lower_order_final", "lambda_min_clipped"),
+        *("lower_order_final", "lambda_min_clipped", _QUANTILE, "tau_func"),
     ),
-    "LCMScheduler": (_ZERO_SNR, "clip_sample", "clip_sample_range"),
-    "TCDScheduler": (_ZERO_SNR,),
+    "LCMScheduler": (_ZERO_SNR, "clip_sample", "clip_sample_range", _QUANTILE, *_DISTILLED),
+    "TCDScheduler": (_ZERO_SNR, *_DISTILLED),
 }
-_ALL_READ = {*_BETAS, "prediction_type", "timestep_spacing", "steps_offset"}.union(*_READS.values())
-# Options that change nothing where the others have the values that are allowed.
-_WITHOUT_EFFECT = {
+# Those, and what changes nothing where the others have the values that are allowed.
+_KNOWN = {
+    *(*_BETAS, "prediction_type", "timestep_spacing", "steps_offset"),
     "dynamic_thresholding_ratio",
     "sample_max_value",
     "flow_shift",
     "time_shift_type",
     "noise_sampler_seed",
     "use_flow_sigmas",
-}
-# Options that we don't have, with the values that switch them off.
-_OFF: dict[str, tuple[Any, ...]] = {
-    "thresholding": (False, None),
-    "tau_func": (None,),
-    "use_dynamic_shifting": (False, None),
-    "shift_terminal": (None,),
-    "timestep_type": ("discrete",),
-    "solver_p": (None,),
-    "original_inference_steps": (50,),
-    "timestep_scaling": (10.0, 10),
+}.union(*_READS.values())
+# Options that we don't have, with the one value that they may have. None is as good as no value.
+_FIXED: dict[str, Any] = {
+    _QUANTILE: False,
+    _SHIFT: False,
+    "shift_terminal": None,
+    "tau_func": None,
+    "timestep_type": "discrete",
+    "solver_p": None,
+    "original_inference_steps": TRAINED_STEPS,
+    "timestep_scaling": TIMESTEP_SCALING,
 }
 # Names that diffusers' constructors replace by another.
 _SAME = {
@@ -161,7 +172,8 @@ class SchedulerSettings:
                 name of another program decides the grid by itself.
 
         Raises:
-            ValueError: no such sampler; or none named, and the scheduler's own is none of ours.
+            ValueError: no such sampler; or none named, and the scheduler's own is none of ours; an
+                option that the sampler's class in diffusers would heed, and that we don't have.
         """
         config, sampler = self.config, self.sampler if sampler is None else sampler
         if sampler is None:
@@ -175,6 +187,10 @@ class SchedulerSettings:
             entry = dataclasses.replace(entry, diffusers=(DiffusersName(_EULER),))
         reads = _READS[entry.diffusers[0].scheduler]
         read = {name: config[name] for name in reads if config.get(name) is not None}
+        for name in read.keys() & _FIXED.keys():
+            if read[name] != _FIXED[name]:
+                expected = f"{_FIXED[name]!r} in the model's scheduler for the sampler {entry.name}"
+                checks.fail(name, expected, repr(read[name]))
         options: dict[str, Any] = {
             "sampler": entry.name,
             "timestep_spacing": config["timestep_spacing"],
@@ -194,8 +210,7 @@ class SchedulerSettings:
         if not read.get("set_alpha_to_one", True) or read.get("final_sigmas_type") == "sigma_min":
             options["final_alpha"] = "first"
         if read.get("variance_type") is not None:
-            large = read["variance_type"].startswith("fixed_large")
-            options["variance"] = "large" if large else "small"
+            options["variance"] = _variance(read)
         if read.get("clip_sample"):
             options["clip_sample"] = float(read.get("clip_sample_range", 1.0))
         if read.get("lambda_min_clipped", -math.inf) > -math.inf:
@@ -207,8 +222,8 @@ class SchedulerSettings:
 def read_scheduler(config: Mapping[str, Any]) -> SchedulerSettings:
     """The schedule and the sampler of a diffusers ``scheduler_config.json``, read into a dict.
 
-    A scheduler that we don't have is refused when a run asks for it. Warns of options that we
-    don't have, which are left out; each is named.
+    A scheduler that we don't have, or an option of it, is refused when a run asks for it. Warns of
+    options that nobody knows, which are left out; each is named.
 
     Raises:
         ValueError: a scheduler of another kind of model (flow matching, EDM), learned variances,
@@ -230,8 +245,11 @@ def read_scheduler(config: Mapping[str, Any]) -> SchedulerSettings:
         full |= {"timestep_spacing": "linspace", "steps_offset": 0}
     _refuse(name, full)
     sampler = _sampler(name, full)
-    for problem in _left_out(full):
-        warnings.warn(f"{name}: {problem}", stacklevel=2)
+    for option in full:
+        if not (option.startswith("_") or option in _KNOWN):
+            warnings.warn(
+                f"{name}: unknown option {option}={full[option]!r} is left out", stacklevel=2
+            )
     return SchedulerSettings(DiffusionSchedule.from_config(full), sampler, full)
 
 
@@ -252,12 +270,16 @@ def write_scheduler(settings: SchedulerSettings) -> dict[str, Any]:
         **name.settings,
     }
     if "variance_type" in written:
-        written["variance_type"] = f"fixed_{settings.table()['variance']}"
+        written["variance_type"] = f"fixed_{_variance(given)}"
     if name.scheduler == _SINGLESTEP:
         del written["timestep_spacing"], written["steps_offset"]
     if written.get("lambda_min_clipped") == -math.inf:
         del written["lambda_min_clipped"]
     return written
+
+
+def _variance(config: Mapping[str, Any]) -> str:
+    return "large" if config["variance_type"] == "fixed_large" else "small"
 
 
 def _refuse(name: str, config: Mapping[str, Any]) -> None:
@@ -274,9 +296,10 @@ def _refuse(name: str, config: Mapping[str, Any]) -> None:
     checks.one_of(
         "final_sigmas_type", config.get("final_sigmas_type") or "zero", ("zero", "sigma_min")
     )
-    variances = (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
-    if config.get("variance_type") not in variances:
-        checks.fail("variance_type", "a fixed one", repr(config["variance_type"]))
+    # fixed_large_log is NaN in diffusers: the root of a logarithm below 0.
+    variances = ("fixed_small", "fixed_small_log", "fixed_large")
+    if config.get("variance_type") is not None:
+        checks.one_of("variance_type", config["variance_type"], variances)
 
 
 def _sampler(name: str, config: Mapping[str, Any]) -> str | None:
@@ -304,15 +327,3 @@ def _reason(name: str, config: Mapping[str, Any]) -> str:
         }
     )
     return f"{name} with {', '.join(f'{k}={config.get(k)!r}' for k in known)}" if known else name
-
-
-def _left_out(config: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences about options without their counterpart here."""
-    for name, value in config.items():
-        if name in _OFF:
-            if value not in _OFF[name]:
-                yield f"option {name}={value!r} is not available here and left out"
-        elif not (name.startswith("_") or name in _ALL_READ or name in _WITHOUT_EFFECT):
-            yield f"unknown option {name}={value!r} is left out"
-    if config.get("variance_type") == "fixed_large_log":
-        yield "option variance_type='fixed_large_log': fixed_large takes its place"

@@ -17,6 +17,8 @@ from .grids import Grid, sigma_grid
 from .program import H1, U0, U_EPS, X0, Program, X, Y, Z, ancestral_step
 from .sampler import Calls, Sampler, SamplerOptions
 
+CallsOf = Callable[[Grid, SamplerOptions], Calls]
+
 
 def euler(grid: Grid, options: SamplerOptions) -> Calls:
     """x' = x_0 + sigma' epsilon, ancestral with eta > 0."""
@@ -55,22 +57,24 @@ def dpmpp_2s_ancestral(grid: Grid, options: SamplerOptions) -> Calls:
     return program.calls()
 
 
-def _sampler(
-    name: str,
-    calls: Callable[[Grid, SamplerOptions], Calls],
-    *,
-    ancestral: bool = False,
-    calls_per_step: int = 1,
-) -> Sampler:
+def unclipped(name: str, calls: CallsOf) -> CallsOf:
+    """The same, which refuses to clip: both halves have an x_0."""
+
     def checked(grid: Grid, options: SamplerOptions) -> Calls:
         if options.clip < math.inf:
             checks.fail("clip_sample", f"False for {name}", options.clip_sample)
         return calls(grid, options)
 
+    return checked
+
+
+def _sampler(
+    name: str, calls: CallsOf, *, ancestral: bool = False, calls_per_step: int = 1
+) -> Sampler:
     return Sampler(
         name,
         sigma_grid,
-        checked,
+        unclipped(name, calls),
         calls_per_step=calls_per_step,
         options={"eta": 1.0, "s_noise": 1.0} if ancestral else {},
         comfyui=name,

@@ -43,12 +43,14 @@ def _direction(grid: Grid, std: FloatArray | float) -> FloatArray:
     return np.sqrt(np.maximum(grid.next_noise**2 - np.square(std), 0))
 
 
+OPTIONS = {"eta": 0.0, "clipped_direction": False}
+
 SAMPLERS = (
     Sampler(
         "ddim",
         ddim_grid,
         calls,
-        options={"eta": 0.0, "clipped_direction": False},
+        options=OPTIONS,
         diffusers=(DiffusersName("DDIMScheduler"),),
         comfyui="ddim",
     ),

@@ -43,7 +43,6 @@ USUAL: dict[str, tuple[Any, ...]] = {
 # ComfyUI's names of what has another one here. Its ddpm is the posterior's step, Euler ancestral's.
 SAME = {"ddpm": "euler_ancestral"}
 _ADAPTIVE = "it chooses its steps by the error that it finds on the way"
-_SHORT = "there it leaves out its last step; pndm and ddim are diffusers' forms"
 _INVERSE = "it goes from an image to noise"
 _PARALLEL = "it goes over all steps at once; ddim and ddpm are its steps"
 _LEVEL = "its network is told a noise level, not a timestep"
@@ -54,8 +53,6 @@ _VIDEO = "its schedule is that of a video model"
 REFUSED = {
     "dpm_adaptive": _ADAPTIVE,
     "DPM adaptive": _ADAPTIVE,
-    "PLMS": _SHORT,
-    "DDIM CFG++": _SHORT,
     "IPNDMScheduler": "its schedule is of its own, not that of Stable Diffusion",
     "DDIMInverseScheduler": _INVERSE,
     "DPMSolverMultistepInverseScheduler": _INVERSE,
@@ -95,8 +92,8 @@ REFUSED_SETTINGS: tuple[tuple[str, dict[str, Any], str], ...] = (
     ),
     (
         _SINGLESTEP,
-        {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
-        "the sign of a second difference is wrong there, with heun",
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, "solver_type": "heun"},
+        "the sign of a second difference is wrong there",
     ),
     ("UniPCMultistepScheduler", {"predict_x0": False}, "UniPC keeps x_0 here, not epsilon"),
     (
@@ -185,11 +182,12 @@ def document(samplers: Mapping[str, Sampler]) -> str:
         f"Schedules: {', '.join(f'`{name}`' for name in NAMES)}. AUTOMATIC1111's names of them:",
         ", ".join(f"{label} (`{name}`)" for label, name in A1111_SCHEDULES.items()) + ".",
         "",
-        "`DDIM` is diffusers' form too: AUTOMATIC1111's leaves out its last step. ComfyUI's `ddpm`",
-        "is `euler_ancestral`, and `_gpu` behind its names changes nothing. The `ays` schedules",
-        "are published tables of noise levels (`_sdxl`: those for SDXL); `ays_11`, `ays_32` and",
-        "`ays_gits` are scaled to the model's range, as Forge does it; `gits` is that of ComfyUI's",
-        "node at its usual coefficient.",
+        "AUTOMATIC1111's DDIM, PLMS and DDIM CFG++ go to t = 1 and leave out the step from there;",
+        "its CFG++ divides the guidance scale by 12.5. CompVis' own PLMS is `pndm`. ComfyUI's",
+        "`ddpm` is `euler_ancestral`, and `_gpu` behind its names changes nothing. The `ays`",
+        "schedules are published tables of noise levels (`_sdxl`: those for SDXL); `ays_11`,",
+        "`ays_32` and `ays_gits` are scaled to the model's range, as Forge does it; `gits_C` is",
+        "that of ComfyUI's node at the coefficient C, `gits` at 1.2.",
         "",
         "## Refused",
         "",
@@ -211,7 +209,10 @@ def document(samplers: Mapping[str, Sampler]) -> str:
         "",
         "And by the name of the option: `clip_sample` for samplers whose steps go by epsilon or by",
         "the model's output (`dpm_solver_1`, `_2m`, `_3m` with their SDE forms, `pndm`, the CFG++",
-        "forms), options that a sampler doesn't have, a learned variance.",
+        "forms); options that a sampler doesn't have; a learned variance, and `fixed_large_log`,",
+        "which is NaN in diffusers; and in a model's own scheduler `thresholding` (a quantile of",
+        "each image), `solver_p`, `tau_func`, shifted and continuous timesteps, and other",
+        "distillations than LCM's of 50 steps, where the sampler that runs would heed them.",
         "",
     ]
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from ..prediction import x0_coefficients
 from ..schedule import DiffusionSchedule
 from . import (
     cfg_pp,
+    compvis,
     consistency,
     ddim,
     ddpm,
@@ -40,7 +41,7 @@ from .table import INDEX, StepTable
 
 FAMILIES = (
     *(ddpm, ddim, dpm_solver, euler, heun, unipc, midpoint, singlestep, extrapolation, restart),
-    *(cfg_pp, consistency, dpm_solver_noise, linear_multistep, pndm, sa_solver),
+    *(cfg_pp, compvis, consistency, dpm_solver_noise, linear_multistep, pndm, sa_solver),
 )
 SAMPLERS = MappingProxyType({one.name: one for family in FAMILIES for one in family.SAMPLERS})
 
@@ -155,9 +156,10 @@ def _table(
     starts = np.flatnonzero(np.diff(calls.step, prepend=-1))
     with np.errstate(divide="ignore"):
         sigma = calls.noise[starts] / calls.signal[starts]
-    guidance = plan_guidance(
-        sigma, options.guidance_scale, options.guidance_interval, options.guidance_rescale
-    )
+    scale = options.guidance_scale
+    if sampler.guidance_divisor != 1:
+        scale = (np.asarray(scale, np.float64) / sampler.guidance_divisor).tolist()
+    guidance = plan_guidance(sigma, scale, options.guidance_interval, options.guidance_rescale)
     a, b = x0_coefficients(options.prediction_type, calls.signal, calls.noise)
     rows = calls.coefficients
     for name, values in (

@@ -239,6 +239,7 @@ class Sampler:
         k_diffusion: whether k-diffusion has it too, under ComfyUI's name after "sample_".
         unconditional: whether its rows read the unconditional output by itself, so that both
             halves of guidance run at any scale.
+        guidance_divisor: what the guidance scale is divided by.
         drops_penultimate: whether those two leave out the last noise level above 0.
         own_grid: whether no schedule but its own fits.
     """
@@ -253,6 +254,7 @@ class Sampler:
     a1111: str | None = None
     k_diffusion: bool = False
     unconditional: bool = False
+    guidance_divisor: float = 1.0
     drops_penultimate: bool = False
     own_grid: bool = False
 
@@ -261,6 +263,9 @@ class Sampler:
         if self.own_grid and options.convention != "diffusers":
             expected = f"'diffusers' for {self.name}, whose grid is its own"
             checks.fail("convention", expected, repr(options.convention))
+        if self.own_grid and options.timestep_spacing not in ("leading", "trailing", "linspace"):
+            expected = f"none for {self.name}, whose grid is its own"
+            checks.fail("timestep_spacing", expected, options.timestep_spacing)
         if options.convention == "diffusers":
             grid = self.grid(schedule, steps, options)
             whole = self.grid is not sigma_grid

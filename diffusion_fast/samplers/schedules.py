@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from ..ops import checks
 from ..schedule import DiffusionSchedule, FloatArray
-from . import published
+from . import gits, published
 from .grids import SIGMAS, Grid, GridOptions, beta_quantile, given, schedule_levels
 
 CONVENTIONS = ("diffusers", "k_diffusion", "comfyui")
@@ -109,11 +110,10 @@ _PUBLISHED = {
 }
 
 
-def _gits(levels: FloatArray, steps: int) -> FloatArray:
+def _gits(levels: FloatArray, steps: int, coefficient: float = gits.USUAL) -> FloatArray:
     """The published levels of 2 to 20 steps; of more, those between the last."""
     checks.whole_between("steps", steps, 2)
-    last = len(published.GITS) + 1
-    known = np.array(published.GITS[min(steps, last) - 2])
+    known = np.array(gits.levels_of(coefficient, min(steps, 20)))
     return _log_linear(known, steps + 1)[:-1]
 
 
@@ -126,6 +126,7 @@ SCHEDULES: dict[str, Callable[[FloatArray, int], FloatArray]] = {
     "kl_optimal": _kl_optimal,
     "linear_quadratic": _linear_quadratic,
     "gits": _gits,
+    **{f"gits_{c:g}": partial(_gits, coefficient=c) for c in gits.TABLES},
 }
 NAMES = (*SCHEDULES, "karras", "exponential", "polyexponential", *_PUBLISHED)
 

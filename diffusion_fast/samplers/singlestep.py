@@ -157,6 +157,7 @@ SAMPLERS = (
     _sampler("dpmpp_1s_sde", 1, "midpoint", "heun", sde=True),
     _sampler("dpmpp_2s_sde", 2, "midpoint", sde=True),
     _sampler("dpmpp_2s_sde_heun", 2, "heun", exact=True, sde=True),
+    _sampler("dpmpp_3s_sde", 3, "midpoint", sde=True),
     _sampler("dpm_solver_1s", 1, "midpoint", "heun", epsilon=True),
     _sampler("dpm_solver_2s", 2, "midpoint", epsilon=True),
     _sampler("dpm_solver_2s_heun", 2, "heun", exact=True, epsilon=True),

@@ -109,12 +109,9 @@ def a1111_grid(schedule: DiffusionSchedule, steps: int, options: SamplerOptions)
     2 (T // n), ... below T, which may be more than n.
 
     Raises:
-        ValueError: another spacing, an offset; fewer than 3 steps, its order.
+        ValueError: fewer than 3 steps, its order.
     """
     count = schedule.timesteps
-    if options.timestep_spacing not in ("leading", "trailing", "linspace"):
-        got = options.timestep_spacing
-        checks.fail("timestep_spacing", "none for unipc_a1111, whose grid is its own", got)
     if options.count is not None:
         grid = given(schedule, steps, options, whole=False)
         assert grid is not None

@@ -147,6 +147,10 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
         {**SINGLE, "algorithm_type": "sde-dpmsolver++", "solver_type": "heun"},
     ),
     ("DPMSolverSinglestepScheduler", {**SINGLE, "solver_order": 3, "solver_type": "heun"}),
+    (
+        "DPMSolverSinglestepScheduler",
+        {**SINGLE, "algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+    ),
     ("LCMScheduler", {}),
     ("LCMScheduler", {"prediction_type": "v_prediction", "clip_sample": True}),
     ("PNDMScheduler", {**SD, "skip_prk_steps": True}),
@@ -215,7 +219,7 @@ def test_any_sampler_can_be_asked_for(sampler: str) -> None:
     assert karras["sampler"] == "DPM++ 2M Karras"
     assert make_table(schedule=settings.schedule, steps=5, **karras).sampler == "dpmpp_2m"
     with pytest.raises(ValueError, match="sampler: expected one of"):
-        settings.table("plms")
+        settings.table("pmls")
 
 
 @pytest.mark.parametrize(
@@ -278,17 +282,46 @@ def test_the_file_of_sd15() -> None:
     }
 
 
+def test_what_nobody_knows_is_named() -> None:
+    with pytest.warns(UserWarning, match="DDIMScheduler: unknown option sparkle=3 is left out"):
+        read_scheduler({"_class_name": "DDIMScheduler", "sparkle": 3})
+
+
 @pytest.mark.parametrize(
-    ("name", "options", "message"),
+    ("name", "option", "value", "expected"),
     [
-        ("DDIMScheduler", {"thresholding": True}, "thresholding=True is not available here"),
-        ("DDPMScheduler", {"variance_type": "fixed_large_log"}, "fixed_large takes its place"),
-        ("DDIMScheduler", {"sparkle": 3}, "unknown option sparkle=3"),
+        ("DDIMScheduler", "thresholding", True, "False"),
+        ("DDPMScheduler", "thresholding", True, "False"),
+        ("DPMSolverMultistepScheduler", "thresholding", True, "False"),
+        ("DPMSolverMultistepScheduler", "use_dynamic_shifting", True, "False"),
+        ("DPMSolverSinglestepScheduler", "thresholding", True, "False"),
+        ("UniPCMultistepScheduler", "thresholding", True, "False"),
+        ("UniPCMultistepScheduler", "solver_p", {"_class_name": "DDIMScheduler"}, "None"),
+        ("UniPCMultistepScheduler", "shift_terminal", 0.1, "None"),
+        ("DEISMultistepScheduler", "thresholding", True, "False"),
+        ("SASolverScheduler", "tau_func", "a function", "None"),
+        ("SASolverScheduler", "thresholding", True, "False"),
+        ("LCMScheduler", "thresholding", True, "False"),
+        ("LCMScheduler", "original_inference_steps", 40, "50"),
+        ("TCDScheduler", "timestep_scaling", 5.0, "10.0"),
+        ("EulerDiscreteScheduler", "timestep_type", "continuous", "'discrete'"),
     ],
 )
-def test_what_is_left_out_is_named(name: str, options: dict[str, Any], message: str) -> None:
-    with pytest.warns(UserWarning, match=message):
-        read_scheduler({"_class_name": name, **options})
+def test_an_option_that_we_lack_is_refused_where_its_sampler_runs(
+    name: str, option: str, value: Any, expected: str
+) -> None:
+    """Another sampler, whose class has no such option, draws; and the file is written as it was."""
+    settings = read_quietly({"_class_name": name, **BETAS, option: value})
+    with pytest.raises(ValueError, match=f"{option}: expected {expected} in the model's scheduler"):
+        settings.table()
+    make_table(schedule=settings.schedule, steps=4, **settings.table("euler_ancestral"))
+    assert write_scheduler(settings)[option] == value
+
+
+def test_thresholding_means_nothing_to_a_class_without_it() -> None:
+    config = {"_class_name": "EulerDiscreteScheduler", **BETAS}
+    with_it = read_quietly({**config, "thresholding": True})
+    assert with_it.table() == read_quietly(config).table()
 
 
 @pytest.mark.parametrize(
@@ -306,6 +339,10 @@ def test_what_is_left_out_is_named(name: str, options: dict[str, Any], message: 
         ),
         ({"_class_name": "DDIMScheduler", "beta_schedule": "laplace"}, "beta_schedule: expected"),
         ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "variance_type"),
+        (
+            {"_class_name": "DDPMScheduler", "variance_type": "fixed_large_log"},
+            "variance_type: expected one of fixed_small, .*, got 'fixed_large_log'",
+        ),
         ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
         ({"_class_name": "UniPCMultistepScheduler", "solver_order": "2"}, "solver_order"),
         ({"_class_name": "DDIMScheduler", "num_train_timesteps": -1}, "timesteps: expected"),

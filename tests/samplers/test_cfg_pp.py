@@ -15,7 +15,8 @@ from diffusion_fast.samplers import SAMPLERS, Grid, make_table, table_from_grid
 from diffusion_fast.schedule import DiffusionSchedule
 
 SIGMAS = [*np.geomspace(15.0, 0.05, 7).tolist(), 0.0]
-NAMES = [name for name, sampler in SAMPLERS.items() if sampler.unconditional]
+# Those of ComfyUI; test_compvis.py has DDIM's.
+NAMES = [name for name, one in SAMPLERS.items() if one.unconditional and one.comfyui]
 
 
 def halves(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ def schedule() -> DiffusionSchedule:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"sampler": "plms"}, "sampler: expected one of ddpm, ddim, .*, got 'plms'"),
+        ({"sampler": "pmls"}, "sampler: expected one of ddpm, ddim, .*, got 'pmls'"),
         ({"timestep_spacing": "even"}, "timestep_spacing: expected one of leading, trailing, lin"),
         ({"final_alpha": 1.0}, "final_alpha: expected one of one, first, got 1.0"),
         ({"prediction_type": "score"}, "prediction_type: expected one of epsilon, v_prediction"),

@@ -13,8 +13,9 @@ and these refusals, each by name:
 an unknown ``variance_type``,                   diffusers takes a misspelt name for a default
 ``timestep_spacing``, ``final_sigmas_type``
 betas outside (0, 1)                            there is no such Gaussian
-``solver_order=3`` with sde-dpmsolver++         diffusers' formula has a wrong sign (and no formula
-or sde-dpmsolver; thresholding with dpmsolver   for sde-dpmsolver); its history holds epsilon
+``solver_order=3`` with sde-dpmsolver++         diffusers' formula has a wrong sign (in singlestep
+or sde-dpmsolver; thresholding with dpmsolver   with heun alone; and none for sde-dpmsolver); its
+                                                history holds epsilon
 ``use_flow_sigmas``, ``use_dynamic_shifting``,  for flow matching, another kind of model
 ``shift_terminal``
 ``timestep_type="continuous"`` with v           for networks that are told log(sigma) / 4, as EDM's

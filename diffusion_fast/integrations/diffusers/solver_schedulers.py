@@ -115,7 +115,7 @@ class DiffusionFastDPMSolver(_DPMSolver, diffusers.DPMSolverMultistepScheduler):
 
 
 class DiffusionFastDPMSolverSinglestep(Drawing, _DPMSolver, diffusers.DPMSolverSinglestepScheduler):
-    """``DPMSolverSinglestepScheduler`` of order 1, 2 or 3, the SDE of order 1 or 2."""
+    """``DPMSolverSinglestepScheduler`` of order 1, 2 or 3; the SDE's third has no ``heun``."""
 
     __module__ = "diffusion_fast"
     supported: ClassVar[Supported] = {
@@ -129,8 +129,10 @@ class DiffusionFastDPMSolverSinglestep(Drawing, _DPMSolver, diffusers.DPMSolverS
 
     def check_config(self) -> None:
         super().check_config()
-        if self.config.algorithm_type == "sde-dpmsolver++" and self.config.solver_order == 3:
-            checks.fail("solver_order", "1 or 2 for sde-dpmsolver++", 3)
+        config = self.config
+        third = config.algorithm_type == "sde-dpmsolver++" and config.solver_order == 3
+        if third and config.solver_type == "heun":
+            checks.fail("solver_order", "1 or 2 for sde-dpmsolver++ with heun", 3)
 
     def row_options(self, start: int) -> dict[str, Any]:
         return {"lower_order_final": self.config.lower_order_final}

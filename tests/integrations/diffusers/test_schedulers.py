@@ -98,6 +98,11 @@ MORE: tuple[tuple[str, str, dict[str, Any]], ...] = (
         "DPMSolverSinglestepScheduler",
         {"solver_order": 3, "lower_order_final": True},
     ),
+    (
+        "DPMSolverSinglestep",
+        "DPMSolverSinglestepScheduler",
+        {"solver_order": 3, "algorithm_type": "sde-dpmsolver++"},
+    ),
     ("TCD", "TCDScheduler", {}),
 )
 MORE_DEFAULTS = [(name, other) for name, other, settings in MORE if settings in ({}, PLMS, SEED)]
