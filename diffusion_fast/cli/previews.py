@@ -17,7 +17,7 @@ def preview_file(out: Path) -> Path:
 
 
 def previewing(pipe: StableDiffusion, out: Path) -> Callable[[int, float, Tensor], None]:
-    """A callback that writes the picture after each step, in the place of the one before."""
+    """Writes the picture that each step predicts, in the place of the one before."""
 
     def write(step: int, t: float, latents: Tensor) -> None:
         images = pipe.previews(latents, "tensor")

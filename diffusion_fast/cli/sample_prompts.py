@@ -99,7 +99,7 @@ class PromptDrawing:
                 pipe.previews.load(preview)
             except ValueError as error:
                 raise ValueError(f"--preview: {error}") from error
-            pictures["callback"] = previewing(pipe, preview_file(out))
+            pictures["preview"] = previewing(pipe, preview_file(out))
         refiner = self._refiner()
         results = [self._run(pipe, n, g, size, pictures, refiner) for n in steps for g in guidance]
         if pipe.random_weights:
@@ -297,7 +297,7 @@ class PromptDrawing:
         )
         again = {name: begun.settings[name] for name in ("steps", "sampler", "guidance_scale")}
         asked |= again | {"image": begun.latents, "denoising_start": part}
-        asked |= {"callback": pictures.get("callback")}
+        asked |= {"preview": pictures.get("preview")}
         return refiner(self.prompt, self.negative, output=output, **asked)
 
     def _text(self, result: Result) -> str:

@@ -132,6 +132,16 @@ class Buffers:
         return self.x.new_empty(self.layout.rows, *self.x.shape)
 
     @functools.cached_property
+    def clean(self) -> Tensor:
+        """The x_0 that a step's model call predicted, for those who look at it."""
+        return torch.empty_like(self.x)
+
+    @functools.cached_property
+    def predictions(self) -> Tensor:
+        """``table`` of the rows that lead there."""
+        return torch.empty_like(self.table)
+
+    @functools.cached_property
     def known(self) -> Known:
         """What inpainting keeps."""
         image, start, weight = (torch.empty_like(self.x) for _ in range(3))

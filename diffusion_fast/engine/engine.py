@@ -101,7 +101,7 @@ class Engine:
         self.rewrites = rewrites if isinstance(rewrites, str) else tuple(rewrites)
         self._asked_device = device
         self._graphs = Graphs(graph, model, _device_of(model, device))
-        self._by_step(None)
+        self._by_step(None, None)
         self._turns = Turns("Engine")
         self._loops: OrderedDict[Layout, Loop] = OrderedDict()
         self._predictors: dict[tuple[Any, ...], Predictor] = {}
@@ -135,6 +135,7 @@ class Engine:
         mask: Tensor | None = None,
         extra_channels: Tensor | None = None,
         table: Mapping[str, Any] | None = None,
+        preview: Callback | None = None,
     ) -> Tensor:
         """Run the loop.
 
@@ -161,6 +162,8 @@ class Engine:
             extra_channels: [B or 1, C', ...], joined to the channels of every input of the model.
             table: keywords of :meth:`configure`, for this run and those after it; no other thread's
                 run comes in between.
+            preview: called as ``preview(step, t, x_0)`` after each step, before ``callback``, with
+                the sample without noise that the step's last model call predicts.
 
         Returns:
             [B, ...] on the engine's device, float32 (float64 for float64 models).
@@ -188,13 +191,14 @@ class Engine:
             execute = self._graphs.executor(loop.predictor, loop.buffers.layout.device)
             prepared = loop.prepare(self.table, joined, extra_channels, execute)
             way = self._graphs.choose(
-                prepared.capturable(masked=mask is not None),
+                prepared.capturable(mask is not None, preview is not None),
                 philox=isinstance(generator, Philox),
-                by_step=self._by_step(callback),
+                by_step=self._by_step(callback, preview),
             )
-            run = prepared.begin(way, start)
+            run = prepared.begin(way, start, preview is not None)
             rows = _track(range(len(self.table)), self.table.sampler, self.progress)
-            denoise(run, rows, callback and self._at_ends(run, callback))
+            seen = callback is not None or preview is not None
+            denoise(run, rows, self._at_ends(run, callback, preview) if seen else None)
             return run.result()
 
     def refresh(self) -> None:
@@ -239,22 +243,30 @@ class Engine:
         make = functools.partial(type(self), **settings, **vars(self._options))
         return make, (self.model, self.schedule)
 
-    def _by_step(self, callback: Callback | None) -> str | None:
+    def _by_step(self, callback: Callback | None, preview: Callback | None) -> str | None:
         """Why the host must see each step."""
-        if callback is None and not self.progress:
+        asked = {"callback": callback, "preview": preview, "progress": self.progress or None}
+        seen = {name: value for name, value in asked.items() if value is not None}
+        if not seen:
             return None
         if self._graphs.mode == "loop":
-            name, value = ("callback", None) if callback is not None else ("progress", False)
-            checks.fail(name, f"{value}, because graph='loop' hides the steps", callback or True)
+            name, got = next(iter(seen.items()))
+            off = False if name == "progress" else None
+            checks.fail(name, f"{off}, because graph='loop' hides the steps", got)
         return "a callback or progress bar sees each step"
 
-    def _at_ends(self, run: Run, callback: Callback) -> Callable[[int], None]:
-        """What is to be done after each row: the callback, where a step ends."""
+    def _at_ends(
+        self, run: Run, callback: Callback | None, preview: Callback | None
+    ) -> Callable[[int], None]:
+        """What is to be done after each row: the callbacks, where a step ends."""
 
         def after(row: int) -> None:
             if not run.rows.ends[row]:
                 return
-            callback(*run.rows.step_of(row), run.loop.buffers.x.clone())
+            if preview is not None:
+                preview(*run.rows.step_of(row), run.prediction())
+            if callback is not None:
+                callback(*run.rows.step_of(row), run.loop.buffers.x.clone())
             edit = self._watch.look(self.model, closely=False)
             if edit is Edit.VALUES:
                 self._refresh()

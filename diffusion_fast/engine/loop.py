@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -63,6 +63,10 @@ def step(loop: Loop, given: Given, noise: Noise | None = None) -> None:
     """
     buffers, clock = loop.buffers, loop.clock
     output = loop.predicted()
+    if given.predictions is not None:
+        clean = buffers.clean
+        clean.copy_(buffers.x)
+        ops.sampler_step(clean, output, given.predictions, clock.step, **given.guidance)
     if noise is not None:
         noise.draw(clock.row)
     ops.sampler_step(buffers.x, output, given.coefficients, clock.step, **given.state)
@@ -80,12 +84,16 @@ class Given:
         state: keywords of :func:`~diffusion_fast.ops.sampler_step`.
         masked: whether an image is kept outside of a mask.
         ends: which rows end a step; None where the host doesn't know the row.
+        predictions: the rows that lead to the buffers' ``clean``; None where nobody looks at it.
+        guidance: keywords of :func:`~diffusion_fast.ops.sampler_step` for these.
     """
 
     coefficients: list[list[float]] | Tensor
     state: dict[str, Any]
     masked: bool
     ends: list[bool] | None = None
+    predictions: list[list[float]] | Tensor | None = None
+    guidance: dict[str, Any] = field(default_factory=dict)
 
 
 class Rows:
@@ -97,6 +105,7 @@ class Rows:
 
     Attributes:
         coefficients: floats of each row, with guidance and prediction type folded in.
+        predictions: the same of the rows that lead to x_0.
         draws, ends: whether a row reads noise, and whether it ends a step: some samplers call the
             model twice in one.
         timesteps: [R] on the device; whole ones as integers, so that a model may index with t.
@@ -105,6 +114,7 @@ class Rows:
     def __init__(self, table: StepTable, device: torch.device) -> None:
         self.table, self.folded = table, table.folded()
         self.coefficients: list[list[float]] = self.folded.tolist()
+        self.predictions: list[list[float]] = table.predictions().tolist()
         self.draws: list[bool] = table.draws.tolist()
         self.ends: list[bool] = table.ends_step.tolist()
         dtype = torch.int64 if table.integer_timesteps else torch.float32
@@ -235,15 +245,18 @@ class Prepared:
         """Compute again what was made from weights that have other values now."""
         self.loop.predictor.prepare(self._context, self.rows.timesteps)
 
-    def capturable(self, masked: bool) -> Capturable:
+    def capturable(self, masked: bool, previewed: bool = False) -> Capturable:
         """Its step with nothing that depends on the row or on the host.
 
         A CUDA graph of that step serves every row of every table.
 
         Args:
             masked: whether an image is kept outside of a mask.
+            previewed: whether it also writes the x_0 that is predicted.
         """
         loop, buffers, table = self.loop, self.loop.buffers, self.rows.table
+        if previewed:
+            buffers.predictions[: len(table)] = table.predictions().to(buffers.layout.device)
         rescales, unconditional = table.rescales, table.reads_unconditional
         h3 = buffers.h3 if table.needs_h3 else None
 
@@ -260,11 +273,15 @@ class Prepared:
                 "unconditional": unconditional,
             }
             with loop.clock.on_device():
-                step(loop, Given(buffers.table, state, masked))
+                looked = {
+                    "predictions": buffers.predictions,
+                    "guidance": {"rescale": rescales, "unconditional": False},
+                }
+                step(loop, Given(buffers.table, state, masked, **looked if previewed else {}))
 
         return Capturable(
             owner=loop,
-            baked=(self.baked, masked, rescales, unconditional, h3 is None),
+            baked=(self.baked, masked, previewed, rescales, unconditional, h3 is None),
             device=buffers.layout.device,
             rows=len(self.rows),
             draws=any(self.rows.draws),
@@ -274,12 +291,13 @@ class Prepared:
             step=captured,
         )
 
-    def begin(self, way: Way, start: Start) -> Run:
+    def begin(self, way: Way, start: Start, previewed: bool = False) -> Run:
         """Make the noise, or an image noised to the table's first level, the loop's state.
 
         Args:
             way: how the run goes through the rows; finding it may have overwritten the state.
             start: what to begin with.
+            previewed: whether each row also writes the x_0 that is predicted.
         """
         buffers, table, generator = self.loop.buffers, self.rows.table, start.generator
         x = buffers.x
@@ -300,7 +318,7 @@ class Prepared:
         if isinstance(generator, Philox):
             buffers.philox.state.copy_(generator.state)
             buffers.philox.state[1:].add_(1)  # it began with the noise of the offset itself
-        return Run(self, way, start)
+        return Run(self, way, start, previewed)
 
 
 class Run:
@@ -310,9 +328,10 @@ class Run:
         prepared: the loop that it runs in.
         way: how it goes through the rows.
         start: what it began with.
+        previewed: see :meth:`Prepared.begin`.
     """
 
-    def __init__(self, prepared: Prepared, way: Way, start: Start) -> None:
+    def __init__(self, prepared: Prepared, way: Way, start: Start, previewed: bool) -> None:
         self.prepared, self.way = prepared, way
         self.loop, self.rows = prepared.loop, prepared.rows
         buffers, rows, table = self.loop.buffers, self.rows, self.rows.table
@@ -325,7 +344,23 @@ class Run:
             "peak": buffers.peak[: len(rows)],
             "scratch": buffers.scratch,
         }
-        self.given = Given(rows.coefficients, state, start.mask is not None, rows.ends)
+        self._masked = start.mask is not None
+        predictions = rows.predictions if previewed else None
+        self.given = Given(
+            rows.coefficients,
+            state,
+            self._masked,
+            rows.ends,
+            predictions,
+            {"scratch": buffers.scratch},
+        )
+
+    def prediction(self) -> Tensor:
+        """A copy of the x_0 that the last row predicted, with what a mask keeps."""
+        buffers = self.loop.buffers
+        if not self._masked:
+            return buffers.clean.clone()
+        return torch.lerp(buffers.clean, buffers.known.image, buffers.known.weight)
 
     def result(self) -> Tensor:
         """A copy of the sample.

@@ -1,4 +1,4 @@
-"""Previews: pictures of latents by a tiny autoencoder, while they are still being drawn."""
+"""Previews: pictures by a tiny autoencoder of what is still being drawn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .latents import Autoencoding
 
 
 class Previews:
-    """Decodes what a callback is given, at a small part of what the model's autoencoder takes.
+    """Decodes what ``preview`` is given, at a small part of what the model's autoencoder takes.
 
     Args:
         unet: whose latents they are.
@@ -47,10 +47,10 @@ class Previews:
         self._coder = Autoencoding(autoencoder, FreshDecoder(autoencoder, self._rewrites))
 
     def __call__(self, latents: Tensor, output: str = "pil") -> Any:
-        """Pictures of latents [N, C, h, w], with the noise that is still in them.
+        """Pictures of latents [N, C, h, w]; noise that is in them is in the pictures too.
 
         Args:
-            latents: as a callback of the pipeline is given them.
+            latents: as the pipeline gives them to ``preview``, or to ``callback``.
             output: ``"pil"`` for N PIL images, ``"tensor"`` for [N, 3, H, W] in [-1, 1].
 
         Raises:

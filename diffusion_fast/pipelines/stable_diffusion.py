@@ -51,7 +51,7 @@ class StableDiffusion:
     (:class:`~.ip_adapters.IPAdapters`), ``defaults`` are its card's steps and
     guidance, ``embeddings`` gives prompts new words
     (:class:`~diffusion_fast.models.embeddings.Embeddings`), ``controls`` are the ControlNets and
-    T2I-Adapters that :meth:`load_control` read, ``previews`` decodes a callback's latents fast
+    T2I-Adapters that :meth:`load_control` read, ``previews`` decodes a preview's latents fast
     (:class:`~.previews.Previews`). One engine is kept between calls, so
     that prompts, seeds, samplers and guidance change without new buffers or graphs.
 
@@ -233,6 +233,7 @@ class StableDiffusion:
         clip_skip: int = 0,
         output: str = "pil",
         callback: Callback | None = None,
+        preview: Callback | None = None,
         progress: bool = False,
         **more: Any,
     ) -> Result:
@@ -280,7 +281,10 @@ class StableDiffusion:
             ip_adapter_masks: where in the picture each of them counts, in the form of the images.
             clip_skip: layers to leave out at the text encoders' ends, for both prompts.
             output: ``"pil"``, ``"tensor"`` or ``"latent"``.
-            callback: ``callback(step, t, latents)`` after each step, with a copy of the latents.
+            callback: ``callback(step, t, latents)`` after each step, with a copy of the latents,
+                noise and all.
+            preview: ``preview(step, t, latents)`` after each step, with those without noise that
+                the step predicts: ``pipe.previews(latents)`` makes pictures of them.
             progress: show a progress bar.
             more: what else :class:`~diffusion_fast.Engine` takes, such as ``eta``,
                 ``timestep_spacing``, ``guidance_rescale`` or ``guidance_interval``. With
@@ -333,6 +337,7 @@ class StableDiffusion:
             shape,
             *self._contexts(told, clip_skip, batch, (height, width), beside, scores),
             callback=callback,
+            preview=preview,
             table=table,
             **self._start(vae, shape, images, masks, options.strength, seeds, unfinished),
         )

@@ -129,6 +129,14 @@ class StepTable:
             column[name].zero_()
         return rows
 
+    def predictions(self) -> Tensor:
+        """The rows that lead from the same x and m to the x0 of each."""
+        rows = torch.zeros_like(self.rows)
+        for name in ("a", "b", "clip", "guidance", "rescale"):
+            rows[:, INDEX[name]] = self.rows[:, INDEX[name]]
+        rows[:, INDEX["c_0"]] = 1.0
+        return rows
+
     @property
     def steps(self) -> int:
         return int(self.step_of_row[-1]) + 1

@@ -41,9 +41,14 @@ def test_a_graph_is_the_loop(
     step = df.Engine(model, SCHEDULE, graph="step", **options)
     for sampler in SAMPLERS:
         clip_sample = 0.9 if sampler == "ddim" else False
-        truth = plain(model, sampler=sampler, clip_sample=clip_sample, **CONTEXTS, **options)
+        asked = {"sampler": sampler, "clip_sample": clip_sample, **options}
+        if SAMPLERS[sampler].own_grid and isinstance(scale := guidance.get("guidance_scale"), list):
+            asked["guidance_scale"] = scale[
+                : df.Engine(model, SCHEDULE, sampler=sampler, steps=5).table.steps
+            ]
+        truth = plain(model, **CONTEXTS, **asked)
         for engine in (whole, step):
-            engine.configure(sampler=sampler, clip_sample=clip_sample)
+            engine.configure(**asked)
             assert same(engine.sample(SHAPE, **CONTEXTS, generator=seeded()), truth), sampler
     # For each way: a history of three or less, the unconditional output read alone or not, and
     # timesteps that are whole or not.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,14 @@ def controlnet(config: dict[str, Any], seed: int = 0) -> Any:
     shape = {n: v for n, v in config.items() if n not in _OF_UNETS}
     shape = {"conditioning_embedding_out_channels": HINT, **shape}
     return randomized(diffusers.ControlNetModel(**shape), seed)
+
+
+def controlnet_of(folder: Path, seed: int = 0) -> Any:
+    """diffusers' ControlNet for the model in a folder."""
+    fields = inspect.signature(diffusers.ControlNetModel.__init__).parameters.keys()
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    shape = {name: value for name, value in config.items() if name in fields}
+    return controlnet({**shape, "conditioning_embedding_out_channels": HINT}, seed)
 
 
 def small_controlnet(kind: str, seed: int = 0) -> Any:

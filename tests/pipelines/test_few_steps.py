@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from control_parity import controlnet_of, saved
 from diffusers_pipelines import PROMPT, arguments, picture
 from numerics import error
 from safetensors.torch import save_file
@@ -207,8 +208,11 @@ def lora(folder: Path, unet: UNet2DCondition) -> Path:
     return folder / "lcm_lora.safetensors"
 
 
+@pytest.mark.parametrize("steered", [False, True], ids=["alone", "with a ControlNet"])
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
-def test_a_lora_that_distills(tiny_folder: Folder, tmp_path: Path, kind: str) -> None:
+def test_a_lora_that_distills(
+    tiny_folder: Folder, tmp_path: Path, kind: str, steered: bool
+) -> None:
     """LCM-LoRA: four steps of its scheduler, guided a little; with a scale, beside no LoRA."""
     folder = tiny_folder(kind)
     pipe = StableDiffusion.from_pretrained(folder)
@@ -220,10 +224,23 @@ def test_a_lora_that_distills(tiny_folder: Folder, tmp_path: Path, kind: str) ->
     judge.scheduler = diffusers.LCMScheduler.from_config(judge.scheduler.config, clip_sample=False)
     judge.load_lora_weights(str(tmp_path), weight_name=file.name, adapter_name="lcm")
     judge.set_adapters(["lcm"], [0.8])
+    hint: dict[str, Any] = {}
+    if steered:
+        net = controlnet_of(folder, 1)
+        plain = pipe(PROMPT, "dark", steps=4, seed=3, **drawing).latents
+        pipe.load_control(saved(net, tmp_path / "control"))
+        drawing |= {"control_image": picture(64, 64), "control_scale": 0.8}
+        hint = {"image": picture(64, 64), "controlnet_conditioning_scale": 0.8}
+        moved = pipe(PROMPT, "dark", steps=4, seed=3, **drawing).latents
+        assert error(moved, plain) > 0.01
+        xl = "XL" if kind == "sdxl" else ""
+        options = {} if xl else {"requires_safety_checker": False}
+        cls = getattr(diffusers, f"StableDiffusion{xl}ControlNetPipeline")
+        judge = cls(**judge.components, controlnet=net, **options)
     judge.set_progress_bar_config(disable=True)
     for steps in (1, 4):
         after = pipe(PROMPT, "dark", steps=steps, seed=3, **drawing).latents
         asked = {"num_inference_steps": steps, "guidance_scale": 1.5, "negative_prompt": "dark"}
         size = {"height": 64, "width": 64, "output_type": "latent"}
-        assert error(after, judge(**arguments([3], **asked, **size)).images) < TOLERANCE
+        assert error(after, judge(**arguments([3], **asked, **size, **hint)).images) < TOLERANCE
     assert error(after, before) > 0.01

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import pytest
 import torch
 import transformers
 from command_line import run
-from control_parity import HINT, controlnet, saved
+from control_parity import controlnet_of, saved
 from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers_pipelines import PROMPT, arguments, mask, picture
 from numerics import error
@@ -267,13 +265,11 @@ def test_with_a_lora_and_saved(tiny_folder: Folder, folder: Path, tmp_path: Path
 def test_together_with_a_controlnet(
     tiny_folder: Folder, folder: Path, kind: str, task: str, tmp_path: Path
 ) -> None:
-    """And a LoRA; from noise, an image, or within a mask; after 1, 4 and 20 steps."""
+    """And a LoRA; from noise (there with two), an image, or within a mask; 1, 4 and 20 steps."""
     model, file = tiny_folder(kind), f"plus_{kind}.safetensors"
     pipe, theirs = StableDiffusion.from_pretrained(model), judge(model, folder, [file])
-    fields = inspect.signature(diffusers.ControlNetModel.__init__).parameters.keys()
-    config = json.loads((model / "unet" / "config.json").read_text())
-    shape = {n: v for n, v in config.items() if n in fields}
-    net = controlnet({**shape, "conditioning_embedding_out_channels": HINT}, 1)
+    nets = [controlnet_of(model, i) for i in range(1 if task else 2)]
+    net = nets[0] if task else diffusers.MultiControlNetModel(nets)
     xl = "XL" if kind == "sdxl" else ""
     parts = theirs.components if xl else theirs.components | {"requires_safety_checker": False}
     theirs = getattr(diffusers, f"StableDiffusion{xl}ControlNet{task}Pipeline")(
@@ -286,11 +282,13 @@ def test_together_with_a_controlnet(
     if task == "Inpaint":
         start |= {"mask_image": mask(64, 96), "strength": 1.0}
         mine |= {"mask": mask(64, 96), "strength": 1.0}
-    start |= {"control_image" if task else "image": hint, "controlnet_conditioning_scale": 0.8}
-    control = {"control_image": hint, "control_scale": 0.8}
+    hints, scales = ([hint, hint.rotate(180)], [0.8, 0.5]) if not task else (hint, 0.8)
+    start |= {"control_image" if task else "image": hints, "controlnet_conditioning_scale": scales}
+    control = {"control_image": hints, "control_scale": scales}
     mine |= {"size": None if task else (64, 96)}
     bare = ours(pipe, 4, **mine)
-    pipe.load_control(saved(net, tmp_path / "control"))
+    for i, one in enumerate(nets):
+        pipe.load_control(saved(one, tmp_path / f"control{i}"), f"number {i}")
     steered = ours(pipe, 4, **mine, **control)
     assert error(steered, bare) > 0.01
     layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"

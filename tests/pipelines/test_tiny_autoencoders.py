@@ -84,7 +84,7 @@ def test_a_folder_with_one(tiny_folder: Folder, taesd: Path, tmp_path: Path) -> 
 
 
 def test_previews(tiny_folder: Folder, taesd: Path) -> None:
-    """They see each step, and change nothing of what is drawn."""
+    """They show what each step predicts, and change nothing of what is drawn."""
     pipe = StableDiffusion.from_pretrained(tiny_folder("sd15"))
     pipe.previews.load(taesd / "folder")
     judge = diffusers.AutoencoderTiny.from_pretrained(taesd / "folder")
@@ -93,8 +93,13 @@ def test_previews(tiny_folder: Folder, taesd: Path) -> None:
     def look(step: int, t: float, latents: torch.Tensor) -> None:
         seen.append((latents, pipe.previews(latents, "tensor"), pipe.previews(latents)))
 
-    result = pipe("a cat", steps=3, size=64, batch=2, output="tensor", callback=look)
+    noisy: list[Any] = []
+    asked: dict[str, Any] = {"steps": 3, "size": 64, "batch": 2, "output": "tensor"}
+    result = pipe("a cat", preview=look, callback=lambda *a: noisy.append(a[2]), **asked)
     assert len(seen) == 3
+    assert torch.equal(noisy[-1], result.latents)
+    assert error(seen[-1][0], result.latents) < TOLERANCE  # the last step goes to no noise
+    assert error(seen[0][0], noisy[0]) > 0.1
     for latents, images, pictures in seen:
         with torch.no_grad():
             expected = judge.decode(latents).sample.clamp(-1, 1)
