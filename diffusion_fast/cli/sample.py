@@ -82,9 +82,35 @@ def sample(
     clip_skip: Annotated[
         int | None, typer.Option(help="Layers of the text encoder to leave out at its end.", min=0)
     ] = None,
-    eta: Annotated[float | None, typer.Option(help="Noise of ddim: 0 none, 1 as ddpm.")] = None,
+    eta: Annotated[
+        float | None,
+        typer.Option(help="Noise of samplers that have it (ddim): 0 none, 1 as ddpm."),
+    ] = None,
     spacing: Annotated[
-        str | None, typer.Option(help="Timesteps: leading, trailing, linspace or karras.")
+        str | None,
+        typer.Option(
+            help="Timesteps: leading, trailing, linspace, karras, or another schedule such as"
+            " sgm_uniform."
+        ),
+    ] = None,
+    timesteps: Annotated[
+        str | None, typer.Option(help="A grid of one's own: 900,500,20, a step each.")
+    ] = None,
+    sigmas: Annotated[
+        str | None, typer.Option(help="The same in noise levels: 9,3,0.5,0, one more than steps.")
+    ] = None,
+    s_noise: Annotated[
+        float | None, typer.Option(help="A factor of the noise that a step adds.")
+    ] = None,
+    s_churn: Annotated[
+        float | None, typer.Option(help="Noise to add before each step (Karras et al. 2022).")
+    ] = None,
+    s_tmin: Annotated[
+        float | None, typer.Option(help="The lowest noise level of --s-churn.")
+    ] = None,
+    s_tmax: Annotated[float | None, typer.Option(help="The highest one.")] = None,
+    order: Annotated[
+        int | None, typer.Option(help="How many calls a multistep sampler looks at, 1 to 4.")
     ] = None,
     steps_offset: Annotated[
         int | None, typer.Option(help="Added to each timestep of leading spacing.", min=0)

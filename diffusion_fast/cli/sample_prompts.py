@@ -48,6 +48,13 @@ class PromptDrawing:
     guidance: str | None = None
     eta: float | None = None
     spacing: str | None = None
+    timesteps: str | None = None
+    sigmas: str | None = None
+    s_noise: float | None = None
+    s_churn: float | None = None
+    s_tmin: float | None = None
+    s_tmax: float | None = None
+    order: int | None = None
     steps_offset: int | None = None
     final_alpha: str | None = None
     guidance_interval: str | None = None
@@ -274,6 +281,13 @@ class PromptDrawing:
         table: dict[str, Any] = {
             "eta": self.eta,
             "timestep_spacing": self.spacing,
+            "timesteps": self.timesteps and _numbers("--timesteps", self.timesteps),
+            "sigmas": self.sigmas and _numbers("--sigmas", self.sigmas),
+            "s_noise": self.s_noise,
+            "s_churn": self.s_churn,
+            "s_tmin": self.s_tmin,
+            "s_tmax": self.s_tmax,
+            "order": self.order,
             "steps_offset": self.steps_offset,
             "final_alpha": self.final_alpha,
             "guidance_interval": interval and tuple(_numbers("--guidance-interval", interval)),

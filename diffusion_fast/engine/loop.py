@@ -255,10 +255,13 @@ class Prepared:
             previewed: whether it also writes the x_0 that is predicted.
         """
         loop, buffers, table = self.loop, self.loop.buffers, self.rows.table
+        predictions: Tensor | None = None
         if previewed:
-            buffers.predictions[: len(table)] = table.predictions().to(buffers.layout.device)
+            predictions = buffers.predictions
+            predictions[: len(table)] = table.predictions().to(buffers.layout.device)
         rescales, unconditional = table.rescales, table.reads_unconditional
         h3 = buffers.h3 if table.needs_h3 else None
+        guidance = {"rescale": rescales, "unconditional": False}
 
         def captured(noise: str) -> None:
             state = {
@@ -273,11 +276,7 @@ class Prepared:
                 "unconditional": unconditional,
             }
             with loop.clock.on_device():
-                looked = {
-                    "predictions": buffers.predictions,
-                    "guidance": {"rescale": rescales, "unconditional": False},
-                }
-                step(loop, Given(buffers.table, state, masked, **looked if previewed else {}))
+                step(loop, Given(buffers.table, state, masked, None, predictions, guidance))
 
         return Capturable(
             owner=loop,

@@ -248,7 +248,8 @@ class StableDiffusion:
                 length. ``[a:b:0.5]`` and ``[a|b]`` say something else at some of the steps that
                 are run (see :mod:`diffusion_fast.models.prompt_edits`).
             negative_prompt: what to guide away from, one for all or one for each prompt.
-            steps: number of the sampler's steps; None for what the model's card says, else 20.
+            steps: number of the sampler's steps; None for what the model's card says, else 20, or
+                for those of ``timesteps=`` or ``sigmas=``.
             guidance_scale: how closely to follow the prompt. 1 and less (SDXL Turbo's 0) is the
                 plain conditional model, at about half the cost; the negative prompt is not used.
                 None for what the model's card says, else 7.5. A distilled model that has the
@@ -425,11 +426,14 @@ class StableDiffusion:
         more: Mapping[str, Any],
     ) -> tuple[SamplerOptions, float | None, Any]:
         """How to sample; the strength and the guidance scale that were asked for or are usual."""
-        steps = self.defaults.steps if steps is None else steps
+        own_grid = more.get("timesteps") is not None or more.get("sigmas") is not None
+        if steps is None and not own_grid:
+            steps = self.defaults.steps
         if guidance_scale is None:
             guidance_scale = self.defaults.guidance_scale
         steps, guidance_scale, strength = inputs.plain((steps, guidance_scale, strength))
-        checks.positive_int("steps", steps)
+        if steps is not None:
+            checks.positive_int("steps", steps)
         if not from_image:
             inputs.absent("strength", strength, "image")
         elif strength is None:
@@ -444,6 +448,8 @@ class StableDiffusion:
             guidance_scale=told,
             strength=None if masked and strength == 1 else strength,  # pure noise
         )
+        if own_grid:
+            options = options.replace(steps=options.steps_of(self.scheduler.schedule.timesteps))
         if not reads_unconditional(options):
             told = inputs.guidance(told)
             options = options.replace(guidance_scale=told)

@@ -34,9 +34,10 @@ from . import (
     singlestep,
     unipc,
 )
-from .grids import Grid
+from .grids import SPACINGS, Grid
 from .names import options_of
 from .sampler import Calls, Sampler, SamplerOptions
+from .schedules import NAMES
 from .table import INDEX, StepTable
 
 FAMILIES = (
@@ -101,6 +102,8 @@ def table_of(options: SamplerOptions, schedule: DiffusionSchedule) -> StepTable:
     if not isinstance(options.sampler, str):
         checks.fail("sampler", "a name", repr(options.sampler))
     spacing, convention = options.timestep_spacing, options.convention
+    if convention == "diffusers":
+        checks.one_of("timestep_spacing", spacing, dict.fromkeys((*SPACINGS, *NAMES)))
     options = options.replace(**options_of(options.sampler, spacing, SAMPLERS, convention))
     sampler = find(options.sampler)
     options.check()

@@ -112,6 +112,7 @@ def test_a_sweep_is_one_grid(tiny: Path, tmp_path: Path, option: str, values: li
         ("a (cat:1.3)", "--steps", "2,3", "--negative", "dark", "--sampler", "euler_ancestral"),
         ("a", "b", "--steps", 2, "--batch", 2, "--sampler", "ddim", "--eta", 0.5, "--seed", 4),
         ("", "--steps", 2, "--spacing", "trailing", "--dtype", "bfloat16"),
+        ("a [cat:dog:0.5]", "--sampler", "euler", "--timesteps", "900,300", "--s-churn", 1.0),
     ],
 )
 def test_again_makes_the_same_file(
@@ -121,6 +122,28 @@ def test_again_makes_the_same_file(
     settings_after(sample(tiny, first, *arguments), first)
     settings_after(run("sample", "--again", first, "-o", second), second)
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_prompts_that_change(tiny: Path, tmp_path: Path) -> None:
+    """As the pipeline draws them, and as none of the prompts that take turns."""
+    fixed = ("--steps", 4, "--size", 64, "--guidance", 30)
+    prompts = ["a [cat:dog:0.5]", "a [cat|dog]", "a cat", "a dog"]
+    pictures = [alone(tiny, tmp_path / f"{i}.png", one, *fixed) for i, one in enumerate(prompts)]
+    pipe = StableDiffusion.from_pretrained(tiny)
+    for prompt, picture in zip(prompts[:2], pictures, strict=False):
+        result = pipe(prompt, steps=4, size=64, guidance_scale=30)
+        assert close([np.asarray(result.images[0]).tobytes()], picture) == [True]
+        assert close(pictures[2:], picture) == [False, False]
+
+
+def test_a_grid_of_ones_own(tiny: Path, tmp_path: Path) -> None:
+    fixed = ("--size", 64, "--sampler", "euler")
+    grid = alone(tiny, tmp_path / "x.png", "a cat", *fixed, "--timesteps", "900,400,60")
+    pipe = StableDiffusion.from_pretrained(tiny)
+    [expected] = pipe("a cat", size=64, sampler="euler", timesteps=[900, 400, 60]).images
+    assert close([np.asarray(expected).tobytes()], grid) == [True]
+    result = sample(tiny, tmp_path / "y.png", "a cat", *fixed, "--sigmas", "1,2")
+    assert "--sigmas: expected at least 2 decreasing numbers" in result.stderr
 
 
 def test_again_with_files(tiny: Path, tmp_path: Path) -> None:

@@ -244,3 +244,14 @@ def test_a_lora_that_distills(
         size = {"height": 64, "width": 64, "output_type": "latent"}
         assert error(after, judge(**arguments([3], **asked, **size, **hint)).images) < TOLERANCE
     assert error(after, before) > 0.01
+
+
+@pytest.mark.parametrize("grid", [{"timesteps": [900, 400, 60]}, {"sigmas": [9.0, 3.0, 0.5, 0.0]}])
+def test_a_grid_of_ones_own_says_how_many_steps(tiny_folder: Folder, grid: dict[str, Any]) -> None:
+    pipe = StableDiffusion.from_pretrained(tiny_folder("sd15"))
+    drawing = {"sampler": "euler", "size": 64, "output": "latent", **grid}
+    result = pipe("a cat", **drawing)
+    assert result.settings["steps"] == 3
+    assert torch.equal(pipe("a cat", steps=3, **drawing).latents, result.latents)
+    with pytest.raises(ValueError, match="steps: expected None or 3 for a grid of one's own"):
+        pipe("a cat", steps=4, **drawing)

@@ -102,15 +102,17 @@ def test_handed_over(tiny_folder: Folder, sampler: str, part: float, steps: int)
     assert error(result, whole) > (0.01 if part < 0.5 else 1e-3)
 
 
-def test_one_model_that_hands_over_to_itself(tiny_folder: Folder) -> None:
-    """A sampler without memory draws what it draws in one go; where the cut is between steps."""
+@pytest.mark.parametrize("sampler", ["ddim", "heun"])
+def test_one_model_that_hands_over_to_itself(tiny_folder: Folder, sampler: str) -> None:
+    """A sampler without memory draws what it draws in one go; where the cut is between steps, never
+    between the two calls of one."""
     pipe = StableDiffusion.from_pretrained(tiny_folder("sdxl"))
-    whole = draw(pipe, "ddim", 10, size=64)
-    first = draw(pipe, "ddim", 10, size=64, denoising_end=0.5)
-    middle = draw(pipe, "ddim", 10, image=first, denoising_start=0.5, denoising_end=0.7)
-    last = draw(pipe, "ddim", 10, image=middle, denoising_start=0.7)
+    whole = draw(pipe, sampler, 10, size=64)
+    first = draw(pipe, sampler, 10, size=64, denoising_end=0.5)
+    middle = draw(pipe, sampler, 10, image=first, denoising_start=0.5, denoising_end=0.7)
+    last = draw(pipe, sampler, 10, image=middle, denoising_start=0.7)
     assert error(last, whole) < 1e-5
-    one = draw(pipe, "ddim", 10, batch=1, image=middle[0], denoising_start=0.7)
+    one = draw(pipe, sampler, 10, batch=1, image=middle[0], denoising_start=0.7)
     assert error(one, whole[:1]) < TOLERANCE
 
 

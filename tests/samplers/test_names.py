@@ -128,7 +128,7 @@ def test_bad_conventions_and_schedules() -> None:
     for options, message in (
         ({"convention": "mine"}, "convention: expected one of diffusers, k_diffusion, comfyui"),
         ({"convention": "comfyui"}, "timestep_spacing: expected one of normal, sgm_uniform"),
-        ({"timestep_spacing": "smooth"}, "timestep_spacing: expected one of leading, trailing"),
+        ({"timestep_spacing": "smooth"}, "expected one of leading, .*, beta, normal, .*, gits_1.5"),
         ({"s_noise": -1.0}, "s_noise: expected a number of at least 0"),
         ({"eta": 0.5}, "eta: expected none for euler"),
         ({"timesteps": [900, 20], "steps": 3}, "steps: expected None or 2 for a grid of one's"),

@@ -55,6 +55,19 @@ def test_txt2img(api: webuiapi.WebUIApi, served: Served) -> None:
     assert made.parameters["cfg_scale"] == 4.0
 
 
+@pytest.mark.parametrize("prompt", ["a [cat:dog:0.5]", "a [cat|dog]"])
+def test_prompts_that_change(api: webuiapi.WebUIApi, served: Served, prompt: str) -> None:
+    asked = SETTINGS | {"steps": 4, "negative_prompt": "[bad:worse:2]", "cfg_scale": 30.0}
+    made = api.txt2img(prompt=prompt, seed=5, sampler_name="PLMS", **asked)
+    same_asked = OURS | {"steps": 4, "negative_prompt": "[bad:worse:2]", "guidance_scale": 30.0}
+    same_asked["sampler"] = "PLMS"
+    truth = served.pipe(prompt, seed=5, **same_asked)
+    same(made.images[0], truth.images[0])
+    plain = served.pipe("a cat", seed=5, **same_asked)
+    assert np.abs(np.int16(plain.images[0]) - np.int16(truth.images[0])).max() > 1
+    assert f"{prompt}\nNegative prompt: [bad:worse:2]" in made.info["infotexts"][0]
+
+
 def test_a_schedule_and_a_random_seed(api: webuiapi.WebUIApi, served: Served) -> None:
     made = api.txt2img(
         prompt="a cat",

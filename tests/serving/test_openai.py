@@ -58,6 +58,13 @@ def test_generations(client: openai.OpenAI, served: Served) -> None:
     assert "Negative prompt: a dog" in text
 
 
+def test_a_prompt_that_changes(client: openai.OpenAI, served: Served) -> None:
+    asked = {"size": "64x64", "response_format": "b64_json", "extra_body": EXTRA}
+    made = client.images.generate(model="tiny", prompt="a [cat:dog:0.5]", **asked)  # type: ignore[call-overload]
+    truth = served.pipe("a [cat:dog:0.5]", size=64, **EXTRA)
+    same(opened(made.data[0].b64_json), truth.images[0])
+
+
 def test_files_for_who_wants_a_url(client: openai.OpenAI, served: Served) -> None:
     made = client.images.generate(prompt="a <lora:style:0.5> cat", extra_body=EXTRA)
     assert made.data is not None
