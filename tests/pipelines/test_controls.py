@@ -191,7 +191,7 @@ def test_latents(name: str, tiny_folder: Folder, control_folder: Callable[..., P
     four = case.ours(pipe, 4)
     assert error(four, bare) > 0.01  # the networks move the latents
     assert error(four, judge(4)) < TOLERANCE
-    further = (20,) * (name in ("sd15", "two of sdxl"))
+    further = (20,) * (name in ("sd15", "two of sdxl", "inpainting", "two adapters"))
     further += (1,) * (case.sampler == "ddim" and case.task != "Img2Img")
     for steps in further:
         assert error(case.ours(pipe, steps), judge(steps)) < TOLERANCE

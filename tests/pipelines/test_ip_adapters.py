@@ -157,7 +157,7 @@ def test_each_kind(tiny_folder: Folder, folder: Path, kind: str, name: str) -> N
     pipe.ip_adapters.load(folder / file)
     theirs.set_ip_adapter_scale(0.7)
     pipe.ip_adapters.set({f"{name}_{kind}": 0.7})
-    for steps in (1, 4):
+    for steps in (1, 4, 20):
         result = ours(pipe, steps, ip_adapter_image=photo())
         assert error(result, drawn(theirs, steps, ip_adapter_image=photo())) < TOLERANCE
     assert error(ours(pipe, ip_adapter_image=photo()), without) > 0.01
