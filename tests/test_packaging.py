@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+BENCHMARKS = [f"benchmarks/{room}/" for room in ("lib", "models", "peers")]
 USE = """
 import sys
 import torch
@@ -64,7 +65,7 @@ def test_the_sdist_holds_the_sources(built: Path) -> None:
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = sources("diffusion_fast/", "") | sources("kernels/", "") | sources("csrc/", "")
-    wanted |= sources("benchmarks/models/", "") | sources("benchmarks/lib/", "")
+    wanted |= {name for room in BENCHMARKS for name in sources(room, "")}
     missing = (wanted | {"README.md", "LICENSE", "setup.py", "CHANGELOG.md"}) - names
     assert not missing
 
@@ -75,7 +76,7 @@ def test_the_wheel_holds_the_package_only(built: Path) -> None:
     assert sources("diffusion_fast/", ".py", "py.typed") <= names
     kernels = sources("kernels/", ".py") | sources("csrc/", "")
     assert {f"diffusion_fast/{name}" for name in kernels} <= names
-    bench = sources("benchmarks/models/", ".py") | sources("benchmarks/lib/", ".py")
+    bench = {name for room in BENCHMARKS for name in sources(room, ".py")}
     assert {f"diffusion_fast/{name}" for name in bench} <= names
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"diffusion_fast"}

@@ -23,7 +23,11 @@ from diffusion_fast.ops.cuda import build as extension
 GPU = torch.cuda.is_available()
 PACKAGE = Path(diffusion_fast.__file__).parent
 # Results are comparable, and kept when a run goes on, only where all of these are the same.
-IDENTITY = ("source", "device", "threads", "torch", "triton", "diffusers", "cuda", "driver")
+IDENTITY = (
+    *("source", "device", "threads", "torch", "triton", "diffusers", "openvino", "onnxruntime"),
+    *("cuda", "driver"),
+)
+PEERS = ("openvino", "onnxruntime")  # packages that benchmarks alone meet
 
 
 @functools.cache
@@ -33,6 +37,7 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "source": source(PACKAGE, Path(kernels.__file__).parent, extension.sources()),
         **hardware.versions(),
+        **{name: hardware.package_version(name) for name in PEERS},
         "system": platform.platform(),
         "device": device_name(),
         **hardware.processor(),

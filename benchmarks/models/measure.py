@@ -12,7 +12,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,16 +45,20 @@ class Variant:
         build: makes the call, weights and all; what it raises is why the row has no numbers.
         backend: what computes, or None for the ops of this library, which are asked.
         compiles: its first call takes much memory that later ones don't.
+        of: what it computes, where several things are measured together: it has a truth of its
+            own, and baselines with this in front of their names.
     """
 
     name: str
     build: Callable[[], Call]
     backend: str | None = None
     compiles: bool = False
+    of: str = ""
 
 
 @dataclass
 class _Ready:
+    variant: Variant
     call: Call
     row: dict[str, Any]
     number: int
@@ -68,6 +72,7 @@ def measure(
     images: int | None,
     steps: int,
     budget: float,
+    others: Mapping[str, Callable[[], Tensor]] | None = None,
     timer: Callable[[], float] = time.perf_counter,
 ) -> list[dict[str, Any]]:
     """A row for each variant, also for one that can't run: that has a ``reason``.
@@ -77,16 +82,18 @@ def measure(
         truth: what the result should be, in high precision.
         images, steps: that one call computes; None where it doesn't make whole images.
         budget: seconds to measure for, all variants together; at least five rounds are made.
+        others: what variants of other things should compute, by :attr:`Variant.of`.
         timer: a clock in seconds.
     """
-    expected = truth().double().cpu()
+    truths = {"": truth, **(others or {})}
+    expected = {of: truths[of]().double().cpu() for of in {one.of for one in variants}}
     release()
     rows, ready = [], {}
     for variant in variants:
         row: dict[str, Any] = {"variant": variant.name}
         rows.append(row)
         try:
-            ready[variant.name] = _prepared(variant, row, expected, timer)
+            ready[variant.name] = _prepared(variant, row, expected[variant.of], timer)
         except Exception as error:  # whatever it is, the row says it
             row["reason"] = reason(error)
         if GPU:
@@ -100,8 +107,9 @@ def measure(
             if images is not None:
                 one.row["joules_per_image"] = joules / images
         for baseline in BASELINES:
-            if baseline in ready and baseline != name:
-                one.row[f"over_{baseline}"] = paired_ratio(ready[baseline].seconds, one.seconds)
+            own = f"{one.variant.of} {baseline}".strip()
+            if own in ready and own != name:
+                one.row[f"over_{baseline}"] = paired_ratio(ready[own].seconds, one.seconds)
     return rows
 
 
@@ -121,7 +129,7 @@ def _prepared(
     call()
     synchronize()
     once = max(timer() - start, 1e-9)
-    return _Ready(call, row, max(1, round(SAMPLE_SECONDS / once)), [])
+    return _Ready(variant, call, row, max(1, round(SAMPLE_SECONDS / once)), [])
 
 
 def _take_turns(ready: dict[str, _Ready], budget: float, timer: Callable[[], float]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import tempfile
 from collections.abc import Mapping
@@ -14,11 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_fast.models import AutoencoderKL, UNet2DCondition, UNetConfig, VAEConfig
+from diffusion_fast.models.controlnet import ControlNet
+from diffusion_fast.models.controlnet_config import ControlNetConfig
+from diffusion_fast.models.ip_adapter import ImageProjection, IPAdapter
 from diffusion_fast.models.text import SUBFOLDERS, TextEncoders, load_tokenizers
 from diffusion_fast.pipelines.scheduler_config import read_scheduler
 from diffusion_fast.pipelines.tiny_tokenizer import vocabulary, write_tokenizer
 
 TOKENS = 77
+FEATURES = 1024  # of the CLIP embedding that an IP-Adapter reads
 GUIDANCE = 7.5
 SCHEDULER: dict[str, Any] = {
     "_class_name": "DDIMScheduler",
@@ -43,12 +48,14 @@ class Kind:
         title: for people.
         unet, vae: their configs.
         text: what :class:`transformers.CLIPTextConfig` takes, for each text encoder.
+        steering: what steers the U-Net, ``"controlnet"`` or ``"ip-adapter"``; empty for nothing.
     """
 
     title: str
     unet: UNetConfig
     vae: VAEConfig
     text: tuple[Mapping[str, Any], ...]
+    steering: str = ""
 
     @property
     def side(self) -> int:
@@ -87,6 +94,21 @@ KINDS = {
         VAEConfig.preset("sdxl"),
         (_CLIP_L, _text(1280, 32, 20, hidden_act="gelu")),
     ),
+}
+
+KINDS |= {
+    "sdxl-512": dataclasses.replace(
+        KINDS["sdxl"],
+        title="Stable Diffusion XL at 512x512",
+        unet=dataclasses.replace(KINDS["sdxl"].unet, sample_size=64),
+    )
+}
+KINDS |= {
+    f"{name}-{steering}": dataclasses.replace(
+        KINDS[name], title=f"{KINDS[name].title} with {added}", steering=steering
+    )
+    for name in ("small", "sd15")
+    for steering, added in (("controlnet", "a ControlNet"), ("ip-adapter", "an IP-Adapter"))
 }
 
 
@@ -130,6 +152,20 @@ class Networks:
     def vae(self) -> AutoencoderKL:
         with torch.device("meta"):
             model = AutoencoderKL(self.kind.vae)
+        return self._filled(model)
+
+    @functools.cached_property
+    def controlnet(self) -> ControlNet:
+        with torch.device("meta"):
+            model = ControlNet(ControlNetConfig(self.kind.unet))
+        return self._filled(model)
+
+    @functools.cached_property
+    def ip_adapter(self) -> IPAdapter:
+        channels = self.kind.unet.cross_attention_dim
+        widths = [one.to_k.out_features for _, one in self.unet.cross_attentions()]
+        with torch.device("meta"):
+            model = IPAdapter(ImageProjection(FEATURES, channels), channels, widths)
         return self._filled(model)
 
     @functools.cached_property

@@ -27,7 +27,7 @@ def draw(results: Results, groups: Iterable[Group]) -> list[Path]:
 def _draw(group: Group, rows: list[dict[str, Any]], results: Results) -> Path:
     from matplotlib.figure import Figure
 
-    unit = "images_per_s" if group.what == "pipeline" else "steps_per_s"
+    unit = "images_per_s" if group.what in ("pipeline", "vae", "text") else "steps_per_s"
     figure = Figure(figsize=(8, 1.2 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots()
     names = [row["variant"] for row in rows][::-1]

@@ -4,7 +4,7 @@
 
 rewrites what stands between ``<!-- bench:cpu/unet -->`` and ``<!-- /bench:cpu/unet -->`` with the
 table of that part of ``benchmarks/results/cpu``; any folder of results, and any of unet, loop,
-pipeline and ladder.
+pipeline, vae, text and ladder.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ COLUMNS: dict[str, Column] = {
     "x eager": _number("over_eager", ".2f"),
     "x diffusers": _number("over_diffusers", ".2f"),
     "x last": _number("over_last", ".3f"),
+    "of the bare ratio": _number("of_bare", ".2f"),
     "error": _number("error", ".1e"),
     "MB": _number("peak_bytes", ".3g", 1e-6),
     "J/step": _number("joules_per_step", ".3g"),
@@ -56,7 +57,7 @@ COLUMNS: dict[str, Column] = {
 }
 LEFT_OUT = {  # where they say nothing new
     "images/s": {"unet", "ladder"},
-    "steps/s": {"pipeline"},
+    "steps/s": {"pipeline", "vae", "text"},
     "J/step": {"loop", "pipeline", "ladder"},
 }
 
@@ -84,9 +85,9 @@ def not_run(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def title(group: Group, facts: Mapping[str, Any]) -> str:
     """What was measured, on what, and that the weights are random."""
-    what = {"unet": "U-Net step", "loop": "loop", "pipeline": "pipeline", "ladder": "ladder"}
-    steps = "" if group.what == "unet" else f" of {group.steps} steps"
-    model = f"{what[group.what]}{steps}: {KINDS[group.model].title}, random weights"
+    what = {"unet": "U-Net step", "vae": "decoding", "text": "text encoders"}
+    steps = f" of {group.steps} steps" if group.steps > 1 else ""
+    model = f"{what.get(group.what, group.what)}{steps}: {KINDS[group.model].title}, random weights"
     images = f"{group.batch} image{'s' * (group.batch != 1)} with guidance, {group.dtype}"
     return f"{model}; {images}; {_machine(facts)}"
 

@@ -3,33 +3,47 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..lib.environment import GPU, environment
-from . import ladder
+from . import ladder, parts
 from . import variants as ways
 from .limits import limit_seconds, step_cost
-from .measure import measure, reason, release
+from .measure import Variant, measure, reason, release
 from .networks import KINDS, Networks, truth_dtype
+from .steered import beside_bare, steered_truth, steered_variants
 from .store import Group, Results
+from .variants import BARE
 
-WHATS = (*ways.WORK, "ladder")
+Work = tuple[Callable[[Networks, int, int, bool], list[Variant]], Callable[..., Tensor]]
+WORK: dict[str, Work] = {  # variants, and the truth for networks, images and steps
+    "unet": (ways.step_variants, ways.step_truth),
+    "loop": (ways.loop_variants, ways.loop_truth),
+    "pipeline": (ways.pipeline_variants, ways.pipeline_truth),
+    "vae": (parts.decode_variants, parts.decode_truth),
+    "text": (parts.encode_variants, parts.encode_truth),
+}
+STEERED: Work = (steered_variants, steered_truth)
+WHATS = (*WORK, "ladder")
+ONE_CALL = ("unet", "vae", "text")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def groups(
     models: Iterable[str], whats: Iterable[str], batches: Iterable[int], dtype: str, steps: int
 ) -> list[Group]:
-    """Everything to measure, a model's groups together."""
+    """Everything to measure, a model's groups together; of a steered model its step alone."""
     whats, batches = list(whats), list(batches)
     return [
-        Group(what, model, dtype, batch, 1 if what == "unet" else steps)
+        Group(what, model, dtype, batch, 1 if what in ONE_CALL else steps)
         for model in models
         for batch in batches
         for what in whats
+        if what == "unet" or not KINDS[model].steering
     ]
 
 
@@ -38,6 +52,7 @@ def run(
     results: Results,
     *,
     compiles: bool,
+    only: Collection[str] | None,
     budget: float,
     say: Callable[[str], None],
 ) -> None:
@@ -47,13 +62,14 @@ def run(
         wanted: the groups.
         results: where rows go; those of this code and machine are kept.
         compiles: whether torch.compile is among the variants.
+        only: names of the variants to measure, None for all.
         budget: seconds to measure each group for, besides building and truth.
         say: called with a line as work goes on.
     """
     networks: Networks | None = None
     facts = environment()
     for group in wanted:
-        if results.current(group, facts) and not (compiles and _lacks_compiled(results, group)):
+        if results.current(group, facts) and not _lacks(results, group, compiles, only):
             say(f"{group}: measured before with this code on this machine, kept")
             continue
         say(f"{group} ...")
@@ -64,9 +80,9 @@ def run(
             networks = Networks(kind, dtype, torch.device("cuda" if GPU else "cpu"))
         try:
             with torch.no_grad(), _full_precision():
-                rows = _measured(group, networks, compiles, budget)
+                rows = _measured(group, networks, compiles, only, budget)
         except Exception as error:  # before any variant: the model itself, or its truth
-            names = ladder.ROWS if group.what == "ladder" else ways.TITLES
+            names = ladder.ROWS if group.what == "ladder" else only or ways.TITLES
             rows = [{"variant": name, "reason": reason(error)} for name in names]
             networks = None
         shape = [2 * group.batch, kind.unet.in_channels, kind.side, kind.side]
@@ -76,25 +92,42 @@ def run(
         release()
 
 
-def _lacks_compiled(results: Results, group: Group) -> bool:
-    return any(row.get("reason") == ways.NOT_COMPILED for row in results.of(group))
+def _lacks(results: Results, group: Group, compiles: bool, only: Collection[str] | None) -> bool:
+    """Whether a variant that is asked for was not asked for before."""
+    rows = {row["variant"]: row.get("reason") for row in results.of(group)}
+    if compiles and ways.NOT_COMPILED in rows.values():
+        return True
+    return group.what != "ladder" and not set(only or ()) <= rows.keys()
 
 
 def _measured(
-    group: Group, networks: Networks, compiles: bool, budget: float
+    group: Group,
+    networks: Networks,
+    compiles: bool,
+    only: Collection[str] | None,
+    budget: float,
 ) -> list[dict[str, Any]]:
     images, steps = group.batch, group.steps
     if group.what == "ladder":
         return _with_limit(ladder.measure_ladder(networks, images, steps, budget), group, networks)
-    variants, truth = ways.WORK[group.what]
+    steered = bool(networks.kind.steering)
+    variants, truth = STEERED if steered else WORK[group.what]
+    bare = {BARE: lambda: ways.step_truth(networks, images, steps)} if steered else {}
     rows = measure(
-        variants(networks, images, steps, compiles),
+        [
+            one
+            for one in variants(networks, images, steps, compiles)
+            if only is None or one.name in only
+        ],
         lambda: truth(networks, images, steps),
         images=None if group.what == "unet" else images,
         steps=steps,
         budget=budget,
+        others=bare,
     )
-    return rows if group.what == "pipeline" else _with_limit(rows, group, networks)
+    if steered:
+        return beside_bare(rows)
+    return _with_limit(rows, group, networks) if group.what in ("unet", "loop") else rows
 
 
 def _with_limit(

@@ -23,7 +23,7 @@ COLUMNS = (
     "backend",
     "reason",
     *("p20_s", "p50_s", "p80_s", "samples", "steps_per_s", "images_per_s"),
-    *("over_eager", "over_diffusers", "over_last"),
+    *("over_eager", "over_diffusers", "over_last", "of_bare"),
     *("limit_steps_per_s", "share_of_limit"),
     *ERRORS,
     *("peak_bytes", "launches", "bytes", "flops"),
@@ -38,7 +38,8 @@ COLUMNS = (
     *("throttled", "does"),
 )
 MACHINE = (
-    *("device", "commit", "source", "torch", "triton", "diffusers", "cuda", "driver"),
+    *("device", "commit", "source", "torch", "triton", "diffusers", "openvino", "onnxruntime"),
+    *("cuda", "driver"),
     *("threads", "time"),
 )
 
@@ -48,10 +49,10 @@ class Group:
     """What is measured together, in turns.
 
     Attributes:
-        what: ``"unet"``, ``"loop"``, ``"pipeline"`` or ``"ladder"``.
+        what: ``"unet"``, ``"loop"``, ``"pipeline"``, ``"vae"``, ``"text"`` or ``"ladder"``.
         model, dtype: names.
         batch: images.
-        steps: of the sampler; 1 for a U-Net step.
+        steps: of the sampler; 1 where one network is called once.
     """
 
     what: str
@@ -61,7 +62,7 @@ class Group:
     steps: int
 
     def __str__(self) -> str:
-        steps = f", {self.steps} steps" if self.what != "unet" else ""
+        steps = f", {self.steps} steps" if self.steps > 1 else ""
         return f"{self.what}, {self.model}, {self.dtype}, batch {self.batch}{steps}"
 
 

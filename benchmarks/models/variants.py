@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor
 import diffusion_fast as df
 from diffusion_fast.engine.buffers import Clock
 from diffusion_fast.engine.rewrites.controlled import prepare
+from diffusion_fast.engine.rewrites.plan import Rewritable
 from diffusion_fast.pipelines.parts import Parts
 from diffusion_fast.pipelines.stable_diffusion import StableDiffusion
 
 from ..lib.environment import GPU
 from ..lib.timing import captured
+from ..peers import PEERS
 from . import in_diffusers
 from .measure import Call, NotRun, Variant
 from .networks import GUIDANCE, SETTINGS, Inputs, Networks
@@ -28,14 +31,20 @@ TITLES = {
     "model": "our model on our ops, without the engine",
     "diffusers": "diffusers, eager",
     "diffusers lean": "diffusers without divisions by 1.0 and dropout",
-    "diffusers compiled": "that, channels_last, torch.compile(mode='max-autotune')",
+    "diffusers compiled": "that, channels_last, compiled: max-autotune, or frozen on a CPU",
+    "openvino": "that, converted by OpenVINO",
+    "onnxruntime": "that, exported to ONNX Runtime",
     "engine": "our engine",
+    "bare diffusers": "diffusers without what steers the U-Net",
+    "bare engine": "our engine without it",
 }
+BARE = "bare"  # in front of a name: the same without what steers the U-Net
 MakeUNet = Callable[[Networks], Any]
+Build = Callable[[], Call]
 UNETS: dict[str, MakeUNet] = {
     "diffusers": in_diffusers.unet,
     "diffusers lean": in_diffusers.lean_unet,
-    "diffusers compiled": in_diffusers.compiled_unet,
+    **{name: functools.partial(in_diffusers.ServedUNet, peer=peer) for name, peer in PEERS.items()},
 }
 
 
@@ -49,29 +58,50 @@ def on_reference(call: Call) -> Call:
     return run
 
 
-def variants(
-    ours: dict[str, Callable[[], Call]],
-    theirs: Callable[[MakeUNet], Call],
-    compiles: bool,
-) -> list[Variant]:
-    """All of them in the order of :data:`TITLES`.
+def variants(builds: Mapping[str, Build], dtype: torch.dtype, compiles: bool) -> list[Variant]:
+    """Those that can be built, in the order of :data:`TITLES`.
 
     Args:
-        ours: how to build ``eager``, ``model`` and ``engine``.
-        theirs: the call with one of diffusers' U-Nets.
-        compiles: whether to compile one.
+        builds: what makes the call of each, by name.
+        dtype: of the networks.
+        compiles: whether torch.compile is among them.
     """
-    found = {name: Variant(name, build) for name, build in ours.items()}
-    for name, unet in UNETS.items():
 
-        def build(unet: MakeUNet = unet) -> Call:
-            if unet is in_diffusers.compiled_unet and not compiles:
-                raise NotRun(NOT_COMPILED)
-            return theirs(unet)
+    def build(name: str) -> Call:
+        if name in PEERS:
+            _check_peer(name, dtype, compiles)
+        return builds[name]()
 
-        compiled = unet is in_diffusers.compiled_unet
-        found[name] = Variant(name, build, "inductor" if compiled else "torch", compiled)
-    return [found[name] for name in TITLES]
+    return [
+        Variant(
+            name,
+            functools.partial(build, name),
+            BACKENDS.get(name),
+            name in PEERS,
+            BARE if name.startswith(BARE) else "",
+        )
+        for name in TITLES
+        if name in builds
+    ]
+
+
+BACKENDS = {"diffusers": "torch", "diffusers lean": "torch", **{name: name for name in PEERS}}
+BACKENDS |= {"diffusers compiled": "inductor", f"{BARE} diffusers": "torch"}
+
+
+def _check_peer(name: str, dtype: torch.dtype, compiles: bool) -> None:
+    if name == "diffusers compiled":
+        if not compiles:
+            raise NotRun(NOT_COMPILED)
+    elif GPU:
+        raise NotRun("a peer on CPUs alone")
+    elif dtype != torch.float32:
+        raise NotRun("a peer in float32 alone")
+
+
+def with_unets(theirs: Callable[[MakeUNet], Call]) -> dict[str, Build]:
+    """The call with each of diffusers' U-Nets."""
+    return {name: functools.partial(theirs, make) for name, make in UNETS.items()}
 
 
 # U-Net step ------------------------------------------------------------------------------------
@@ -86,21 +116,23 @@ def step_variants(networks: Networks, images: int, steps: int, compiles: bool) -
         return lambda: model(x, t, **given)
 
     def theirs(make: MakeUNet) -> Call:
-        model, rest = make(networks), dict(given)
-        context = rest.pop("context")
-        options: dict[str, Any] = {"timestep_cond": None, "cross_attention_kwargs": None}
-        options |= {"encoder_hidden_states": context, "added_cond_kwargs": rest or None}
-        options["return_dict"] = False
+        model, options = make(networks), in_diffusers.unet_options(given)
         return lambda: model(x, t, **options)[0]
 
-    def engine() -> Call:
-        network = prepare(networks.unet, batch=images, halves=2, max_rows=1)
-        network.prepare(given, t.reshape(1))
-        clock = Clock(networks.device)
-        return replayed(lambda: network(x, clock)) if GPU else lambda: network(x, clock)
+    ours: dict[str, Build] = {
+        "eager": lambda: on_reference(plain()),
+        "model": plain,
+        "engine": lambda: engine_step(networks.unet, x, t, given),
+    }
+    return variants(ours | with_unets(theirs), networks.dtype, compiles)
 
-    ours = {"eager": lambda: on_reference(plain()), "model": plain, "engine": engine}
-    return variants(ours, theirs, compiles)
+
+def engine_step(model: Rewritable, x: Tensor, t: Tensor, given: dict[str, Any]) -> Call:
+    """A U-Net's call with all rewrites, x being both halves of guidance."""
+    network = prepare(model, batch=len(x) // 2, halves=2, max_rows=1)
+    network.prepare(given, t.reshape(1))
+    clock = Clock(x.device)
+    return replayed(lambda: network(x, clock)) if GPU else lambda: network(x, clock)
 
 
 def step_input(networks: Networks, images: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -174,12 +206,12 @@ def loop_variants(networks: Networks, images: int, steps: int, compiles: bool) -
         options = {"output_type": "latent", "return_dict": False}
         return lambda: pipe(latents=latents, **given, **options)[0]
 
-    ours = {
+    ours: dict[str, Build] = {
         "eager": lambda: on_reference(plain_loop(networks, inputs, steps)),
         "model": lambda: plain_loop(networks, inputs, steps),
         "engine": lambda: engine_loop(networks, inputs, steps)[1],
     }
-    return variants(ours, theirs, compiles)
+    return variants(ours | with_unets(theirs), networks.dtype, compiles)
 
 
 def loop_truth(networks: Networks, images: int, steps: int) -> Tensor:
@@ -231,18 +263,14 @@ def pipeline_variants(networks: Networks, images: int, steps: int, compiles: boo
     def engine() -> Call:
         return our_pipeline(networks, images, steps)
 
-    ours = {"eager": lambda: on_reference(plain()), "model": plain, "engine": engine}
-    return variants(ours, theirs, compiles)
+    ours: dict[str, Build] = {
+        "eager": lambda: on_reference(plain()),
+        "model": plain,
+        "engine": engine,
+    }
+    return variants(ours | with_unets(theirs), networks.dtype, compiles)
 
 
 def pipeline_truth(networks: Networks, images: int, steps: int) -> Tensor:
     exact = networks.exact("unet", "vae", "text")
     return on_reference(our_pipeline(exact, images, steps, "none", "off"))()
-
-
-Work = tuple[Callable[[Networks, int, int, bool], list[Variant]], Callable[..., Tensor]]
-WORK: dict[str, Work] = {  # variants, and the truth for networks, images and steps
-    "unet": (step_variants, step_truth),
-    "loop": (loop_variants, loop_truth),
-    "pipeline": (pipeline_variants, pipeline_truth),
-}

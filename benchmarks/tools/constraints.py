@@ -21,14 +21,18 @@ from diffusion_fast.files import whole
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "constraints.txt"
+LEFT_OUT = "peers"  # an extra that nothing here needs: other programs, for benchmarks
 
 
 def asked_for() -> list[Requirement]:
-    """What pyproject.toml names: dependencies, extras and groups, but the project's own extras."""
+    """What pyproject.toml names: dependencies, groups and extras but :data:`LEFT_OUT`.
+
+    The project's own extras are no package.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     texts = list(project["project"]["dependencies"])
-    for names in project["project"]["optional-dependencies"].values():
-        texts += names
+    for extra, names in project["project"]["optional-dependencies"].items():
+        texts += names if extra != LEFT_OUT else []
     for names in project["dependency-groups"].values():
         texts += [name for name in names if isinstance(name, str)]
     wanted = map(Requirement, texts)

@@ -16,10 +16,13 @@ MODELS, BATCHES = {False: "small", True: "small,sd15,sdxl"}, {False: "1", True: 
 def bench(
     model: Annotated[
         str | None,
-        typer.Option(help="small, sd15, sdxl or several; all on a GPU, else small."),
+        typer.Option(
+            help="small, sd15, sdxl, sdxl-512, sd15-controlnet, sd15-ip-adapter (a step beside the"
+            " bare one) or several; small, sd15 and sdxl on a GPU, else small."
+        ),
     ] = None,
     what: Annotated[
-        str, typer.Option(help="unet, loop, pipeline, ladder or several.")
+        str, typer.Option(help="unet, loop, pipeline, vae, text, ladder or several.")
     ] = "unet,loop,pipeline,ladder",
     batch: Annotated[
         str | None, typer.Option(help="Images at once, such as 1,4,16; without a GPU 1.")
@@ -31,6 +34,10 @@ def bench(
     compile: Annotated[
         bool | None,
         typer.Option(help="torch.compile diffusers too, which takes minutes; on a GPU it is done."),
+    ] = None,
+    variants: Annotated[
+        str | None,
+        typer.Option(help="Rows to measure, such as diffusers,openvino,engine; all by default."),
     ] = None,
     seconds: Annotated[
         float, typer.Option(help="How long to measure each group of rows.", min=0)
@@ -66,6 +73,8 @@ def bench(
         "--what": _several("--what", what, run.WHATS),
     }
     _several("--dtype", dtype, run.DTYPES)
+    titles = _part("models.variants").TITLES
+    only = None if variants is None else _several("--variants", variants, titles)
     wanted = run.groups(
         names["--model"], names["--what"], _batches(batch or BATCHES[gpu]), dtype, steps
     )
@@ -84,6 +93,7 @@ def bench(
         wanted,
         results,
         compiles=gpu if compile is None else compile,
+        only=only,
         budget=seconds,
         say=lambda line: typer.echo(line, err=True),
     )

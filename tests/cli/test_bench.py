@@ -15,7 +15,16 @@ from diffusion_fast.benchmarks.models import store
 from diffusion_fast.benchmarks.models.variants import NOT_COMPILED, TITLES
 
 SHORT = ("--seconds", 0, "--steps", 2, "--model", "small", "--dtype", "float32", "--batch", 1)
-TIMES = ("p20_s", "p50_s", "p80_s")
+MISSING = ("openvino", "onnxruntime")
+PEERS = ["diffusers compiled", *MISSING]
+ALL = [name for name in TITLES if not name.startswith("bare")]
+WANTED = {
+    "unet": ALL,
+    "loop": ALL,
+    "pipeline": ALL,
+    "vae": [name for name in ALL if name != "diffusers lean"],
+    "text": ["diffusers", *PEERS],
+}
 
 
 def bench(out: Path, *options: object) -> Any:
@@ -25,7 +34,10 @@ def bench(out: Path, *options: object) -> Any:
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench") / "results"
-    done = bench(folder, "--what", "unet,loop,pipeline")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in MISSING:
+            patch.setitem(sys.modules, name, None)
+        done = bench(folder, "--what", "unet,loop,pipeline,vae,text")
     assert done.returncode == 0, done.stderr
     assert "random weights" in done.stdout
     assert GPU or "CPU, no GPU" in done.stdout
@@ -35,18 +47,24 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_variant_computes_the_same(out: Path) -> None:
     results = store.Results(out)
-    for what in ("unet", "loop", "pipeline"):
+    for what, wanted in WANTED.items():
         rows = [row for row in results.rows if row["what"] == what]
-        assert [row["variant"] for row in rows] == list(TITLES)
+        assert [row["variant"] for row in rows] == wanted
         for row in rows:
             if row["variant"] == "diffusers compiled":
                 assert row["reason"] == NOT_COMPILED
+                continue
+            if row["variant"] in MISSING:
+                name = row["variant"]
+                assert row["reason"] == (
+                    "a peer on CPUs alone" if GPU else f"{name} is not installed"
+                )
                 continue
             assert row["error"] < 1e-4, row
             assert row["truth"] == "float64"
             assert 0 < row["p20_s"] <= row["p50_s"] <= row["p80_s"]
             assert row["peak_bytes"] > 0
-            assert ("limit_steps_per_s" in row) == (GPU and what != "pipeline")
+            assert ("limit_steps_per_s" in row) == (GPU and what in ("unet", "loop"))
     backends = {row["variant"]: row.get("backend") for row in results.rows}
     assert backends["eager"].startswith("reference: ")
     assert ";" not in backends["eager"]
@@ -104,12 +122,34 @@ def test_a_model_that_cannot_be_made_is_rows_that_say_why(
     assert {row["variant"] for row in rows} >= {*TITLES, "shared_prefix"}
 
 
+def test_variants_that_are_asked_for(tmp_path: Path) -> None:
+    for names in ("diffusers,engine", "engine", "model,engine"):  # the second one is there already
+        assert bench(tmp_path, "--what", "vae", "--variants", names).returncode == 0
+    rows = store.Results(tmp_path).rows
+    assert [row["variant"] for row in rows] == ["model", "engine"]
+    assert all("over_diffusers" not in row for row in rows)
+
+
+@pytest.mark.parametrize("steering", ["controlnet", "ip-adapter"])
+def test_a_steered_step_beside_the_bare_one(steering: str, tmp_path: Path) -> None:
+    names = "diffusers,engine,bare diffusers,bare engine"
+    done = bench(tmp_path, "--model", f"small-{steering}", "--variants", names)
+    assert done.returncode == 0, done.stderr
+    rows = {row["variant"]: row for row in store.Results(tmp_path).rows}
+    assert ",".join(rows) == names
+    assert all(row["what"] == "unet" and row["error"] < 1e-4 for row in rows.values())
+    ratio = rows["engine"]["over_diffusers"] / rows["bare engine"]["over_diffusers"]
+    assert rows["engine"]["of_bare"] == pytest.approx(ratio)
+    assert "of the bare ratio" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--what", "nothing"), "--what: expected some of unet, loop, pipeline, ladder"),
         (("--model", "sd9"), "--model: expected some of small, sd15, sdxl, got 'sd9'"),
         (("--batch", "1,0"), "--batch: expected positive integers such as 1,4,16, got '1,0'"),
+        (("--variants", "ours"), "--variants: expected some of eager, model, diffusers,"),
         (("--dtype", "int8"), "--dtype: expected some of float32, bfloat16, float16"),
         (("--compare", "missing"), "--compare: expected a folder with results.json, got missing"),
         (("--what", "unet", "--assert"), "--assert: expected a run of"),
