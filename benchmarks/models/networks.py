@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion_fast.files import read_json
 from diffusion_fast.models import AutoencoderKL, UNet2DCondition, UNetConfig, VAEConfig
 from diffusion_fast.models.controlnet import ControlNet
 from diffusion_fast.models.controlnet_config import ControlNetConfig
 from diffusion_fast.models.ip_adapter import ImageProjection, IPAdapter
 from diffusion_fast.models.text import SUBFOLDERS, TextEncoders, load_tokenizers
+from diffusion_fast.pipelines.loading import SHIPPED
 from diffusion_fast.pipelines.scheduler_config import read_scheduler
 from diffusion_fast.pipelines.tiny_tokenizer import vocabulary, write_tokenizer
 
@@ -81,6 +83,12 @@ KINDS = {
         UNetConfig.preset("digits", in_channels=4, out_channels=4, num_classes=None),
         VAEConfig.preset("tiny"),
         (_text(64, 3, 2),),
+    ),
+    "emoji": Kind(
+        "the emoji model on 8x8 latents",
+        UNetConfig.from_dict(read_json(SHIPPED["emoji"] / "unet" / "config.json")),
+        VAEConfig.from_dict(read_json(SHIPPED["emoji"] / "vae" / "config.json")),
+        (_text(128, 3, 4),),
     ),
     "sd15": Kind(
         "Stable Diffusion 1.5 at 512x512",

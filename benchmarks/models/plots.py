@@ -9,6 +9,8 @@ from typing import Any
 from .report import title
 from .store import Group, Results
 
+IMAGES = ("pipeline", "vae", "text", "training")  # not measured in steps
+
 
 def draw(results: Results, groups: Iterable[Group]) -> list[Path]:
     """A PNG for each group that has numbers, into the results' folder.
@@ -27,7 +29,7 @@ def draw(results: Results, groups: Iterable[Group]) -> list[Path]:
 def _draw(group: Group, rows: list[dict[str, Any]], results: Results) -> Path:
     from matplotlib.figure import Figure
 
-    unit = "images_per_s" if group.what in ("pipeline", "vae", "text") else "steps_per_s"
+    unit = "images_per_s" if group.what in IMAGES else "steps_per_s"
     figure = Figure(figsize=(8, 1.2 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots()
     names = [row["variant"] for row in rows][::-1]

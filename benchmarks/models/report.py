@@ -4,7 +4,7 @@
 
 rewrites what stands between ``<!-- bench:cpu/unet -->`` and ``<!-- /bench:cpu/unet -->`` with the
 table of that part of ``benchmarks/results/cpu``; any folder of results, and any of unet, loop,
-pipeline, vae, text and ladder.
+pipeline, vae, text, training and ladder.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ COLUMNS: dict[str, Column] = {
 }
 LEFT_OUT = {  # where they say nothing new
     "images/s": {"unet", "ladder"},
-    "steps/s": {"pipeline", "vae", "text"},
+    "steps/s": {"pipeline", "vae", "text", "training"},
     "J/step": {"loop", "pipeline", "ladder"},
 }
 
@@ -86,9 +86,11 @@ def not_run(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 def title(group: Group, facts: Mapping[str, Any]) -> str:
     """What was measured, on what, and that the weights are random."""
     what = {"unet": "U-Net step", "vae": "decoding", "text": "text encoders"}
+    what["training"] = "training step, forward and backward"
     steps = f" of {group.steps} steps" if group.steps > 1 else ""
     model = f"{what.get(group.what, group.what)}{steps}: {KINDS[group.model].title}, random weights"
-    images = f"{group.batch} image{'s' * (group.batch != 1)} with guidance, {group.dtype}"
+    images = f"{group.batch} image{'s' * (group.batch != 1)}"
+    images += f"{' with guidance' * (group.what != 'training')}, {group.dtype}"
     return f"{model}; {images}; {_machine(facts)}"
 
 

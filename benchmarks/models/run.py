@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..lib.environment import GPU, environment
-from . import ladder, parts
+from . import ladder, learning, parts
 from . import variants as ways
 from .limits import limit_seconds, step_cost
 from .measure import Variant, measure, reason, release
@@ -26,10 +26,11 @@ WORK: dict[str, Work] = {  # variants, and the truth for networks, images and st
     "pipeline": (ways.pipeline_variants, ways.pipeline_truth),
     "vae": (parts.decode_variants, parts.decode_truth),
     "text": (parts.encode_variants, parts.encode_truth),
+    "training": (learning.gradient_variants, learning.gradient_truth),
 }
 STEERED: Work = (steered_variants, steered_truth)
 WHATS = (*WORK, "ladder")
-ONE_CALL = ("unet", "vae", "text")
+ONE_CALL = ("unet", "vae", "text", "training")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

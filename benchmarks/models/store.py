@@ -49,7 +49,8 @@ class Group:
     """What is measured together, in turns.
 
     Attributes:
-        what: ``"unet"``, ``"loop"``, ``"pipeline"``, ``"vae"``, ``"text"`` or ``"ladder"``.
+        what: ``"unet"``, ``"loop"``, ``"pipeline"``, ``"vae"``, ``"text"``, ``"training"`` or
+            ``"ladder"``.
         model, dtype: names.
         batch: images.
         steps: of the sampler; 1 where one network is called once.

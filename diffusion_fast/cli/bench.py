@@ -17,12 +17,12 @@ def bench(
     model: Annotated[
         str | None,
         typer.Option(
-            help="small, sd15, sdxl, sdxl-512, sd15-controlnet, sd15-ip-adapter (a step beside the"
-            " bare one) or several; small, sd15 and sdxl on a GPU, else small."
+            help="small, emoji, sd15, sdxl, sdxl-512 or several; sd15-controlnet, sd15-ip-adapter"
+            " (a step beside the bare one). Without it small, sd15 and sdxl on a GPU, else small."
         ),
     ] = None,
     what: Annotated[
-        str, typer.Option(help="unet, loop, pipeline, vae, text, ladder or several.")
+        str, typer.Option(help="unet, loop, pipeline, vae, text, training, ladder or several.")
     ] = "unet,loop,pipeline,ladder",
     batch: Annotated[
         str | None, typer.Option(help="Images at once, such as 1,4,16; without a GPU 1.")

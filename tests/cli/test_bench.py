@@ -24,6 +24,7 @@ WANTED = {
     "pipeline": ALL,
     "vae": [name for name in ALL if name != "diffusers lean"],
     "text": ["diffusers", *PEERS],
+    "training": ["eager", "model", "diffusers"],
 }
 
 
@@ -37,7 +38,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         for name in MISSING:
             patch.setitem(sys.modules, name, None)
-        done = bench(folder, "--what", "unet,loop,pipeline,vae,text")
+        done = bench(folder, "--what", "unet,loop,pipeline,vae,text,training")
     assert done.returncode == 0, done.stderr
     assert "random weights" in done.stdout
     assert GPU or "CPU, no GPU" in done.stdout

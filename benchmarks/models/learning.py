@@ -1,0 +1,72 @@
+"""A step of training's forward and backward pass: all gradients of a mean square."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import in_diffusers
+from .measure import Call, Variant
+from .networks import Networks
+from .variants import Build, on_reference, variants, wide, widened
+
+
+def gradient_variants(networks: Networks, images: int, steps: int, compiles: bool) -> list[Variant]:
+    """The U-Net's gradients for a batch of images; ``steps`` is 1.
+
+    Batches are as training has them: a timestep for each image, no halves of guidance.
+    """
+    x, t, noise, given = batch(networks, images)
+
+    def ours() -> Call:
+        shared = {id(p): nn.Parameter(p.detach()) for p in networks.unet.parameters()}
+        model = trained(copy.deepcopy(networks.unet, shared))
+        return lambda: gradients(model, lambda: model(x, t, **given), noise)
+
+    def theirs() -> Call:
+        model, options = trained(in_diffusers.unet(networks)), in_diffusers.unet_options(given)
+        return lambda: gradients(model, lambda: model(x, t, **options)[0], noise)
+
+    builds: dict[str, Build] = {
+        "eager": lambda: on_reference(ours()),
+        "model": ours,
+        "diffusers": theirs,
+    }
+    return variants(builds, networks.dtype, compiles)
+
+
+def gradient_truth(networks: Networks, images: int, steps: int) -> Tensor:
+    x, t, noise, given = batch(networks, images)
+    exact = networks.exact("unet")
+    model, given = trained(exact.unet), widened(given, exact.dtype)
+    x, noise = wide(x, exact.dtype), wide(noise, exact.dtype)
+    return on_reference(lambda: gradients(model, lambda: model(x, t, **given), noise))()
+
+
+def batch(networks: Networks, images: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Noisy images, a timestep for each, the noise to predict, and the other keywords."""
+    inputs, generator = networks.inputs(images), torch.Generator().manual_seed(2)
+    x = inputs.x_T.to(networks.dtype)
+    t = torch.randint(1000, (images,), generator=generator).to(networks.device)
+    noise = torch.randn(x.shape, generator=generator).to(x)
+    return x, t, noise, inputs.positive
+
+
+def trained(model: Any) -> Any:
+    """The model with gradients, as training has it."""
+    return model.train().requires_grad_(True)
+
+
+def gradients(model: nn.Module, predict: Callable[[], Tensor], noise: Tensor) -> Tensor:
+    """Those of the mean square, in the order of the parameters' names, in one vector."""
+    with torch.enable_grad():
+        loss = F.mse_loss(predict(), noise)
+    model.zero_grad()
+    loss.backward()
+    named = sorted(model.named_parameters())
+    return torch.cat([p.grad.flatten() for _, p in named if p.grad is not None])
