@@ -53,6 +53,20 @@ def lookup(file: Path, key: str) -> str | None:
     return chosen.get((file, key))
 
 
+def results(file: Path) -> dict[str, str]:
+    """All that was found, in this process or an earlier one."""
+    lookup(file, "")  # reads the file
+    return {key: config for (of, key), config in chosen.items() if of == file}
+
+
+def adopt(file: Path, found: dict[str, str]) -> None:
+    """Take these results in the place of a file's, which stays as it is, in this process."""
+    loaded.add(file)
+    for key in results(file):
+        del chosen[file, key]
+    chosen.update({(file, key): config for key, config in found.items()})
+
+
 def remember(file: Path, key: str, config: str) -> None:
     """In memory, and on disk beside what other processes wrote meanwhile."""
     chosen[file, key] = config

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..conditioning import Context
 from ..files import AnyPath, CheckpointError
 from ..ops import checks
+from ..ops.cpu import contest
 from ..ops.cpu import library as cpu_kernels
 from ..schedule import DiffusionSchedule
 from ..turns import Turns
@@ -390,6 +391,7 @@ class Trainer:
         rest: dict[str, Any] = {
             **{"step": self.step, "steps": self.steps, "batches": self.batches},
             **{"threads": torch.get_num_threads(), "settings": self.settings()},
+            "contests": contest.taken(),
         }
         if self.scaler is not None:
             rest["scaler"] = self.scaler.state_dict()
@@ -433,6 +435,7 @@ class Trainer:
         sampler.load_state_dict(dict(groups.get("timesteps", {})))
         if self.scaler is not None:
             self.scaler.load_state_dict(rest["scaler"])
+        contest.take(rest.get("contests", {}))  # older checkpoints don't have them
         self.losses, self.step = losses, numbers["step"]
         self.steps, self.batches = numbers["steps"], numbers["batches"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +108,29 @@ def test_another_machine_or_number_of_threads_has_another_file(
     monkeypatch.setattr(contest, "processor", lambda: {"processor": "Another CPU"})
     known_ops["attention"].forget()
     assert chosen() == "cpu"
+
+
+def test_another_process_goes_on_with_what_one_took(
+    clock: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    PREPARE()
+    saved = json.loads(json.dumps(contest.taken()))
+    forget()
+    monkeypatch.setenv("DIFFUSION_FAST_CACHE", str(tmp_path / "another"))
+    clock["cpu"] = 0.5
+    PREPARE()
+    assert chosen() == "cpu"
+    (file,) = (library.cache_folder() / "tuning").iterdir()
+    before = file.read_text()
+    contest.take(saved)
+    assert chosen() == "sdpa"
+    assert contest.taken() == saved
+    PREPARE()
+    assert chosen() == "sdpa"  # nothing is measured anew
+    assert file.read_text() == before  # other processes decide as before
+    contest.take({**saved, "machine": "another", "ways": {}})
+    contest.take({})
+    assert chosen() == "sdpa"
 
 
 def test_results_that_cannot_be_kept_are_used_and_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from compilers import needs_cpu_kernels
 from crash import PLACES
 from tiny import SCHEDULE, STEPS, Points, batches, full_trainer, points
 from torch import Tensor
 
 import diffusion_fast as df
 from diffusion_fast.files import CheckpointError
+from diffusion_fast.kernels import measurements
+from diffusion_fast.ops.cpu import contest
 from diffusion_fast.training import P2, Batches, Checkpoints, ImportanceSampler, Trainer
 
 HERE = Path(__file__).parent
@@ -84,6 +87,24 @@ def test_a_killed_run_goes_on(killed: Path, uninterrupted: dict[str, Tensor], pl
     assert len(losses) == STEPS
     assert_bit_for_bit(trainer, uninterrupted)
     assert sorted(p.name for p in (killed / place).iterdir() if "tmp" in p.name) == []
+
+
+@needs_cpu_kernels
+def test_a_resumed_run_takes_the_ways_of_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured on this machine since the checkpoint decides nothing."""
+    monkeypatch.setattr(measurements, "chosen", {})
+    monkeypatch.setattr(measurements, "loaded", set())
+    file = tmp_path / contest.taken()["machine"]
+    monkeypatch.setattr(contest, "_file", lambda: file)
+    measurements.remember(file, "attention", "sdpa")
+    full_trainer(tmp_path / "run").fit(5)
+    measurements.remember(file, "attention", "cpu")
+    again = full_trainer(tmp_path / "run")
+    assert contest.taken()["ways"] == {"attention": "cpu"}
+    assert again.resume() == 5
+    assert contest.taken()["ways"] == {"attention": "sdpa"}
 
 
 def test_ctrl_c_finishes_the_step_and_saves(
