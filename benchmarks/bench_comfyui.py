@@ -399,7 +399,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=0, help="time so many rounds, no cases")
     parser.add_argument("--out", type=Path, help="a folder for the rows")
     options = parser.parse_args(arguments)
-    given = ["COMFYUI" if one == str(options.comfyui) else one for one in sys.argv[1:]]
+    folders = {str(options.comfyui): "COMFYUI", str(options.out): "OUT"}
+    given = [folders.get(one, one) for one in sys.argv[1:]]
     command = shlex.join(["python", "benchmarks/bench_comfyui.py", *given])
     comfyui = ComfyUI(options.comfyui.resolve())
     logging.disable(logging.WARNING)  # each case tells in its row why it fell back
