@@ -147,8 +147,8 @@ def test_a_steered_step_beside_the_bare_one(steering: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--what", "nothing"), "--what: expected some of unet, loop, pipeline, ladder"),
-        (("--model", "sd9"), "--model: expected some of small, sd15, sdxl, got 'sd9'"),
+        (("--what", "nothing"), "--what: expected some of unet, loop, pipeline, vae, text,"),
+        (("--model", "sd9"), "--model: expected some of small, emoji, sd15, sdxl, sdxl-512,"),
         (("--batch", "1,0"), "--batch: expected positive integers such as 1,4,16, got '1,0'"),
         (("--variants", "ours"), "--variants: expected some of eager, model, diffusers,"),
         (("--dtype", "int8"), "--dtype: expected some of float32, bfloat16, float16"),
