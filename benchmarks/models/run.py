@@ -30,6 +30,7 @@ WORK: dict[str, Work] = {  # variants, and the truth for networks, images and st
 }
 STEERED: Work = (steered_variants, steered_truth)
 WHATS = (*WORK, "ladder")
+NO_WAY = "not a way to compute this"
 ONE_CALL = ("unet", "vae", "text", "training")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,15 +38,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def groups(
     models: Iterable[str], whats: Iterable[str], batches: Iterable[int], dtype: str, steps: int
 ) -> list[Group]:
-    """Everything to measure, a model's groups together; of a steered model its step alone."""
+    """Everything to measure, a model's groups together; of a steered model its step alone.
+
+    Raises:
+        ValueError: nothing is left.
+    """
     whats, batches = list(whats), list(batches)
-    return [
+    found = [
         Group(what, model, dtype, batch, 1 if what in ONE_CALL else steps)
         for model in models
         for batch in batches
         for what in whats
         if what == "unet" or not KINDS[model].steering
     ]
+    if not found:
+        raise ValueError(f"--what: expected unet for a steered model, got {', '.join(whats)}")
+    return found
 
 
 def run(
@@ -114,18 +122,17 @@ def _measured(
     steered = bool(networks.kind.steering)
     variants, truth = STEERED if steered else WORK[group.what]
     bare = {BARE: lambda: ways.step_truth(networks, images, steps)} if steered else {}
+    ways_to_it = variants(networks, images, steps, compiles)
     rows = measure(
-        [
-            one
-            for one in variants(networks, images, steps, compiles)
-            if only is None or one.name in only
-        ],
+        [one for one in ways_to_it if only is None or one.name in only],
         lambda: truth(networks, images, steps),
         images=None if group.what == "unet" else images,
         steps=steps,
         budget=budget,
         others=bare,
     )
+    known = {one.name for one in ways_to_it}
+    rows += [{"variant": name, "reason": NO_WAY} for name in only or () if name not in known]
     if steered:
         return beside_bare(rows)
     return _with_limit(rows, group, networks) if group.what in ("unet", "loop") else rows

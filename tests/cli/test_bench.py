@@ -124,11 +124,20 @@ def test_a_model_that_cannot_be_made_is_rows_that_say_why(
 
 
 def test_variants_that_are_asked_for(tmp_path: Path) -> None:
-    for names in ("diffusers,engine", "engine", "model,engine"):  # the second one is there already
-        assert bench(tmp_path, "--what", "vae", "--variants", names).returncode == 0
-    rows = store.Results(tmp_path).rows
-    assert [row["variant"] for row in rows] == ["model", "engine"]
-    assert all("over_diffusers" not in row for row in rows)
+    kept = []
+    for names in ("diffusers,engine", "engine", "model,engine,bare engine"):
+        done = bench(tmp_path, "--what", "vae", "--variants", names)
+        assert done.returncode == 0, done.stderr
+        kept.append("kept" in done.stderr)
+    assert kept == [False, True, False]
+    model, engine, bare = store.Results(tmp_path).rows
+    assert (model["variant"], engine["variant"], bare["variant"]) == (
+        "model",
+        "engine",
+        "bare engine",
+    )
+    assert bare["reason"] == work.NO_WAY
+    assert "over_diffusers" not in engine
 
 
 @pytest.mark.parametrize("steering", ["controlnet", "ip-adapter"])
@@ -151,6 +160,7 @@ def test_a_steered_step_beside_the_bare_one(steering: str, tmp_path: Path) -> No
         (("--model", "sd9"), "--model: expected some of small, emoji, sd15, sdxl, sdxl-512,"),
         (("--batch", "1,0"), "--batch: expected positive integers such as 1,4,16, got '1,0'"),
         (("--variants", "ours"), "--variants: expected some of eager, model, diffusers,"),
+        (("--model", "small-controlnet", "--what", "vae"), "--what: expected unet for a steered"),
         (("--dtype", "int8"), "--dtype: expected some of float32, bfloat16, float16"),
         (("--compare", "missing"), "--compare: expected a folder with results.json, got missing"),
         (("--what", "unet", "--assert"), "--assert: expected a run of"),
