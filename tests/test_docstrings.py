@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import inspect
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,13 @@ import diffusion_fast as df
 
 MODULES = ("integrations", "ops")
 PUBLIC = [name for name in df.__all__ if name not in MODULES and not name.startswith("__")]
+OPS = [f"ops.{name}" for name in df.ops.__all__ if callable(getattr(df.ops, name))]
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", PUBLIC + OPS)
 def test_the_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = inspect.getdoc(getattr(df, name)) or ""
+    text = inspect.getdoc(attrgetter(name)(df)) or ""
     test = doctest.DocTestParser().get_doctest(text, {"df": df, "torch": torch}, name, None, None)
     assert test.examples, f"{name}: its docstring has no example"
     said: list[str] = []

@@ -46,6 +46,14 @@ def add_noise(
     Raises:
         ValueError: shapes, dtypes or devices that don't match, ``t`` out of range, unknown target.
             (On a GPU the values of ``t`` are not read on the host: they stay the caller's duty.)
+
+    Examples:
+        >>> schedule = df.DiffusionSchedule()
+        >>> x_0, noise = torch.zeros(2, 4, 8, 8), torch.ones(2, 4, 8, 8)
+        >>> tables = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
+        >>> x_t, target = df.ops.add_noise(x_0, noise, torch.tensor([0, 999]), *tables)
+        >>> x_t[:, 0, 0, 0]  # little noise, then nearly nothing else
+        tensor([0.0100, 1.0000])
     """
     checks.one_of("target", target, TARGETS)
     rest = t, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod

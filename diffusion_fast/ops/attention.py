@@ -51,6 +51,15 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or devices that don't match, no keys, a head dim of 0, lengths
             out of range (values are read on the host for CPU tensors only).
+
+    Examples:
+        >>> q = torch.randn(2, 64, 8, 40)
+        >>> k, v = torch.randn(2, 77, 8, 40), torch.randn(2, 77, 8, 40)
+        >>> df.ops.attention(q, k, v).shape
+        torch.Size([2, 64, 8, 40])
+        >>> short = df.ops.attention(q, k, v, key_lengths=torch.tensor([77, 5]))
+        >>> torch.allclose(short[1:], df.ops.attention(q[1:], k[1:, :5], v[1:, :5]), atol=1e-5)
+        True
     """
     if scale is None and isinstance(q, Tensor) and q.dim():
         scale = 1 / math.sqrt(q.shape[-1] or 1)

@@ -50,6 +50,11 @@ def conv2d(
     Raises:
         ValueError: shapes, dtypes or devices that don't match, a stride below 1, a negative
             padding, or an image smaller than the window.
+
+    Examples:
+        >>> x, weight = torch.randn(1, 4, 8, 8), torch.randn(16, 4, 3, 3)
+        >>> df.ops.conv2d(x, weight, stride=2, padding=(0, 1, 0, 1)).shape
+        torch.Size([1, 16, 4, 4])
     """
     pads = padding if isinstance(padding, (list, tuple)) else (padding,) * 4
     return _OP(x, weight, bias, stride, pads, x2, add, residual, packed or ())
@@ -169,6 +174,13 @@ def pack_conv2d(
 
     Raises:
         ValueError: not a floating [O, C, kh, kw], or a size that doesn't fit it.
+
+    Examples:
+        >>> x, weight = torch.randn(1, 4, 8, 8), torch.randn(16, 4, 3, 3)
+        >>> packed = df.ops.pack_conv2d(weight, (1, 4, 8, 8), padding=1)
+        >>> y = df.ops.conv2d(x, weight, padding=1, packed=packed)
+        >>> torch.allclose(y, df.ops.conv2d(x, weight, padding=1), atol=1e-4)
+        True
     """
     checks.floating("weight", weight)
     checks.positive_int("stride", stride)

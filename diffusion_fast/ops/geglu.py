@@ -24,6 +24,12 @@ def geglu(x: Tensor) -> Tensor:
 
     Raises:
         ValueError: not a floating tensor with an even last dimension.
+
+    Examples:
+        >>> x = torch.randn(2, 10, 64)
+        >>> value, gate = x.chunk(2, -1)
+        >>> torch.allclose(df.ops.geglu(x), value * torch.nn.functional.gelu(gate), atol=1e-6)
+        True
     """
     return _OP(x)
 

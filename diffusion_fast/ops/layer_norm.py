@@ -27,6 +27,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 
     Raises:
         ValueError: shapes, dtypes or devices that don't match.
+
+    Examples:
+        >>> x = torch.randn(2, 10, 64)
+        >>> y = df.ops.layer_norm(x, torch.ones(64), torch.zeros(64))
+        >>> torch.allclose(y, torch.nn.functional.layer_norm(x, (64,)), atol=1e-5)
+        True
     """
     return _OP(x, weight, bias, eps)
 

@@ -54,6 +54,13 @@ def linear(
 
     Raises:
         ValueError: shapes, dtypes or devices that don't match, or an odd N with ``geglu``.
+
+    Examples:
+        >>> x, weight = torch.randn(2, 10, 64), torch.randn(32, 64)
+        >>> residual = torch.randn(2, 10, 32)
+        >>> y = df.ops.linear(x, weight, residual=residual)
+        >>> torch.allclose(y, x @ weight.T + residual, atol=1e-4)
+        True
     """
     return _OP(x, weight, bias, residual, geglu, *(norm or NO_NORM), packed or ())
 
@@ -126,6 +133,13 @@ def pack_linear(weight: Tensor, rows: int, *, geglu: bool = False) -> onednn.Pac
 
     Raises:
         ValueError: not a floating [N, K], an odd N with ``geglu``, or rows below 1.
+
+    Examples:
+        >>> x, weight = torch.randn(2, 10, 64), torch.randn(32, 64)
+        >>> packed = df.ops.pack_linear(weight, rows=20)
+        >>> y = df.ops.linear(x, weight, packed=packed)
+        >>> torch.allclose(y, df.ops.linear(x, weight), atol=1e-4)
+        True
     """
     checks.floating("weight", weight)
     checks.positive_int("rows", rows)

@@ -33,6 +33,15 @@ class Philox:
 
     Raises:
         ValueError: seed or offset is not an integer in [0, 2^63).
+
+    Examples:
+        >>> philox = df.ops.Philox(seed=0)
+        >>> schedule = df.DiffusionSchedule()
+        >>> x_0, t = torch.zeros(1, 4, 8, 8), torch.tensor([500])
+        >>> tables = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
+        >>> _, drawn = df.ops.add_noise(x_0, philox, t, *tables)
+        >>> torch.equal(drawn, philox.normal(x_0.shape))
+        True
     """
 
     def __init__(

@@ -35,6 +35,12 @@ def residual(
     Raises:
         ValueError: shapes, dtypes or devices that don't match, a dimension that x doesn't have, or
             a scale that is not finite.
+
+    Examples:
+        >>> x, before, bias = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.randn(4)
+        >>> y = df.ops.residual(x, before, bias)
+        >>> torch.allclose(y, x + before + bias[:, None, None], atol=1e-6)
+        True
     """
     return _OP(x, residual, bias, scale, dim)
 

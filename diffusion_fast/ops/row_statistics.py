@@ -27,6 +27,12 @@ def row_statistics(x: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: another dtype, no last dimension, or nothing in it.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 3.0], [2.0, 2.0]])
+        >>> mean, rstd = df.ops.row_statistics(x, eps=0.25)
+        >>> mean, rstd
+        (tensor([2., 2.]), tensor([0.8944, 2.0000]))
     """
     return _OP(x, eps)
 

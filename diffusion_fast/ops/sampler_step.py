@@ -90,6 +90,15 @@ def sampler_step(
     Raises:
         ValueError: a shape, dtype or device that doesn't match, or a row that reads what is
             missing.
+
+    Examples:
+        >>> table = df.samplers.make_table("ddim", df.DiffusionSchedule(), steps=4)
+        >>> x = torch.ones(1, 4, 8, 8)
+        >>> for row in range(4):
+        ...     model_output = torch.zeros_like(x)  # a network's, for x at this row's time
+        ...     df.ops.sampler_step(x, model_output, table.rows, row)
+        >>> round(x.mean().item(), 3)  # without noise to take away, each step only scales
+        17.407
     """
     rows = len(table)
     noise, stream = (None, noise.state) if isinstance(noise, Philox) else (noise, None)

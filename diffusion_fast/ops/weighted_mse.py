@@ -25,6 +25,11 @@ def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor | None = Non
 
     Raises:
         ValueError: shapes, dtypes or devices that don't match, or an empty prediction.
+
+    Examples:
+        >>> prediction, target = torch.tensor([[1.0, 3.0], [0.0, 2.0]]), torch.zeros(2, 2)
+        >>> df.ops.weighted_mse(prediction, target, torch.tensor([1.0, 0.5]))
+        tensor(3.)
     """
     return _OP(prediction, target, weight)
 

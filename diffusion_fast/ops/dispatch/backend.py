@@ -22,7 +22,16 @@ Reasons = list[str]  # why not; empty for yes
 
 
 class BackendError(RuntimeError):
-    """A backend was asked for by name and can't run this call; the message says why."""
+    """A backend was asked for by name and can't run this call; the message says why.
+
+    Examples:
+        >>> try:
+        ...     with df.use_backend("sdpa"):
+        ...         y = df.ops.geglu(torch.randn(2, 8))
+        ... except df.ops.BackendError as error:
+        ...     print(error)
+        geglu: backend 'sdpa' was asked for and can't run: not implemented for this op
+    """
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,14 @@ LATER = "decided at the first call"
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend chosen for an op, and for every other backend the reason why not."""
+    """The backend chosen for an op, and for every other backend the reason why not.
+
+    Examples:
+        >>> with df.use_backend("reference"):
+        ...     choice = df.ops.explain("geglu")
+        >>> choice.backend
+        'reference'
+    """
 
     op: str
     backend: str
@@ -42,6 +49,13 @@ def explain(op: str | None = None, *args: Any, **kwargs: Any) -> Any:
 
     Raises:
         ValueError: no op of this name, or arguments that the op refuses.
+
+    Examples:
+        >>> q = torch.randn(1, 64, 8, 40)
+        >>> df.ops.explain("attention", q, q, q).op
+        'attention'
+        >>> len(df.ops.explain()) > 10
+        True
     """
     if op is None:
         return [_choice(known, None) for known in known_ops.values()]
