@@ -76,7 +76,7 @@ class PreparedControlled:
                 <diffusion_fast.models.controlled.ControlledUNet.forward>`, for all halves; or
                 several for the rows, with the same hints.
             timesteps: [N], N at most the plan's ``max_rows``.
-            execute: how to compute keys, values and times, see :class:`Derived`.
+            execute: how to compute keys, values and times, see :class:`~.derived.Derived`.
 
         Raises:
             ValueError: what doesn't fit the model, hints that differ between the halves of guidance
