@@ -73,7 +73,7 @@ class Finetuning:
         self.data = Data(settings, self.parts, tell)
         text = self.parts.text
         self.base = fingerprint({"unet": self.parts.unet, **text.modules()})
-        self._check_base()
+        self._check_checkpoints()
         self.kind = lora_export.family(self.parts.unet.config, self.prediction_type)
         torch.manual_seed(settings.seed)
         self.method = attach(self.parts, settings)
@@ -213,8 +213,12 @@ class Finetuning:
         schedule = DiffusionSchedule.from_config(config)
         self.parts.scheduler = replace(scheduler, schedule=schedule, config=config)
 
-    def _check_base(self) -> None:
-        """Raise a ValueError if the run to go on with has another base."""
+    def _check_checkpoints(self) -> None:
+        """Raise a ValueError if there are checkpoints of another run, or of one on another base."""
+        there = self._checkpoints.newest()
+        if there is not None and not self.settings.resume:
+            wanted = f"true, because {there} is there (or take another folder for out)"
+            checks.fail("resume", wanted, "false")
         if self.newest is None:
             return
         saved = read_json(self.newest / STATE).get("settings", {}).get("base")

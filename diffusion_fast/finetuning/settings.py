@@ -24,6 +24,11 @@ METHODS = ("lora", "full", "embedding", "controlnet")
 FORMATS = ("peft", "kohya", "both")
 WEIGHTINGS = ("none", "min_snr", "p2", "debiased")
 TARGETS = ("attention", "transformer", "all")
+_NEEDED = {
+    "model": "a folder, a file or a hub id",
+    "data": "at least one folder of images",
+    "out": "a folder to write to",
+}
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,7 @@ class Settings:
         for field in dataclasses.fields(self):
             _check(field.name, getattr(self, field.name), field.metadata)
         if not self.data:
-            checks.fail("data", "at least one folder of images", "none")
+            checks.fail("data", _NEEDED["data"], "none")
         if self.keep_tokens and not self.shuffle_captions:
             checks.fail("keep_tokens", "0, because captions aren't shuffled", self.keep_tokens)
         if self.method == "embedding" and self.train_text:
@@ -228,9 +233,9 @@ class Settings:
         hints = typing.get_type_hints(cls)
         for name in values:
             known(name, hints)
-        for name in ("model", "data", "out"):
+        for name, wanted in _NEEDED.items():
             if not values.get(name):
-                checks.fail(name, "one", "none")
+                checks.fail(name, wanted, "none")
         return cls(**{name: _typed(name, hints[name], value) for name, value in values.items()})
 
     @property
