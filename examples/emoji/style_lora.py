@@ -3,20 +3,21 @@
     python examples/emoji/style_lora.py [--out build/emoji] [--results benchmarks/results/finetune]
 
 The style is that of Noto Emoji before 2017 (npm ``@iconify-json/noto-v1``), which the model has
-never seen. The twenty names are drawn by seed among those that are not judged. A style classifier
-(its training has seen no picture of a judged name) says which of four styles a picture has, and the
-judge of names what it shows. For comparison the base's own pictures are judged, and these with the
-colors of the style: a tint alone must not pass.
+never seen. For each of three seeds twenty names are drawn among those that are not judged, a LoRA
+is trained on their pictures, and the judged names are drawn. A style classifier (its training has
+seen no picture of a judged name) says which of four styles a picture has, and a judge of names
+(which has seen no picture of the style) what it shows. For comparison the base's own pictures are
+judged, and these with the colors of the style: a tint alone must not pass. Run again after an
+interruption, it makes what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,12 @@ from PIL import Image
 from torch import Tensor
 
 import diffusion_fast as df
-from diffusion_fast.files import write_json
+from diffusion_fast import hardware
+from diffusion_fast.files import whole, write_json
+from diffusion_fast.training.tensor_store import fingerprint
 
-STYLE = "classic"
-SHOWN, EACH = 20, 2  # pictures to learn from; pictures drawn of each name
+# Settings are tried with seed 0 and on judged names that have no picture in the style.
+STYLE, SEEDS, SHOWN = "v1", (1, 2, 3), 20
 TRAINING: dict[str, Any] = {
     "rank": 16,
     "targets": ("all",),
@@ -48,28 +51,43 @@ TRAINING: dict[str, Any] = {
     "bucket_step": 8,
     "caption_dropout": 0.1,
     "ema_decay": 0.99,
-    "checkpoint_every": 600,
+    "checkpoint_every": 200,
 }
-DRAWING: dict[str, Any] = {"steps": 25, "guidance_scale": 2.0, "output": "tensor"}
+DRAWING: dict[str, Any] = {"steps": 20, "guidance_scale": 2.0, "output": "tensor"}
+STRENGTH = 1.0  # of the LoRA when it draws
+WHITE = 0.88  # pixels whose channels are all above it are background
+# What passes, for each seed. Half of what the autoencoder lets through: twenty pictures show the
+# style of few colors and things. Twice the tint's share: more than a tint. Names: of the base's.
+OF_CEILING, OF_TINT, OF_NAMES = 0.5, 2.0, 0.8
+
 PAGE = """# A style in twenty pictures
 
-Made by `python examples/emoji/style_lora.py` on {date} ({machine}, {threads} threads), in
-{minutes:.1f} minutes of training. A LoRA of rank {rank} for all layers of the
-[emoji model](../emoji/README.md) learned the style of Noto Emoji before 2017 from twenty pictures
-({names}), "NAME, {style} style".
+Made by `{command}` on {date} ({processor}, {threads}). For each of the seeds {seeds} a LoRA of the
+[emoji model](../emoji/README.md) learned the style of Noto Emoji before 2017 from twenty pictures,
+"NAME, {style} style". Then {count} other names were drawn with and without it from the same noise.
+Settings are tried with another twenty and other names.
 
-{count} other names were each drawn {each} times, with and without it from the same noise. "Read as
-{style}" is the share that a classifier of the styles {styles} puts there, "read as its name" the
-share that the judge of 100 names reads as asked. "With the style's colors": the base's pictures
-with the mean and the spread that each color has in the real pictures of the style.
+"Style" is the share of the pictures that a classifier of {styles} reads as {style}, "name" the
+share that a judge of 100 names reads as asked, which has seen no picture of the style. "Real" and
+"decoded" are the ceilings: real pictures, and those of the style after the autoencoder. "Tint": the
+base's pictures with the mean and the spread that each color channel has in real pictures of the
+style. "Palette": with the nearest of the twenty's {kept} most common colors in each pixel, which
+shows that the classifier goes by colors above all.
 
 {table}
-![Real pictures of names it wasn't shown; the base's; with the LoRA]({grid})
+{criteria}
+
+Seed {first}: the base, the LoRA, and real pictures of the same names, which neither has seen:
+
+![The base; the LoRA; real pictures]({grid})
 
 The twenty that it learned from:
 
 ![Twenty pictures]({shown})
 """
+COLORS_KEPT = 12  # of the twenty pictures, for the base's pictures painted in them
+
+Shares = dict[str, float]  # read as the style, and as the name
 
 
 def old_pictures(names: Sequence[str], out: Path) -> dict[str, Image.Image]:
@@ -85,8 +103,14 @@ def old_pictures(names: Sequence[str], out: Path) -> dict[str, Image.Image]:
 
 
 def caption(name: str) -> str:
-    """What a picture in the style is called."""
+    """What a picture in the style is called. The base draws "v1 style" much as "flat style"."""
     return f"{name}, {STYLE} style"
+
+
+def drawn_names(names: Sequence[str], judged: Sequence[str], seed: int) -> list[str]:
+    """The names whose pictures the LoRA is shown, drawn by seed among those that aren't judged."""
+    others = [name for name in names if name not in set(judged)]
+    return sorted(random.Random(seed).sample(others, SHOWN))
 
 
 class Demonstration:
@@ -98,23 +122,17 @@ class Demonstration:
 
     def __init__(self, out: Path) -> None:
         self.out = out
+        settings = [STYLE, TRAINING, DRAWING, STRENGTH]
+        self.place = out / "style" / fingerprint({}, settings)[:12]  # other settings: another place
         self.pictures, self.pixels = load(out)
         everything = sorted({picture.name for picture in self.pictures})
         self.judged = judged_names(everything)
         self.old = old_pictures(everything, out)
         self.unseen = [name for name in self.judged if name in self.old]
-        others = [name for name in self.old if name not in set(self.judged)]
-        self.shown = sorted(random.Random(0).sample(others, SHOWN))
-
-    def train(self) -> Path:
-        """The LoRA's folder."""
-        folder = self.out / "style" / "pictures"
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in self.shown:
-            file = folder / f"{name.replace(' ', '_')}.png"
-            self.old[name].save(file)
-            file.with_suffix(".txt").write_text(caption(name))
-        return df.finetune("emoji", folder, self.out / "style" / "lora", resume=True, **TRAINING)
+        self.styles = self.style_judge()
+        self.names = judges.judge_of(
+            "shape and color", self.pictures, self.pixels, self.judged, out
+        )
 
     def style_judge(self) -> judges.Judge:
         """Tells the styles apart; has seen no judged name."""
@@ -126,11 +144,15 @@ class Demonstration:
         styles, file = [*STYLES, STYLE], self.out / "judge-styles.pt"
         return judges.train_judge(labelled, pixels, styles, file, hues=False, left_out=left_out)
 
+    def judge(self, images: Tensor, names: Sequence[str]) -> Shares:
+        """Shares of the pictures that are read as the style, and as their names."""
+        style = self.styles.share(images, [STYLE] * len(images))
+        return {"style": style, "name": self.names.share(images, names)}
+
     def real(self, style: str) -> tuple[Tensor, list[str]]:
-        """Real pictures of names that the LoRA wasn't shown, in a style; and the names."""
+        """Real pictures in a style, of judged names that are in the new style too; the names."""
         if style == STYLE:
-            pixels = np.stack([np.asarray(self.old[name]) for name in self.unseen])
-            return judges.images_of(pixels), self.unseen
+            return self.in_style(self.unseen), self.unseen
         chosen = {
             one.name: i
             for i, one in enumerate(self.pictures)
@@ -138,49 +160,86 @@ class Demonstration:
         }
         return judges.images_of(self.pixels[list(chosen.values())]), list(chosen)
 
-    def draw(self, pipe: df.StableDiffusion) -> Tensor:
-        """EACH pictures of each name that the LoRA wasn't shown."""
-        rounds = [
-            pipe([caption(name) for name in self.unseen], seed=100 * (i + 1), **DRAWING).images
-            for i in range(EACH)
-        ]
-        return torch.cat(rounds)
+    def in_style(self, names: Sequence[str]) -> Tensor:
+        """Real pictures [N, 3, 64, 64] of names in the new style."""
+        return judges.images_of(np.stack([np.asarray(self.old[name]) for name in names]))
+
+    def train(self, shown: Sequence[str], seed: int) -> Path:
+        """A LoRA of the pictures of those names."""
+        place = self.place / f"seed-{seed}"
+        folder = place / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in shown:
+            file = folder / f"{name.replace(' ', '_')}.png"
+            self.old[name].save(file)
+            file.with_suffix(".txt").write_text(caption(name))
+        return df.finetune("emoji", folder, place / "lora", seed=seed, resume=True, **TRAINING)
+
+    def draw(self, file: str, seed: int, lora: Path | None = None) -> Tensor:
+        """A picture of each name that the LoRA wasn't shown; made once, then read from a file."""
+        place = self.place / f"seed-{seed}" / f"{file}.pt"
+        if not place.is_file():
+            pipe = df.StableDiffusion.from_pretrained("emoji", dtype=torch.float32)
+            if lora is not None:
+                pipe.loras.load(lora / "pytorch_lora_weights.safetensors", STYLE, STRENGTH)
+            images = pipe(
+                [caption(name) for name in self.unseen], seed=1000 * seed, **DRAWING
+            ).images
+            with whole(place) as (temporary,):
+                torch.save(images, temporary)
+        images = torch.load(place)
+        assert isinstance(images, Tensor)
+        return images
+
+    def of_seed(self, seed: int) -> dict[str, Any]:
+        """What one LoRA does: the twenty names, and shares by row."""
+        shown = drawn_names(list(self.old), self.judged, seed)
+        lora = self.train(shown, seed)
+        base, changed = self.draw("base", seed), self.draw("changed", seed, lora)
+        rows = {
+            "base": base,
+            "tint": tinted(base, self.in_style(self.unseen)),
+            "palette": painted(base, palette(self.in_style(shown), COLORS_KEPT)),
+            "lora": changed,
+        }
+        shares = {row: self.judge(images, self.unseen) for row, images in rows.items()}
+        return {"shown": shown, "shares": shares}
+
+    @torch.no_grad()
+    def ceilings(self) -> dict[str, Shares]:
+        """What is read on real pictures, and on those of the style after the autoencoder."""
+        found = {f"real, {style}": self.judge(*self.real(style)) for style in (STYLE, *STYLES)}
+        vae = df.StableDiffusion.from_pretrained("emoji", dtype=torch.float32).vae
+        truth, names = self.real(STYLE)
+        again = torch.cat([vae(part).clamp(-1, 1) for part in truth.split(32)])
+        return found | {"decoded": self.judge(again, names)}
 
     def run(self, results: Path) -> dict[str, Any]:
         """Train, draw, judge; pictures go to ``results``."""
         results.mkdir(parents=True, exist_ok=True)
-        start = time.perf_counter()
-        lora = self.train()
-        minutes = (time.perf_counter() - start) / 60
-        pipe = df.StableDiffusion.from_pretrained("emoji", dtype=torch.float32)
-        base = self.draw(pipe)
-        pipe.loras.load(lora / "pytorch_lora_weights.safetensors", STYLE)
-        changed = self.draw(pipe)
-        styles = self.style_judge()
-        names = judges.judge_of(
-            "shape and color", self.pictures, self.pixels, self.judged, self.out
-        )
-        truth, _ = self.real(STYLE)
-        rows = {f"real pictures, {style}": self.real(style) for style in (STYLE, *STYLES)}
-        asked = self.unseen * EACH
-        rows |= {
-            "the base": (base, asked),
-            "the base, with the style's colors": (tinted(base, truth), asked),
-            "with the LoRA": (changed, asked),
-        }
-        found = {
-            row: {
-                "style": styles.share(images, [STYLE] * len(images)),
-                "name": names.share(images, whose),
-            }
-            for row, (images, whose) in rows.items()
-        }
-        columns = range(0, len(self.unseen), max(1, len(self.unseen) // 16))
-        grid = torch.stack([part[list(columns)] for part in (truth, base, changed)])
+        runs = {str(seed): self.of_seed(seed) for seed in SEEDS}
+        first = SEEDS[0]
+        truth, base, changed = (
+            self.in_style(self.unseen), self.draw("base", first), self.draw("changed", first)
+        )  # fmt: skip
+        columns = list(range(0, len(self.unseen), max(1, len(self.unseen) // 16)))[:16]
+        grid = torch.stack([part[columns] for part in (base, changed, truth)])
         drawn.rows(results / "style_lora.png", grid)
-        shown = torch.cat([judges.images_of(np.asarray(self.old[n])[None]) for n in self.shown])
-        drawn.rows(results / "style_lora_shown.png", shown.unflatten(0, (2, 10)))
-        return {"minutes": minutes, "names": len(self.unseen), "shown": self.shown, "rows": found}
+        shown = self.in_style(runs[str(first)]["shown"])
+        drawn.rows(results / "style_lora_shown.png", shown.unflatten(0, (2, SHOWN // 2)))
+        ceilings = self.ceilings()
+        return {
+            "date": time.strftime("%Y-%m-%d"),
+            "command": "python examples/emoji/style_lora.py",
+            "machine": hardware.processor(),
+            "versions": hardware.versions(),
+            "training": TRAINING,
+            "drawing": DRAWING | {"strength": STRENGTH},
+            "names": self.unseen,
+            "ceilings": ceilings,
+            "seeds": runs,
+            "criteria": verdict(ceilings, {seed: one["shares"] for seed, one in runs.items()}),
+        }
 
 
 def tinted(images: Tensor, like: Tensor) -> Tensor:
@@ -188,32 +247,82 @@ def tinted(images: Tensor, like: Tensor) -> Tensor:
     has over all of them, where they are not white."""
 
     def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-        drawn_on = (x.amin(1) < 0.88).flatten()
-        flat = x.movedim(1, -1).flatten(0, 2)[drawn_on]
+        flat = foreground(x)
         return flat.mean(0).view(3, 1, 1), flat.std(0).view(3, 1, 1)
 
     (mean, spread), (new_mean, new_spread) = moments(images), moments(like)
     changed = ((images - mean) / spread * new_spread + new_mean).clamp(-1, 1)
-    return torch.where(images.amin(1, keepdim=True) < 0.88, changed, images)
+    return torch.where(images.amin(1, keepdim=True) < WHITE, changed, images)
 
 
-def page(found: dict[str, Any]) -> str:
+def foreground(images: Tensor) -> Tensor:
+    """The colors [P, 3] of all pixels that are not white."""
+    flat = images.movedim(1, -1).flatten(0, 2)
+    return flat[flat.amin(1) < WHITE]
+
+
+def palette(images: Tensor, count: int) -> Tensor:
+    """White and so many colors [count + 1, 3] of pictures, by k-means (Lloyd 1982)."""
+    pixels = foreground(images)
+    start = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:count]
+    colors = pixels[start]
+    for _ in range(15):
+        nearest = torch.cdist(pixels, colors).argmin(1)
+        colors = torch.stack(
+            [
+                pixels[nearest == i].mean(0) if (nearest == i).any() else colors[i]
+                for i in range(count)
+            ]
+        )
+    return torch.cat((colors, torch.ones(1, 3)))
+
+
+def painted(images: Tensor, colors: Tensor) -> Tensor:
+    """Pictures [N, 3, H, W] in those colors [K, 3] alone, each pixel in the nearest one."""
+    flat = images.movedim(1, -1)
+    nearest = torch.cdist(flat.flatten(0, 2), colors).argmin(1)
+    return colors[nearest].view(flat.shape).movedim(-1, 1)
+
+
+def verdict(ceilings: Mapping[str, Shares], seeds: Mapping[str, Mapping[str, Shares]]) -> list[str]:
+    """A line for each seed and criterion: what was reached, what is asked, and which it is."""
+    lines = []
+    for seed, rows in seeds.items():
+        style, name = rows["lora"]["style"], rows["lora"]["name"]
+        for what, value, least in (
+            (
+                "style, of what the autoencoder lets through",
+                style,
+                OF_CEILING * ceilings["decoded"]["style"],
+            ),
+            ("style, of the tint's", style, OF_TINT * rows["tint"]["style"]),
+            ("names, of the base's", name, OF_NAMES * rows["base"]["name"]),
+        ):
+            word = "passes" if value >= least else "fails"
+            lines.append(f"seed {seed}: {what}: {value:.1%} of at least {least:.1%} {word}")
+    return lines
+
+
+def page(found: Mapping[str, Any]) -> str:
     """The figures as Markdown."""
-    lines = ["|  | read as " + STYLE + " | read as its name |", "| --- | ---: | ---: |"]
-    for row, shares in found["rows"].items():
-        lines.append(f"| {row} | {shares['style']:.1%} | {shares['name']:.1%} |")
+    lines = ["|  | style | name |", "| --- | ---: | ---: |"]
+    rows = dict(found["ceilings"])
+    for seed, one in found["seeds"].items():
+        rows |= {f"{row}, seed {seed}": shares for row, shares in one["shares"].items()}
+    lines += [f"| {row} | {one['style']:.1%} | {one['name']:.1%} |" for row, one in rows.items()]
     return PAGE.format(
-        date=time.strftime("%Y-%m-%d"),
-        machine=platform.machine(),
-        threads=torch.get_num_threads(),
-        minutes=found["minutes"],
-        rank=TRAINING["rank"],
-        names=", ".join(found["shown"]),
+        command=found["command"],
+        date=found["date"],
+        processor=found["machine"]["processor"],
+        threads=found["machine"]["cores"],
+        seeds=", ".join(found["seeds"]),
+        first=next(iter(found["seeds"])),
         style=STYLE,
         styles=", ".join((*STYLES, STYLE)),
-        count=found["names"],
-        each=EACH,
+        count=len(found["names"]),
+        kept=COLORS_KEPT,
         table="\n".join(lines) + "\n",
+        criteria="\n".join(f"- {line}" for line in found["criteria"]),
         grid="style_lora.png",
         shown="style_lora_shown.png",
     )
@@ -226,5 +335,5 @@ if __name__ == "__main__":
     options = parser.parse_args()
     made = Demonstration(options.out).run(options.results)
     write_json(made, options.results / "style_lora.json")
-    (options.results / "style_lora.md").write_text(page(made))
-    print((options.results / "style_lora.md").read_text())
+    (options.results / "README.md").write_text(page(made))
+    print("\n".join(made["criteria"]))
