@@ -48,10 +48,6 @@ struct Vectors {
   static long keys_size(const Attention& a) { return rounded_up(a.keys, kLanes) * a.dim; }
   static long values_size(const Attention& a) { return a.keys * rounded_up(a.dim, kLanes); }
 
-  static int vectors_of(long columns) {
-    return int((std::min(columns, kPanel) + kLanes - 1) / kLanes);
-  }
-
   static void pack(const Attention& a, const T* k, const T* v, long first, long count, long,
                    Head<float>& head) {
     const long dim = a.dim, padded = rounded_up(dim, kLanes);

@@ -1,6 +1,8 @@
 // A product of small float32 matrices whose sums stay in registers.
 #pragma once
 
+#include <algorithm>
+
 #include "vector.h"
 
 namespace {
@@ -48,6 +50,11 @@ inline void tile_of(int vectors, const float* a, long a_row, long a_step, const 
     case 4: return tile<4>(a, a_row, a_step, b, b_row, depth, c, c_row, onto);
 #endif
   }
+}
+
+// Vectors of a panel that begins there.
+inline int vectors_of(long columns) {
+  return int((std::min(columns, kPanel) + kLanes - 1) / kLanes);
 }
 
 }  // namespace

@@ -12,7 +12,10 @@ from torch.nn import functional as F
 
 from ..kernels.layout import format_of
 from . import onednn
+from .cpu import library as cpu
+from .cpu import winograd
 from .dispatch import Backend, Op, autocast, checks, needs_gradient, triton
+from .dispatch.backend import requested
 
 Padding = int | tuple[int, int, int, int]
 
@@ -163,6 +166,9 @@ def pack_conv2d(
 ) -> onednn.Packed | None:
     """What :func:`conv2d` takes as ``packed``, in a layout of its own: a copy of the weight.
 
+    On a CPU that is oneDNN's layout or, for a 3x3 window and under ``use_backend(conv2d="cpu")``,
+    Winograd's transform of the weight (16/9 of its memory).
+
     Args:
         weight: [O, C, kh, kw].
         size: the input's [B, C, H, W], both sources counted; others work as well, perhaps slower.
@@ -193,6 +199,8 @@ def pack_conv2d(
         return None
     if weight.device.type == "cuda":
         return (weight.detach().contiguous(memory_format=torch.channels_last),)
+    if _way(weight, stride) == "winograd":
+        return (winograd.pack(weight),)
     if not onednn.supports(weight.device.type, weight.dtype):
         return None
     batch, channels, height, width = size
@@ -200,6 +208,13 @@ def pack_conv2d(
     if (left, top) != (right, bottom):  # then conv2d pads the input itself
         height, width, pads = height + top + bottom, width + left + right, [0, 0]
     return (onednn.pack_conv2d(weight, (batch, channels, height, width), stride, pads),)
+
+
+def _way(weight: Tensor, stride: int) -> str:
+    """How a weight on the CPU is packed."""
+    if requested("conv2d") == cpu.NAME and not winograd.fits(weight, stride) and not cpu.settle():
+        return "winograd"
+    return "onednn"
 
 
 def reference(
@@ -215,7 +230,7 @@ def reference(
 ) -> Tensor:
     form = format_of(x, weight)
     both, pads = _joined(x, x2, padding)
-    if packed and packed[0].layout == torch.strided and not needs_gradient(weight):
+    if packed and not packed[0].is_mkldnn and packed[0].dim() == 4 and not needs_gradient(weight):
         weight = packed[0]  # as cuDNN reads it
     y = F.conv2d(both, weight, bias, stride, pads)
     if add is not None:
@@ -281,6 +296,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _OP.autograd(_setup_context, _backward)
 
 
+def _for_onednn(packed: Sequence[Tensor]) -> bool:
+    return bool(packed) and packed[0].is_mkldnn
+
+
 def _pointwise(weight: Tensor, stride: int, padding: Sequence[int]) -> bool:
     """Whether the convolution is a linear layer on each pixel."""
     return weight.shape[2:] == (1, 1) and stride == 1 and not any(padding)
@@ -307,7 +326,7 @@ def _onednn(
     both, pads = _joined(x, x2, padding)
     if residual is not None:
         residual = residual.contiguous(memory_format=form)
-    if packed:
+    if _for_onednn(packed):
         both = both.contiguous(memory_format=form)
         y = onednn.conv2d(both, packed[0], bias, stride, pads, residual)
     elif _pointwise(weight, stride, padding):
@@ -357,9 +376,10 @@ def _onednn_supports(
     packed: Sequence[Tensor],
 ) -> list[str]:
     batch, _, height, width = _output_size(x, weight, stride, padding)
-    if not packed and batch * height * width * weight.numel() < onednn.SMALL:
+    laid_out = _for_onednn(packed)
+    if not laid_out and batch * height * width * weight.numel() < onednn.SMALL:
         return [onednn.TOO_SMALL]
-    if not packed and residual is None:
+    if not laid_out and residual is None:
         last = format_of(x, weight) == torch.channels_last
         pointwise = last and _pointwise(weight, stride, padding)
         if not pointwise and not _few_pixels(x, weight, stride, padding):
@@ -373,5 +393,10 @@ def _kernels() -> ModuleType:
     return conv2d
 
 
+def _winograd(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    return winograd.forward(x, weight, *args).contiguous(memory_format=format_of(x, weight))
+
+
+cpu.add(_OP, lambda: _winograd, winograd.supports)
 _OP.add(Backend("onednn", lambda: _onednn, onednn.machine, _onednn_supports))
 triton.add(_OP, _kernels, measured=True)

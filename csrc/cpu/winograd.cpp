@@ -1,0 +1,203 @@
+// 3x3 convolutions by Winograd's F(2x2, 3x3) (Lavin & Gray 2015): 16 products in the place of 36,
+//
+//   Y = A^T [(G g G^T) . (B^T d B)] A
+//
+// for each tile d of 4x4 pixels, which gives 2x2 of the result. Tiles are taken in chunks: their
+// transforms [16][tiles][C], 16 products with the weights' [16][C][O], and the transforms back.
+#include "winograd.h"
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "product.h"
+
+namespace {
+
+constexpr int kPlanes = 16;
+constexpr long kTiles = 32 * kTileRows;            // of a chunk
+constexpr long kDepth = kLanes == 16 ? 128 : 256;  // channels summed at once, see multiply
+constexpr long kLine = 16;                         // numbers of a line of the cache
+
+struct Release {
+  void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
+};
+using Memory = std::unique_ptr<float[], Release>;
+
+Memory allocate(long count) { return Memory(new (std::align_val_t(64)) float[count]); }
+
+// Planes of rows, with a line of the cache between: rows of a power of two would share its sets.
+struct Planes {
+  long row, plane;
+  Memory memory;
+  Planes(long rows, long columns)
+      : row(rounded_up(columns, kLine) + kLine),
+        plane(rows * row + kLine),
+        memory(allocate(kPlanes * plane)) {}
+  float* at(long k, long index) const { return memory.get() + k * plane + index * row; }
+};
+
+// Calls body(channel, lanes) for the vectors of a row.
+template <class Body>
+inline void along(long channels, Body body) {
+  long c = 0;
+  for (; c + kLanes <= channels; c += kLanes) body(c, Full{});
+  if (c < channels) body(c, Part{int(channels - c)});
+}
+
+struct Tile {
+  long image, y, x;  // of its result
+  Tile(const Winograd& w, long index) {
+    const long rows = (w.out_height + 1) / 2, columns = (w.out_width + 1) / 2;
+    image = index / (rows * columns);
+    y = index / columns % rows * 2;
+    x = index % columns * 2;
+  }
+};
+
+// B^T d B of a tile, to planes[k][index].
+void transform(const Winograd& w, const Tile& tile, const float* zeros, const Planes& planes,
+               long index) {
+  const float* pixels[4][4];
+  for (long i = 0; i < 4; ++i)
+    for (long j = 0; j < 4; ++j) {
+      const long y = tile.y - w.top + i, x = tile.x - w.left + j;
+      const bool inside = y >= 0 && y < w.height && x >= 0 && x < w.width;
+      pixels[i][j] =
+          inside ? w.x + ((tile.image * w.height + y) * w.width + x) * w.channels : zeros;
+    }
+  along(w.channels, [&](long c, auto lanes) {
+    Vec t[4][4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const Vec d0 = load(pixels[0][j] + c, lanes), d1 = load(pixels[1][j] + c, lanes);
+      const Vec d2 = load(pixels[2][j] + c, lanes), d3 = load(pixels[3][j] + c, lanes);
+      t[0][j] = d0 - d2, t[1][j] = d1 + d2, t[2][j] = d2 - d1, t[3][j] = d1 - d3;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const Vec out[4] = {t[i][0] - t[i][2], t[i][1] + t[i][2], t[i][2] - t[i][1],
+                          t[i][1] - t[i][3]};
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) store(planes.at(4 * i + j, index) + c, out[j], lanes);
+    }
+  });
+}
+
+// A^T M A of a tile with what follows it, to the result.
+void finish(const Winograd& w, const Tile& tile, const Planes& planes, long index) {
+  const long place = ((tile.image * w.out_height + tile.y) * w.out_width + tile.x) * w.outputs;
+  const long rows = std::min(2L, w.out_height - tile.y),
+             columns = std::min(2L, w.out_width - tile.x);
+  const float* add = w.add ? w.add + tile.image * w.add_stride : nullptr;
+  along(w.outputs, [&](long c, auto lanes) {
+    Vec t[2][4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const Vec m0 = load(planes.at(j, index) + c, Full{}),
+                m1 = load(planes.at(4 + j, index) + c, Full{});
+      const Vec m2 = load(planes.at(8 + j, index) + c, Full{}),
+                m3 = load(planes.at(12 + j, index) + c, Full{});
+      t[0][j] = m0 + m1 + m2, t[1][j] = m1 - m2 - m3;
+    }
+    Vec more = {};
+    if (w.bias) more += load(w.bias + c, lanes);
+    if (add) more += load(add + c, lanes);
+    for (long i = 0; i < rows; ++i) {
+      const Vec out[2] = {t[i][0] + t[i][1] + t[i][2], t[i][1] - t[i][2] - t[i][3]};
+      for (long j = 0; j < columns; ++j) {
+        const long at = place + (i * w.out_width + j) * w.outputs + c;
+        Vec y = out[j] + more;
+        if (w.residual) y += load(w.residual + at, lanes);
+        store(w.y + at, y, lanes);
+      }
+    }
+  });
+}
+
+// sums[row][columns begin to end] = values[row][C] weight[C][...] of one plane. A block of weights
+// stays in the first cache for all rows, and while it is used the next one is fetched.
+void multiply(const float* values, long values_row, const float* weight, long channels, float* sums,
+              long sums_row, long rows, long begin, long end) {
+  for (long d = 0; d < channels; d += kDepth)
+    for (long panel = begin; panel < end; panel += kPanel) {
+      const int vectors = vectors_of(end - panel);
+      const long width = vectors * kLanes, depth = std::min(kDepth, channels - d);
+      const float* block = weight + panel * channels + d * width;
+      const float* next = panel + kPanel < end ? block + kPanel * channels
+                                               : weight + begin * channels +
+                                                     (d + depth) * std::min(kPanel, end - begin);
+      const long share = rounded_up((depth * width * kTileRows + rows - 1) / rows, kLine);
+      for (long row = 0; row < rows; row += kTileRows) {
+        for (long i = 0; i < share; i += kLine)
+          __builtin_prefetch(next + row / kTileRows * share + i, 0, 2);
+        tile_of(vectors, values + row * values_row + d, values_row, 1, block, width, depth,
+                sums + row * sums_row + panel, sums_row, d > 0);
+      }
+    }
+}
+
+void run(const Winograd& w) {
+  const long tiles = w.batch * ((w.out_height + 1) / 2) * ((w.out_width + 1) / 2);
+  const long chunk = rounded_up(std::min(tiles, kTiles), kTileRows);
+  const long outputs = rounded_up(w.outputs, kLine), panels = (outputs + kPanel - 1) / kPanel;
+  const long groups = std::clamp<long>((4L * w.threads + kPlanes - 1) / kPlanes, 1, panels);
+  const double work = double(tiles) * w.channels * w.outputs * kPlanes;
+  const int threads = int(std::clamp<double>(work / 500000, 1, w.threads));
+  const std::vector<float> zeros(w.channels + kLanes);
+  const Planes values(chunk, w.channels), sums(chunk, outputs);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  for (long first = 0; first < tiles; first += chunk) {
+    const long count = std::min(chunk, tiles - first), rows = rounded_up(count, kTileRows);
+#pragma omp for schedule(static)
+    for (long i = 0; i < rows; ++i)
+      if (i < count)
+        transform(w, Tile(w, first + i), zeros.data(), values, i);
+      else
+        for (long k = 0; k < kPlanes; ++k) std::fill_n(values.at(k, i), values.row, 0.f);
+#pragma omp for schedule(static)
+    for (long unit = 0; unit < kPlanes * groups; ++unit) {
+      const long k = unit / groups, group = unit % groups;
+      multiply(values.at(k, 0), values.row, w.weight + k * w.channels * outputs, w.channels,
+               sums.at(k, 0), sums.row, rows, panels * group / groups * kPanel,
+               std::min(panels * (group + 1) / groups * kPanel, outputs));
+    }
+#pragma omp for schedule(static)
+    for (long i = 0; i < count; ++i) finish(w, Tile(w, first + i), sums, i);
+  }
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) void winograd(const Winograd* w) { run(*w); }
+
+// G g G^T, [16] times panels of columns [panel][C][width], a width being the vectors that the
+// panel's columns take; columns past O, up to a whole line, are zero. In float64 until it is
+// rounded.
+extern "C" __attribute__((visibility("default"))) void winograd_pack(const float* weight,
+                                                                     float* packed, int64_t outputs,
+                                                                     int64_t channels,
+                                                                     int32_t threads) {
+  const long padded = rounded_up(outputs, kLine);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (long o = 0; o < padded; ++o) {
+    const long panel = o / kPanel * kPanel, width = vectors_of(padded - panel) * kLanes;
+    for (long c = 0; c < channels; ++c) {
+      double t[4][3] = {};
+      if (o < outputs) {
+        const float* g = weight + (o * channels + c) * 9;
+        for (int j = 0; j < 3; ++j) {
+          const double g0 = g[j], g1 = g[3 + j], g2 = g[6 + j];
+          t[0][j] = g0, t[1][j] = (g0 + g1 + g2) / 2, t[2][j] = (g0 - g1 + g2) / 2, t[3][j] = g2;
+        }
+      }
+      float* to = packed + panel * channels + c * width + o - panel;
+      for (int i = 0; i < 4; ++i) {
+        const double u0 = t[i][0], u1 = t[i][1], u2 = t[i][2];
+        const double out[4] = {u0, (u0 + u1 + u2) / 2, (u0 - u1 + u2) / 2, u2};
+        for (int j = 0; j < 4; ++j) to[(4 * i + j) * channels * padded] = float(out[j]);
+      }
+    }
+  }
+}

@@ -1,0 +1,111 @@
+"""3x3 convolutions of stride 1 by Winograd's F(2x2, 3x3) on the kernel of csrc/cpu, in float32.
+
+16 products take the place of 36 (Lavin & Gray 2015). A number that is not finite in the input makes
+NaN of its whole tile of 2x2.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..dispatch import checks
+from . import library
+
+_POINTER, _INT, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_LAST = torch.channels_last
+LINE = 16  # output channels are filled up to a multiple of it
+
+
+class _Arguments(ctypes.Structure):
+    """``Winograd`` of csrc/cpu/winograd.h."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("x", "weight", "y", "bias", "add", "residual")),
+        ("add_stride", _INT),
+        *((name, _INT) for name in ("batch", "height", "width", "channels")),
+        *((name, _INT) for name in ("out_height", "out_width", "outputs", "left", "top")),
+        ("threads", _FLAG),
+    )
+
+
+def fits(weight: Tensor, stride: int) -> list[str]:
+    """Why the algorithm can't take a weight [O, C, kh, kw]; empty if it can."""
+    if weight.dtype != torch.float32:
+        return [f"dtype {weight.dtype}"]
+    if weight.shape[2:] != (3, 3) or stride != 1:
+        return ["Winograd's algorithm is for windows of 3x3 and stride 1"]
+    return []
+
+
+def pack(weight: Tensor) -> Tensor:
+    """G g G^T of a weight [O, C, 3, 3] as the kernel reads it, [16, C, O'], O' whole lines."""
+    out, channels = weight.shape[:2]
+    weight = weight.detach().contiguous()
+    packed = torch.empty(16, channels, -(-out // LINE) * LINE)
+    pointers = (_POINTER(one.data_ptr()) for one in (weight, packed))
+    library.kernels.winograd_pack(
+        *pointers, _INT(out), _INT(channels), _FLAG(torch.get_num_threads())
+    )
+    return packed
+
+
+def is_packed(packed: Sequence[Tensor]) -> bool:
+    """Whether a packed weight is one of :func:`pack`."""
+    return len(packed) == 1 and not packed[0].is_mkldnn and packed[0].dim() == 3
+
+
+def supports(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    pads: Sequence[int],
+    x2: Tensor | None,
+    add: Tensor | None,
+    residual: Tensor | None,
+    packed: Sequence[Tensor],
+) -> list[str]:
+    """Why this call is not for the kernel; empty if it is."""
+    why = fits(weight, stride)
+    if not why and not is_packed(packed):
+        why = ["its weight is not packed for it"]
+    if not why and checks.needs_gradient(x, weight, bias, x2, add, residual):
+        why = ["a gradient is needed"]
+    return why
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    pads: Sequence[int],
+    x2: Tensor | None,
+    add: Tensor | None,
+    residual: Tensor | None,
+    packed: Sequence[Tensor],
+) -> Tensor:
+    """[B, O, H', W'] in channels_last."""
+    x = (x if x2 is None else torch.cat((x, x2), 1)).contiguous(memory_format=_LAST)
+    (left, right, top, bottom), out = pads, weight.shape[0]
+    batch, channels, height, width = x.shape
+    size = batch, out, height + top + bottom - 2, width + left + right - 2
+    y = torch.empty(size, memory_format=_LAST)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=_LAST)
+    if bias is not None:
+        bias = bias.contiguous()
+    if add is not None:
+        add = add if add.stride(1) == 1 else add.contiguous()
+    given = (x, packed[0], y, bias, add, residual)
+    c = _Arguments(
+        *(None if one is None else one.data_ptr() for one in given),
+        0 if add is None else add.stride(0),
+        *(batch, height, width, channels, *size[2:], out, left, top, torch.get_num_threads()),
+    )
+    library.kernels.winograd(ctypes.byref(c))
+    return y
