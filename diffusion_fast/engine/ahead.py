@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..models import UNet2DCondition, UNetConfig
 from ..models.vae import AutoencoderKL
@@ -19,29 +18,11 @@ from ..schedule import DiffusionSchedule
 from .buffers import Layout
 from .loop import Loop
 from .predictor import predictor_for
+from .rewrites.cost import Calls
 from .rewrites.decoder import PreparedDecoder
 
 META = torch.device("meta")
 TOKENS = 77
-
-
-class Calls(TorchDispatchMode):
-    """The calls of the project's ops inside the ``with`` block, in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[str, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        space, _, name = func._schema.name.partition("::")
-        if space == "diffusion_fast":
-            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
-            given |= kwargs or {}
-            every = (given.get(a.name, a.default_value) for a in func._schema.arguments)
-            self.found.append((name, tuple(every)))
-        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()

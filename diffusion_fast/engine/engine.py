@@ -216,7 +216,8 @@ class Engine:
     def explain(self) -> dict[str, Any]:
         """What a run of this engine does: table, halves of guidance, dtypes, graph, backends.
 
-        ``"rewrites"`` has a row for each rewrite of the last run's predictor.
+        ``"rewrites"`` has a row for each rewrite of the last run's predictor, ``"products"`` how
+        many of a step's products and convolutions go which way on a CPU.
         """
         step = ops.explain("sampler_step")
         device, model_dtype, dtype = self._placement()
@@ -227,6 +228,7 @@ class Engine:
             "state": f"{dtype} on {device}, model in {model_dtype}",
             "graph": f"{self._graphs.last.mode} ({self._graphs.last.why})",
             "sampler_step": step.backend,
+            "products": _products(last),
             "rewrites": list(last.predictor.explain()) if last is not None else [],
         }
 
@@ -323,6 +325,8 @@ class Engine:
         loop = self._loops.get(layout)
         if loop is None:
             loop = Loop(layout, self._predictor_for(layout))
+            if device.type == "cpu":  # before the first step, none of which waits or measures
+                contest.prepare(loop.predictor.calls(shape[2:]))
             self._loops[layout] = loop
             if len(self._loops) > LOOPS:
                 self._give_up(next(iter(self._loops)))
@@ -341,8 +345,6 @@ class Engine:
         """Images of the same batch share a predictor, whatever their sizes."""
         key = (layout.shape[0], layout.halves, layout.rows, layout.model_dtype, layout.device)
         if key not in self._predictors:
-            if layout.device.type == "cpu":
-                contest.prepare()  # before the first step, none of which waits or measures
             self._predictors[key] = predictor_for(
                 self.model,
                 self.rewrites,
@@ -351,6 +353,13 @@ class Engine:
                 max_rows=layout.rows,
             )
         return self._predictors[key]
+
+
+def _products(loop: Loop | None) -> str:
+    """Which ways the products of a loop go, as they were measured on a CPU."""
+    if loop is None or loop.buffers.layout.device.type != "cpu":
+        return "nothing was measured"
+    return contest.told(loop.predictor.calls(loop.buffers.layout.shape[2:]))
 
 
 def _track(rows: range, label: str, enabled: bool) -> Iterable[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,7 @@ from .buffers import Clock
 from .order import Order, contexts_of
 from .rewrites.controlled import prepare
 from .rewrites.derived import Executor, eagerly
-from .rewrites.plan import REWRITES, Bypassed, RewriteReport
+from .rewrites.plan import REWRITES, Bypassed, OpCall, RewriteReport
 
 
 class Predictor(Protocol):
@@ -47,6 +47,14 @@ class Predictor(Protocol):
 
     def refresh(self) -> None:
         """After the weights' values changed: derived tensors are computed again, in place."""
+        ...
+
+    def calls(self, size: Sequence[int]) -> Iterable[OpCall]:
+        """The op calls of a step, as far as they are known: names, and arguments without data.
+
+        Args:
+            size: of x behind its channels.
+        """
         ...
 
     def explain(self) -> Sequence[RewriteReport]:
@@ -113,6 +121,10 @@ class PlainPredictor:
 
     def refresh(self) -> None:
         """Nothing is derived from the weights."""
+
+    def calls(self, size: Sequence[int]) -> Iterable[OpCall]:
+        """Nobody knows what a model calls."""
+        return ()
 
     def explain(self) -> Sequence[RewriteReport]:
         return [RewriteReport(name, False, self.why) for name in REWRITES] if self.why else []

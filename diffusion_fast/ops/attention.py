@@ -365,7 +365,7 @@ _OP.add(
         composite=True,
     )
 )
-_CONTEST = Contest(_OP, on_cpu.KINDS, on_cpu.kind_of, on_cpu.default)
+_CONTEST = Contest(_OP, on_cpu.kind_of, on_cpu.example, always=on_cpu.KINDS, default=on_cpu.default)
 _OP.add(
     Backend(
         "onednn",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from ..kernels.layout import format_of
 from . import onednn
 from .cpu import library as cpu
-from .cpu import winograd
+from .cpu import products, winograd
+from .cpu.contest import Contest, Ways, packed_call
 from .dispatch import Backend, Op, autocast, checks, needs_gradient, triton
 from .dispatch.backend import requested
 
@@ -166,8 +167,8 @@ def pack_conv2d(
 ) -> onednn.Packed | None:
     """What :func:`conv2d` takes as ``packed``, in a layout of its own: a copy of the weight.
 
-    On a CPU that is oneDNN's layout or, for a 3x3 window and under ``use_backend(conv2d="cpu")``,
-    Winograd's transform of the weight (16/9 of its memory).
+    On a CPU that is oneDNN's layout, or Winograd's transform of a 3x3 window (16/9 of the weight's
+    memory) where an engine has measured that to be faster, or under ``use_backend(conv2d="cpu")``.
 
     Args:
         weight: [O, C, kh, kw].
@@ -175,8 +176,9 @@ def pack_conv2d(
         stride, padding: as in :func:`conv2d`.
 
     Returns:
-        None where packing does nothing: a 1x1 window, whose weight is read as it is, or a CPU
-        without oneDNN. On CUDA it is the weight in channels_last.
+        None where packing does nothing: a 1x1 window, whose weight is read as it is, a CPU without
+        oneDNN, or one on which it was measured to gain nothing. On CUDA it is the weight in
+        channels_last.
 
     Raises:
         ValueError: not a floating [O, C, kh, kw], or a size that doesn't fit it.
@@ -199,22 +201,35 @@ def pack_conv2d(
         return None
     if weight.device.type == "cuda":
         return (weight.detach().contiguous(memory_format=torch.channels_last),)
-    if _way(weight, stride) == "winograd":
-        return (winograd.pack(weight),)
     if not onednn.supports(weight.device.type, weight.dtype):
         return None
-    batch, channels, height, width = size
-    pads = [top, left]
+    pads = [left, right, top, bottom]
+    way = "packed"
+    if requested("conv2d") == cpu.NAME:
+        why = winograd.fits(weight, stride) or cpu.settle()
+        way = way if why else "winograd"
+    elif requested("conv2d") == "auto":
+        order = _CONTEST.order(products.conv2d_kind(weight, size, stride, pads))
+        way = order[0] if order else way
+    return _PACKERS[way](weight, size, stride, pads)
+
+
+def _packed_for_onednn(
+    weight: Tensor, size: Sequence[int], stride: int, pads: Sequence[int]
+) -> onednn.Packed:
+    (batch, channels, height, width), (left, right, top, bottom) = size, pads
+    even = [top, left]
     if (left, top) != (right, bottom):  # then conv2d pads the input itself
-        height, width, pads = height + top + bottom, width + left + right, [0, 0]
-    return (onednn.pack_conv2d(weight, (batch, channels, height, width), stride, pads),)
+        height, width, even = height + top + bottom, width + left + right, [0, 0]
+    return (onednn.pack_conv2d(weight, (batch, channels, height, width), stride, even),)
 
 
-def _way(weight: Tensor, stride: int) -> str:
-    """How a weight on the CPU is packed."""
-    if requested("conv2d") == cpu.NAME and not winograd.fits(weight, stride) and not cpu.settle():
-        return "winograd"
-    return "onednn"
+# How a weight is laid out for each way of the contest.
+_PACKERS: dict[str, Callable[..., onednn.Packed | None]] = {
+    "packed": _packed_for_onednn,
+    "winograd": lambda weight, *_: (winograd.pack(weight),),
+    "direct": lambda *_: None,
+}
 
 
 def reference(
@@ -397,6 +412,19 @@ def _winograd(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
     return winograd.forward(x, weight, *args).contiguous(memory_format=format_of(x, weight))
 
 
+def _ways(x: Tensor, weight: Tensor, bias: Any, stride: int, pads: Any, *_: Any) -> Ways:
+    """What computes a call without a second source, by the contest's names."""
+    ways: dict[str, Callable[..., Tensor]] = {}
+    for name, runs in (("packed", _onednn), ("winograd", _winograd), ("direct", _onednn)):
+        if name == "winograd" and winograd.fits(weight, stride):
+            continue
+        ways[name] = packed_call(runs, _PACKERS[name](weight, x.shape, stride, pads))
+    return ways
+
+
+_CONTEST = Contest(
+    _OP, products.conv2d_kind_of, products.conv2d_example, ways=_ways, names=tuple(_PACKERS)
+)
 cpu.add(_OP, lambda: _winograd, winograd.supports)
 _OP.add(Backend("onednn", lambda: _onednn, onednn.machine, _onednn_supports))
 triton.add(_OP, _kernels, measured=True)

@@ -12,7 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import onednn
+from .cpu import products
+from .cpu.contest import Contest, Ways, packed_call
 from .dispatch import Backend, Op, autocast, checks, triton
+from .dispatch.backend import requested
 from .geglu import geglu as gate
 from .geglu import reference as _gated
 from .geglu import reference_backward as _gated_backward
@@ -129,7 +132,8 @@ def pack_linear(weight: Tensor, rows: int, *, geglu: bool = False) -> onednn.Pac
         geglu: whether the packed weight is for calls with ``geglu=True``, and for those only.
 
     Returns:
-        None where packing does nothing: off the CPU, without oneDNN, or for the weight's dtype.
+        None where packing does nothing: off the CPU, without oneDNN, for the weight's dtype, or
+        where an engine has measured another way to be faster on this CPU.
 
     Raises:
         ValueError: not a floating [N, K], an odd N with ``geglu``, or rows below 1.
@@ -147,6 +151,14 @@ def pack_linear(weight: Tensor, rows: int, *, geglu: bool = False) -> onednn.Pac
         checks.fail("weight", "shape [N, K], N even with geglu", list(weight.shape))
     if not onednn.supports(weight.device.type, weight.dtype):
         return None
+    if requested("linear") == "auto":
+        order = _CONTEST.order(products.linear_kind(weight, rows, geglu))
+        if order and order[0] != "packed":
+            return None
+    return _packed(weight, rows, geglu)
+
+
+def _packed(weight: Tensor, rows: int, geglu: bool) -> onednn.Packed:
     parts = weight.chunk(2) if geglu else (weight,)
     return tuple(onednn.pack_linear(part, rows) for part in parts)
 
@@ -280,5 +292,30 @@ def _has_columns(x: Tensor, *_: Any) -> list[str]:
     return [] if x.shape[-1] else ["rows of nothing"]
 
 
-_OP.add(Backend("onednn", lambda: _onednn, onednn.machine, _onednn_supports))
+def _ways(x: Tensor, weight: Tensor, bias: Any, residual: Any, geglu: bool, *_: Any) -> Ways:
+    """What computes a call, by the contest's names."""
+    packed = _packed(weight, len(x), geglu)
+    return {"packed": packed_call(_onednn, packed), "onednn": _onednn, "reference": reference}
+
+
+_CONTEST = Contest(
+    _OP,
+    products.linear_kind_of,
+    products.linear_example,
+    ways=_ways,
+    names=("packed", "onednn", "reference"),
+)
+_other_is_faster = _CONTEST.slower("onednn", among=("onednn", "reference"))
+
+
+def _slower(*args: Any) -> list[str]:
+    """Why "auto" leaves a call to the definition; a weight that is packed was measured then."""
+    return [] if args[-1] else _other_is_faster(*args)
+
+
+_OP.add(
+    Backend(
+        "onednn", lambda: _onednn, onednn.machine, _onednn_supports, ready=_slower, foresee=_slower
+    )
+)
 triton.add(_OP, _kernels, _has_columns, measured=True)

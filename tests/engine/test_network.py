@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
+from compilers import needs_cpu_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_close, error
@@ -35,6 +37,8 @@ from diffusion_fast.engine.rewrites.leaves import Leaf
 from diffusion_fast.engine.rewrites.plan import CONTROL, REWRITES
 from diffusion_fast.engine.rewrites.prepare import PreparedUNet
 from diffusion_fast.models import UNet2DCondition, UNetConfig
+from diffusion_fast.ops.cpu import library, winograd
+from diffusion_fast.ops.cpu.contest import Contest, Kind
 
 CHOICES: dict[str, str | Iterable[str]] = {
     **{name: [name] for name in REWRITES if name not in CONTROL},
@@ -145,6 +149,34 @@ def test_refresh_repacks_the_weights() -> None:
     network.prepare(given, GRID)
     expected = plain(model, x, 0, given)
     assert (network(x, at(0)) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("size", [(16, 16), (17, 13)], ids=str)
+def test_winograds_convolutions_in_a_whole_step(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of 3x3 and stride 1 that a contest is about; a refresh transforms the new weights."""
+    library.settle()
+
+    def order(self: Contest, kind: Kind | None) -> list[str]:
+        fits = self.op.name == "conv2d" and kind is not None and kind[5:8] == (3, 3, 1)
+        return ["winograd"] if fits else []
+
+    monkeypatch.setattr(Contest, "order", order)
+    model = unet(block_out_channels=(64, 128), cross_attention_dim=64)
+    given = conditions(model, 4)
+    network, x = prepared(model, given, "all"), images(model, 2, 2, size)
+    wide = {name: value.double() for name, value in given.items()}
+    for row in range(2):
+        truth = plain(copy.deepcopy(model).double(), x.double(), row, wide)
+        assert_close(network(x, at(row)), truth, plain(model, x, row, given))
+        leaves = [leaf for leaf in network.network.modules() if isinstance(leaf, Leaf)]
+        packed = [leaf._packed for leaf in leaves if leaf._packed is not None]
+        assert sum(winograd.is_packed(one) for one in packed) > 10
+        randomize(model)
+        network.refresh()
+        network.prepare(given, GRID)
 
 
 def test_weights_that_were_replaced_are_found_by_refresh() -> None:

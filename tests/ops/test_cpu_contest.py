@@ -91,7 +91,7 @@ def test_a_damaged_file_counts_as_missing(text: str, clock: dict[str, float]) ->
     assert chosen() == "cpu"
     PREPARE()
     assert chosen() == "sdpa"
-    assert '"sdpa"' in file.read_text()
+    assert '"sdpa cpu' in file.read_text()
 
 
 def test_another_machine_or_number_of_threads_has_another_file(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..buffers import Clock
 from ..order import contexts_of
 from . import cost
 from .derived import Executor, Kept, eagerly
-from .plan import Rewritable, RewritePlan, RewriteReport, make_plan
+from .plan import OpCall, Rewritable, RewritePlan, RewriteReport, make_plan
 from .prepare import PreparedNetwork, PreparedUNet
 
 HINT_NAMES = ("hints", "scales", "windows")
@@ -180,6 +180,11 @@ class PreparedControlled:
         for network in (self.unet, *self.controls):
             if network is not None:
                 network.refresh()
+
+    def calls(self, size: Sequence[int]) -> Iterator[OpCall]:
+        """As :meth:`PreparedUNet.calls <.prepare.PreparedUNet.calls>`: of the U-Net alone, whose
+        first half a ControlNet shares."""
+        return self.unet.calls(size)
 
     def explain(self) -> list[RewriteReport]:
         """As :meth:`PreparedUNet.explain <.prepare.PreparedUNet.explain>`."""

@@ -6,6 +6,7 @@ The network runs once on the meta device, where tensors have shapes and no data,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, cast
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...models import UNet2DCondition
+from ...models import UNet2DCondition, UNetConfig
 from ...models.controlled import Control, ControlledUNet
 from ...models.controlnet import ControlNet
 from ...models.ip_adapter import IPAdapter
@@ -103,6 +104,25 @@ class Counter(TorchDispatchMode):
         return 0
 
 
+class Calls(TorchDispatchMode):
+    """The calls of the project's ops inside the ``with`` block, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        space, _, name = func._schema.name.partition("::")
+        if space == "diffusion_fast":
+            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
+            given |= kwargs or {}
+            every = (given.get(a.name, a.default_value) for a in func._schema.arguments)
+            self.found.append((name, tuple(every)))
+        return func(*args, **(kwargs or {}))
+
+
 def _is_free(func: Any) -> bool:
     """Views, and allocations that write nothing."""
     name = func._schema.name.split("::")[-1]
@@ -188,12 +208,47 @@ class DryRun:
 
     def step(self, prepare: Callable[[Any], Any]) -> Counter:
         """The cost of one call of the predictor that ``prepare`` makes for a model."""
+        counter = Counter()
+        self.watched(prepare, counter)
+        return counter
+
+    def watched(self, prepare: Callable[[Any], Any], watch: TorchDispatchMode) -> None:
+        """The same call, watched by something else."""
         with DEVICE, torch.no_grad():
             predictor, clock = prepare(self.twin), Clock(DEVICE)
             predictor.prepare(self._context, torch.empty(1))
-            with Counter() as counter:
+            with watch:
                 predictor(self._x, clock)
-        return counter
+
+
+@functools.lru_cache(maxsize=64)
+def calls(
+    config: UNetConfig,
+    build: Callable[[Any, RewritePlan], Any],
+    on: frozenset[str],
+    dtype: torch.dtype,
+    batch: int,
+    halves: int,
+    size: tuple[int, int],
+) -> list[tuple[str, tuple[Any, ...]]]:
+    """The op calls of a step, with tensors on the meta device in the place of their arguments.
+
+    Args:
+        config: the U-Net's.
+        build: makes the predictor of such a model and a plan.
+        on: the rewrites that are on.
+        dtype: of its parameters.
+        batch, halves: images, and halves of guidance in a call.
+        size: height and width of the U-Net's input.
+    """
+    with DEVICE:
+        model = UNet2DCondition(config)
+    plan = RewritePlan(
+        batch, halves, 1, dtype, DEVICE, {name: "" for name in REWRITES if name not in on}
+    )
+    watch = Calls()
+    DryRun(model, dtype, halves * batch, size, 1).watched(lambda twin: build(twin, plan), watch)
+    return watch.found
 
 
 def explain(

@@ -69,7 +69,14 @@ class Leaf(nn.Module):
         kept = self.derived and self.weights is not NO_WEIGHTS
         self.weights = Weights(*_rewritten(self.weights, new)) if kept else new
         if self._pack is not None and self._packed is not None:
-            self._packed = _rewritten(self._packed, self._pack(self.weights[0]))
+            packed = self._pack(self.weights[0])
+            alike = packed is not None and _forms(packed) == _forms(self._packed)
+            self._packed = _rewritten(self._packed, packed) if alike else packed
+
+
+def _forms(packed: Packed) -> list[Any]:
+    """What a weight is packed as: another way may have been measured faster since."""
+    return [(one.layout, one.shape) for one in packed]
 
 
 def _rewritten(kept: Iterable[Any], new: Iterable[Any]) -> tuple[Any, ...]:

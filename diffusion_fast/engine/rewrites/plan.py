@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from ...ops import checks
 from . import leaves
 
 Rewritable = UNet2DCondition | ControlledUNet
+OpCall = tuple[str, tuple[Any, ...]]  # an op's name and its arguments
 
 
 @dataclass(frozen=True)

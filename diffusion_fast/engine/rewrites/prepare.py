@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -23,7 +23,7 @@ from ..order import Order, contexts_of
 from . import cost
 from .derived import Derived, Executor, eagerly
 from .leaves import Leaf, modules, plain_leaves
-from .plan import REWRITES, RewritePlan, RewriteReport, check_placement
+from .plan import REWRITES, OpCall, RewritePlan, RewriteReport, check_placement
 
 Network = TypeVar("Network", bound=nn.Module)
 Encoder = TypeVar("Encoder", bound=UNetEncoder)
@@ -321,6 +321,12 @@ class PreparedUNet(PreparedNetwork[UNet2DCondition]):
         self.size = (x.shape[2], x.shape[3])
         x = self.seen(x)
         return self.network.denoise(x, *self.conditions(clock), residuals, features)
+
+    def calls(self, size: Sequence[int]) -> Iterator[OpCall]:
+        """The op calls of a step for x [halves * B, C, *size], see :func:`.cost.calls`."""
+        plan = self.plan
+        sizes = plan.dtype, plan.batch, plan.halves, (size[0], size[1])
+        yield from cost.calls(self.model.config, PreparedUNet, frozenset(plan.on), *sizes)
 
     def explain(self) -> list[RewriteReport]:
         """A report of each rewrite, see :class:`RewriteReport`.

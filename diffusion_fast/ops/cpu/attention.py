@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,26 +24,24 @@ def kind_of(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, *_: Any
 ) -> Kind | None:
     """The kind of a call; None where nothing was measured that is like it."""
-    if q.dtype not in (torch.float32, torch.bfloat16) or checks.needs_gradient(q, k, v, bias):
+    if str(q.dtype) not in _DTYPES or checks.needs_gradient(q, k, v, bias):
         return None
     width = next((width for width in WIDTHS if q.shape[-1] <= width), WIDTHS[-1])
     return str(q.dtype), width, k.shape[1] >= MANY
 
 
-def _example(dtype: torch.dtype, width: int, many: bool) -> tuple[Any, ...]:
+def example(dtype: str, width: int, many: bool) -> tuple[Any, ...]:
     """A call of this kind, with work for all threads, of a few milliseconds."""
     generator, heads = torch.Generator().manual_seed(0), torch.get_num_threads()
-    q = torch.randn(1, 512, heads, width, generator=generator).to(dtype)
-    k = torch.randn(1, 1024 if many else 77, heads, width, generator=generator).to(dtype)
+    q = torch.randn(1, 512, heads, width, generator=generator).to(_DTYPES[dtype])
+    k = torch.randn(1, 1024 if many else 77, heads, width, generator=generator).to(q.dtype)
     return q, k, k, width**-0.5, None, None, False
 
 
-KINDS: dict[Kind, Callable[[], tuple[Any, ...]]] = {
-    (str(dtype), width, many): functools.partial(_example, dtype, width, many)
-    for dtype in (torch.float32, torch.bfloat16)
-    for width in WIDTHS
-    for many in (False, True)
-}
+_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16)}
+KINDS: list[Kind] = [
+    (dtype, width, many) for dtype in _DTYPES for width in WIDTHS for many in (False, True)
+]
 
 
 def default(kind: Kind) -> str | None:

@@ -1,18 +1,20 @@
 """Which way of an op is the fastest on this CPU: measured once, and kept on disk.
 
-A contest has a few kinds of calls, and one made-up call for each. There all ways take turns, and
-the least time of each counts. An engine measures before its first step (:func:`prepare`), a
-fraction of a second once for a machine, its number of threads and these versions; no op ever does.
-A process that finds results on disk uses them from its first call on; without any, the order of
-:data:`~..dispatch.backend.BACKENDS` decides.
+A contest is about kinds of calls, and makes up a call of each. There all ways take turns, and the
+least time of each counts. An engine measures before its first step (:func:`prepare`), once for a
+machine, its number of threads and these versions: some kinds always, and those of its network's
+calls. No op ever measures. A process that finds results on disk uses them from its first call on;
+without any, the order of :data:`~..dispatch.backend.BACKENDS` decides, or a default.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,17 @@ import torch
 from ...hardware import processor
 from ...kernels.measurements import adopt, file_of, lookup, remember, results
 from ..dispatch import Op
-from ..dispatch.backend import requested
+from ..dispatch.backend import BACKENDS, requested
 from . import library
 
-ROUNDS = 9
+ROUNDS, LEAST_ROUNDS = 9, 3
+ENOUGH = 0.1  # seconds for a kind, after which the least number of rounds will do
 GAIN = 0.95  # a way that is not first must take at most so much of the first one's time
+MANY = 8  # kinds from which a line says that they are measured
 
 Kind = tuple[object, ...]
+Ways = Mapping[str, Callable[..., Any]]
+Calls = Iterable[tuple[str, tuple[Any, ...]]]  # an op's name and its arguments
 
 _contests: list[Contest] = []
 
@@ -36,31 +42,52 @@ class Contest:
     """The ways to compute an op on a CPU.
 
     Args:
-        op: the op whose backends they are.
-        kinds: a made-up call for each kind: the op's arguments.
-        kind_of: the kind of a call, or None for one that no contest is about.
+        op: the op.
+        kind_of: the kind of a call, from the op's arguments; None for one that it isn't about.
+        example: a made-up call of a kind: the op's arguments.
+        ways: what can compute a call, by name, the preferred first; None: the op's backends.
+        names: of all ways.
+        always: the kinds to measure whatever a network calls.
         default: the way to a kind until it is measured; None: the first that can.
     """
 
     def __init__(
         self,
         op: Op,
-        kinds: Mapping[Kind, Callable[[], tuple[Any, ...]]],
         kind_of: Callable[..., Kind | None],
-        default: Callable[[Kind], str | None],
+        example: Callable[..., tuple[Any, ...]],
+        *,
+        ways: Callable[..., Ways] | None = None,
+        names: Sequence[str] = BACKENDS,
+        always: Iterable[Kind] = (),
+        default: Callable[[Kind], str | None] = lambda _: None,
     ) -> None:
-        self.op, self.kinds, self.kind_of, self.default = op, kinds, kind_of, default
-        self._keys = {kind: f"{op.name} {kind}" for kind in kinds}
+        self.op, self.kind_of, self.example, self.default = op, kind_of, example, default
+        self.ways, self.names, self.always = ways or self._backends, names, tuple(always)
         _contests.append(self)
 
-    def slower(self, name: str) -> Callable[..., list[str]]:
-        """A function that says why a backend is not the way to a call; nothing where it is."""
+    def order(self, kind: Kind | None) -> list[str]:
+        """The names of the ways to a kind, the fastest first; empty where nothing is known."""
+        found = None
+        if kind is not None and not library.machine():
+            found = lookup(_file(), f"{self.op.name} {kind}")
+        order = [] if found is None else found.split()
+        return order if all(name in self.names for name in order) else []
+
+    def slower(self, name: str, among: Sequence[str] | None = None) -> Callable[..., list[str]]:
+        """A function that says why a backend is not the way to a call; nothing where it is.
+
+        Args:
+            name: the backend's, and that of its way.
+            among: the ways that are open to such calls; None for all.
+        """
 
         def why(*args: Any) -> list[str]:
             kind = self.kind_of(*args)
             if kind is None or requested(self.op.name) != "auto" or library.machine():
                 return []
-            best = lookup(_file(), self._keys[kind])
+            order = self.order(kind)
+            best = next((way for way in order if among is None or way in among), None)
             if best is None:
                 default = self.default(kind)
                 return [] if default in (None, name) else [f"{default} is taken until measured"]
@@ -68,16 +95,37 @@ class Contest:
 
         return why
 
-    def measure(self) -> None:
-        """Take the times that are missing, and decide about this op's calls anew."""
-        file = _file()
-        missing = [kind for kind in self.kinds if lookup(file, self._keys[kind]) is None]
-        for kind in missing:
-            remember(file, self._keys[kind], self._fastest(self.kinds[kind]()))
-        if missing:
+    def missing(self, calls: Iterable[tuple[Any, ...]] = ()) -> list[Kind]:
+        """The kinds that are to be measured for calls of the op, given by its arguments."""
+        kinds = dict.fromkeys((*self.always, *self.kinds_of(calls)))
+        return [kind for kind in kinds if not self.order(kind)]
+
+    def kinds_of(self, calls: Iterable[tuple[Any, ...]]) -> list[Kind]:
+        """The kinds of calls, without those that it isn't about."""
+        return [kind for args in calls if (kind := self.kind_of(*args)) is not None]
+
+    def measure(self, kinds: Iterable[Kind]) -> None:
+        """Take the times of these kinds, and decide about this op's calls anew."""
+        for kind in kinds:
+            remember(_file(), f"{self.op.name} {kind}", " ".join(self._measured(kind)))
             self.op.forget()
 
-    def _fastest(self, args: tuple[Any, ...]) -> str:
+    def _measured(self, kind: Kind) -> list[str]:
+        """The ways to a kind by the time they take, where all but the first have a handicap."""
+        args = self.example(*kind)
+        ways = self.ways(*args)
+        seconds, began = dict.fromkeys(ways, float("inf")), time.perf_counter()
+        for turn in range(ROUNDS):
+            if turn >= LEAST_ROUNDS and time.perf_counter() - began > ENOUGH:
+                break
+            for name, run in ways.items():
+                start = time.perf_counter()
+                run(*args)
+                seconds[name] = min(seconds[name], time.perf_counter() - start)
+        seconds[next(iter(ways))] *= GAIN
+        return sorted(ways, key=seconds.__getitem__)
+
+    def _backends(self, *args: Any) -> Ways:
         ways = {}
         for backend in self.op.backends:
             why = backend.machine() if backend.machine is not None else []
@@ -85,23 +133,48 @@ class Contest:
                 why = backend.supports(*args)
             if not why and backend.name != "reference":
                 ways[backend.name] = backend.run
-        seconds = dict.fromkeys(ways, float("inf"))
-        with torch.no_grad():
-            for _ in range(ROUNDS):
-                for name, run in ways.items():
-                    start = time.perf_counter()
-                    run(*args)
-                    seconds[name] = min(seconds[name], time.perf_counter() - start)
-        first = next(iter(ways))
-        best = min(seconds, key=seconds.__getitem__)
-        return best if seconds[best] < GAIN * seconds[first] else first
+        return ways
 
 
-def prepare() -> None:
-    """Have the kernels compiled, and take all times that are missing."""
-    if not library.settle():
-        for contest in _contests:
-            contest.measure()
+def packed_call(
+    run: Callable[..., torch.Tensor], packed: Sequence[torch.Tensor] | None
+) -> Callable[..., torch.Tensor]:
+    """A way that reads a packed weight, which is the last of an op's arguments."""
+    return lambda *args: run(*args[:-1], packed or ())
+
+
+@torch.no_grad()
+def prepare(calls: Calls = ()) -> None:
+    """Have the kernels compiled, and take all times that are missing.
+
+    Args:
+        calls: what a network calls: names of ops, and their arguments, of which no data is read.
+    """
+    if library.settle():
+        return
+    calls = list(calls)
+    found = [(contest, contest.missing(_of(contest, calls))) for contest in _contests]
+    count = sum(len(kinds) for contest, kinds in found if not contest.always)
+    if count >= MANY:
+        told = f"diffusion_fast: measuring the ways to {count} products on this CPU, once"
+        print(told, file=sys.stderr, flush=True)
+    for contest, kinds in found:
+        contest.measure(kinds)
+
+
+@torch.no_grad()
+def told(calls: Calls) -> str:
+    """How many of a network's products go which way, where that was measured."""
+    calls, parts = list(calls), []
+    for contest in _contests:
+        orders = [contest.order(kind) for kind in contest.kinds_of(_of(contest, calls))]
+        counts = Counter(order[0] for order in orders if order)
+        parts += [f"{contest.op.name} {name} {count}" for name, count in counts.most_common()]
+    return ", ".join(parts) or "nothing was measured"
+
+
+def _of(contest: Contest, calls: Calls) -> list[tuple[Any, ...]]:
+    return [args for name, args in calls if name == contest.op.name]
 
 
 def taken() -> dict[str, Any]:

@@ -7,6 +7,7 @@ NaN of its whole tile of 2x2.
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -20,16 +21,8 @@ _LAST = torch.channels_last
 LINE = 16  # output channels are filled up to a multiple of it
 
 
-class _Arguments(ctypes.Structure):
-    """``Winograd`` of csrc/cpu/winograd.h."""
-
-    _fields_ = (
-        *((name, _POINTER) for name in ("x", "weight", "y", "bias", "add", "residual")),
-        ("add_stride", _INT),
-        *((name, _INT) for name in ("batch", "height", "width", "channels")),
-        *((name, _INT) for name in ("out_height", "out_width", "outputs", "left", "top")),
-        ("threads", _FLAG),
-    )
+# ``Winograd`` of csrc/cpu/winograd.h.
+_ARGUMENTS = struct.Struct("@6P 10q i")
 
 
 def fits(weight: Tensor, stride: int) -> list[str]:
@@ -101,11 +94,10 @@ def forward(
         bias = bias.contiguous()
     if add is not None:
         add = add if add.stride(1) == 1 else add.contiguous()
-    given = (x, packed[0], y, bias, add, residual)
-    c = _Arguments(
-        *(None if one is None else one.data_ptr() for one in given),
+    arguments = _ARGUMENTS.pack(
+        *(0 if one is None else one.data_ptr() for one in (x, packed[0], y, bias, add, residual)),
         0 if add is None else add.stride(0),
         *(batch, height, width, channels, *size[2:], out, left, top, torch.get_num_threads()),
     )
-    library.kernels.winograd(ctypes.byref(c))
+    library.kernels.winograd(arguments)
     return y

@@ -1,0 +1,183 @@
+"""What was measured about products and convolutions decides how weights are packed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compilers import needs_cpu_kernels
+from numerics import assert_close
+from torch import Tensor
+from torch.nn import functional as F
+
+import diffusion_fast as df
+from diffusion_fast import ops
+from diffusion_fast.engine.loop import Loop
+from diffusion_fast.kernels import measurements
+from diffusion_fast.ops.cpu import contest, library, products
+from diffusion_fast.ops.dispatch import known_ops
+
+pytestmark = needs_cpu_kernels
+PREPARE = contest.prepare
+LAST = torch.channels_last
+X, WEIGHT = torch.randn(2, 64, 12, 12).contiguous(memory_format=LAST), torch.randn(64, 64, 3, 3)
+ROWS, MATRIX = torch.randn(512, 64), torch.randn(128, 64)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    library.build()  # before the cache is another
+    monkeypatch.setattr(library, "settle", lambda: [])
+    monkeypatch.setattr(contest, "lookup", measurements.lookup)
+    monkeypatch.setenv("DIFFUSION_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(contest, "ROUNDS", 1)
+    yield
+    forget()
+
+
+def forget() -> None:
+    """As in a new process."""
+    measurements.chosen.clear()
+    measurements.loaded.clear()
+    for name in ("linear", "conv2d", "attention"):
+        known_ops[name].forget()
+
+
+def known(op: str, kind: object, order: str) -> None:
+    measurements.remember(contest._file(), f"{op} {kind}", order)
+    known_ops[op].forget()
+
+
+def conv2d_known(order: str) -> None:
+    known("conv2d", products.conv2d_kind(WEIGHT, X.shape, 1, (1, 1, 1, 1)), order)
+
+
+def linear_known(order: str) -> None:
+    known("linear", products.linear_kind(MATRIX, len(ROWS), False), order)
+
+
+def of_conv2d() -> tuple[str, str]:
+    """How a weight is packed, and the backend that takes it; the result is right."""
+    packed = ops.pack_conv2d(WEIGHT, tuple(X.shape), padding=1)
+    residual = torch.ones(2, 64, 12, 12)
+    more: dict[str, Any] = {"padding": 1, "residual": residual, "packed": packed}
+    result = ops.conv2d(X, WEIGHT, **more)
+    truth = F.conv2d(X.double(), WEIGHT.double(), padding=1) + 1
+    assert_close(result, truth, F.conv2d(X, WEIGHT, padding=1) + 1)
+    form = "none" if packed is None else "oneDNN's" if packed[0].is_mkldnn else "transformed"
+    return form, ops.explain("conv2d", X, WEIGHT, **more).backend
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ("packed winograd direct", ("oneDNN's", "onednn")),
+        ("winograd direct packed", ("transformed", "cpu")),
+        ("direct packed winograd", ("none", "onednn")),
+        ("what nobody knows", ("oneDNN's", "onednn")),
+    ],
+)
+def test_the_way_of_a_convolution(order: str, expected: tuple[str, str]) -> None:
+    assert of_conv2d() == ("oneDNN's", "onednn")  # until it is measured
+    conv2d_known(order)
+    assert of_conv2d() == expected
+    forget()
+    assert of_conv2d() == expected  # in another process, from the disk
+
+
+def of_linear() -> tuple[bool, ops.Choice]:
+    packed = ops.pack_linear(MATRIX, len(ROWS))
+    result, truth = ops.linear(ROWS, MATRIX, packed=packed), ROWS.double() @ MATRIX.double().mT
+    assert_close(result, truth, F.linear(ROWS, MATRIX))
+    return packed is not None, ops.explain("linear", ROWS, MATRIX, packed=packed)
+
+
+@pytest.mark.parametrize(
+    ("order", "packs", "backend"),
+    [
+        ("packed reference onednn", True, "onednn"),
+        ("onednn packed reference", False, "onednn"),
+        ("reference packed onednn", False, "reference"),
+    ],
+)
+def test_the_way_of_a_product(order: str, packs: bool, backend: str) -> None:
+    assert of_linear()[0]
+    linear_known(order)
+    packed, choice = of_linear()
+    assert (packed, choice.backend) == (packs, backend)
+    if backend == "reference":
+        assert choice.rejected["onednn"] == "reference was measured faster for such calls here"
+
+
+def test_a_call_without_a_packed_weight_goes_the_faster_of_the_other_ways() -> None:
+    linear_known("packed reference onednn")
+    assert ops.explain("linear", ROWS, MATRIX).backend == "reference"
+    linear_known("packed onednn reference")
+    assert ops.explain("linear", ROWS, MATRIX).backend == "onednn"
+
+
+def test_a_way_asked_for_by_name_is_taken_whatever_was_measured() -> None:
+    conv2d_known("winograd packed direct")
+    linear_known("reference packed onednn")
+    with ops.use_backend("onednn"):
+        assert of_conv2d()[0] == "oneDNN's"
+        assert of_linear()[0]
+
+
+def unet() -> df.UNet2DCondition:
+    config = df.UNetConfig.preset("digits")
+    return df.UNet2DCondition(config).eval()
+
+
+def engine(model: df.UNet2DCondition) -> df.Engine:
+    return df.Engine(model, df.DiffusionSchedule(), sampler="ddim", steps=2)
+
+
+def sampled(one: df.Engine, noise: Tensor) -> Tensor:
+    return one.sample(tuple(noise.shape), context=torch.arange(len(noise)), x_T=noise)
+
+
+def test_an_engine_measures_before_its_first_step_and_never_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(contest, "prepare", PREPARE)
+    model, noise = unet(), torch.randn(4, 1, 32, 32)
+    measured: list[object] = []
+    in_step: list[bool] = []
+    measure, predicted = contest.Contest._measured, Loop.predicted
+
+    def counted(self: contest.Contest, kind: contest.Kind) -> list[str]:
+        assert not in_step
+        if not self.always:
+            measured.append((self.op.name, kind))
+        return measure(self, kind)
+
+    def step(self: Loop) -> Tensor:
+        in_step.append(True)
+        return predicted(self)
+
+    monkeypatch.setattr(contest.Contest, "_measured", counted)
+    monkeypatch.setattr(Loop, "predicted", step)
+    first = engine(model)
+    result = sampled(first, noise)
+    assert {name for name, _ in measured} >= {"linear"}  # type: ignore[misc]
+    assert len(measured) == len(set(measured))
+    assert "measuring the ways to" in capsys.readouterr().err
+    assert "linear" in first.explain()["products"]
+    count = len(measured)
+    assert in_step
+    in_step.clear()
+    assert torch.equal(sampled(first, noise), result)
+    measurements.chosen.clear()
+    measurements.loaded.clear()
+    assert torch.equal(sampled(engine(model), noise), result)  # as another process finds it
+    assert len(measured) == count
+
+
+def test_a_network_without_large_products_has_nothing_measured() -> None:
+    tiny = "linear", (torch.ones(2, 8), torch.ones(4, 8), None, None, False, None, None, None, ())
+    PREPARE([tiny])
+    assert contest.told([tiny]) == "nothing was measured"
