@@ -48,10 +48,10 @@ class Launch(NamedTuple):
     args: tuple[Any, ...]
     options: dict[str, Any]
 
-    def warm_up(self) -> None:
-        """Compile it, or find it in the cache."""
+    def warm_up(self) -> Any:
+        """Triton's compiled kernel, made now or found in the cache."""
         kernel = getattr(importlib.import_module(self.module), self.kernel)
-        kernel.warmup(*self.args, grid=(1,), **self.options)
+        return kernel.warmup(*self.args, grid=(1,), **self.options)
 
 
 class Ahead(GPUDriver):
@@ -97,7 +97,7 @@ def recording(arch: int = 0) -> Iterator[list[Launch]]:
         found.append(Launch(kernel.fn.__module__, kernel.fn.__name__, args, options))
 
     before = launch.recorder, tuning.choose
-    launch.recorder, tuning.choose = record, _all
+    launch.recorder, tuning.choose = record, every_candidate
     try:
         with launch.planned_for(divmod(arch, 10)):
             yield found
@@ -105,7 +105,10 @@ def recording(arch: int = 0) -> Iterator[list[Launch]]:
         launch.recorder, tuning.choose = before
 
 
-def _all(_: str, key: Any, configs: Any, run: Callable[[Any], object], device: Any) -> Any:
+def every_candidate(
+    _: str, key: Any, configs: Any, run: Callable[[Any], object], device: Any
+) -> Any:
+    """Takes the place of :func:`tuning.choose`: nothing is measured, all are launched."""
     for config in configs:
         run(config)
     return configs[0]
@@ -153,13 +156,7 @@ def compile_all(chosen: list[Launch], arch: int, processes: int | None = None) -
     Raises:
         RuntimeError: a program that doesn't compile, with its name and what triton said.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = processes or min(cores or 1, PROCESSES)
-    # A process that was forked from one with CUDA or threads may hang.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(max(min(workers, len(chosen)), 1), context, _begin, (arch,))
-    try:
+    with compilers(arch, len(chosen), processes) as pool:
         waiting = {pool.submit(_compile, one): one for one in chosen}
         for done, future in enumerate(as_completed(waiting), 1):
             error = future.exception()
@@ -167,6 +164,19 @@ def compile_all(chosen: list[Launch], arch: int, processes: int | None = None) -
                 one = waiting[future]
                 raise RuntimeError(f"{one.module}.{one.kernel}: {error}") from error
             yield done
+
+
+@contextlib.contextmanager
+def compilers(arch: int, programs: int, processes: int | None) -> Iterator[ProcessPoolExecutor]:
+    """Processes whose JIT compiles for an architecture; as for :func:`compile_all`."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = processes or min(cores or 1, PROCESSES)
+    # A process that was forked from one with CUDA or threads may hang.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(max(min(workers, programs), 1), context, _begin, (arch,))
+    try:
+        yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -15,204 +15,241 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .group_norm_silu import (
-    _affine,
-    _load,
-    _merged,
-    _places,
-    _rstd,
-    _tile,
-    _two_pass,
+from .group_norm_silu import CHUNKS, inverse, merged, reduce_statistics, tiling, tune, two_pass
+from .group_tiles import (
+    SIZES,
+    affine,
+    load,
+    locate,
     operands,
-    reduce_statistics,
+    per_channel,
+    per_group,
+    pixels,
+    pointers,
     result_like,
-    tiling,
-    tune,
+    unit,
 )
 
 
 @triton.jit
-def _dz(u, dy, affine, SILU: tl.constexpr):
+def _dz(u, dy, weight, bias, factor, shift, SILU: tl.constexpr):
     """Gradient before SiLU: silu'(z) = sigmoid(z) (1 + z (1 - sigmoid(z)))."""
-    weight, bias, factor, shift = affine
     if SILU:
-        z = (u * weight[None, :, :] + bias[None, :, :]) * factor[None, :, :] + shift[None, :, :]
+        z = (u * weight[None, :] + bias[None, :]) * factor[None, :] + shift[None, :]
         gate = tl.sigmoid(z)
         dy = dy * gate * (1.0 + z * (1.0 - gate))
     return dy
 
 
 @triton.jit
-def _store_sums(sums_ptr, row, channel, exists, channels, a, d, u):
-    """A, D and U of the tile's channels into row ``row`` of [rows, 3, C]."""
-    place = row * 3 * channels + channel
+def _store_sums(sums_ptr, row, run, channels, a, d, u):
+    """A, D and U of the run into row ``row`` of [rows, 3, C]."""
+    start, c, exists = run
+    place = row * 3 * channels + start + c
     tl.store(sums_ptr + place, a, mask=exists)
     tl.store(sums_ptr + place + channels, d, mask=exists)
     tl.store(sums_ptr + place + 2 * channels, u, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _sums(
     sums_ptr,
     dy_ptr,
     dy_strides,
     parts_ptr,
     sources,
+    strides,
     tables,
+    table_strides,
     shape,
+    parts,
+    width,
+    each,
     chunk,
     eps: tl.float64,
     SILU: tl.constexpr,
-    PADDED: tl.constexpr,
+    DY_UNIT: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNIT2: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    CHUNKS: tl.constexpr,
     DTYPE: tl.constexpr,
     WIDE: tl.constexpr,
-    WIDTH: tl.constexpr,
     S: tl.constexpr,
+    R: tl.constexpr,
     G: tl.constexpr,
-    C: tl.constexpr,
 ):
-    """A, D, U of one chunk: sums [B, chunks, 3, C]."""
-    channels, space, chunks = shape[0], shape[1], shape[3]
-    image, part, g, channel, exists = _tile(tl.program_id(0), shape, WIDE, WIDTH, G, C)
-    count = tl.full((), space, DTYPE) * WIDTH
-    mean, m2 = _merged(parts_ptr, image, g, shape, chunks, chunk, WIDTH, PADDED)
-    rstd = _rstd(m2, count, eps, DTYPE)
-    affine = _affine(tables, image, channel, exists, DTYPE)
-    sum_a = tl.zeros([G, C], DTYPE)
-    sum_d = tl.zeros([G, C], DTYPE)
-    sum_u = tl.zeros([G, C], DTYPE)
-    sources = sources[:]  # inside a loop, Triton 3.6 loses the constants of nested tuples
-    for start in range(part * chunk, tl.minimum((part + 1) * chunk, space), S):
-        s = start + tl.arange(0, S)
-        v, valid = _load(sources, image, s, channel, exists, shape, DTYPE, WIDE)
-        place = _places(s, channel, image, dy_strides, WIDE)
-        dy = tl.load(dy_ptr + place, mask=valid, other=0.0).to(DTYPE)
-        u = tl.where(valid, (v - mean[None, :, None]) * rstd[None, :, None], 0.0)
-        dz = _dz(u, dy, affine, SILU)
-        sum_a += tl.sum(dz, 0)
-        sum_d += tl.sum(dz * u, 0)
-        sum_u += tl.sum(u, 0)
-    _store_sums(sums_ptr, image * chunks + part, channel, exists, channels, sum_a, sum_d, sum_u)
+    """A, D, U of one chunk, the parts being chunks: sums [B, parts, 3, C]."""
+    channels, space, first = shape[0], shape[1], shape[3]
+    image, part, run, of = locate(shape, parts, width, each, R, G, ALIGN, WIDE)
+    start, c, _ = run
+    count = tl.full((), space, DTYPE) * width
+    mean, m2 = merged(parts_ptr, image, of, shape, width, parts, chunk, S, CHUNKS)
+    mean = per_channel(of[2], mean)
+    rstd = per_channel(of[2], inverse(m2, count, eps, DTYPE))
+    weight, bias, factor, shift = affine(tables, table_strides, image, run, ALIGN, DTYPE)
+    sum_a = tl.zeros([S, R], DTYPE)
+    sum_d = tl.zeros([S, R], DTYPE)
+    sum_u = tl.zeros([S, R], DTYPE)
+    # Inside a loop, Triton 3.6 loses the constants of nested tuples.
+    sources, strides = sources[:], strides[:]
+    for tile in range(part * chunk, tl.minimum((part + 1) * chunk, tl.cdiv(space, S))):
+        s, inside = pixels(tile, space, S, UNIT, VEC, WIDE)
+        v, valid = load(
+            sources, strides, image, run, s, inside, first, UNIT, UNIT2, VEC, ALIGN, DTYPE
+        )
+        dy = pointers(dy_ptr, dy_strides, image, start, c, s, DY_UNIT, VEC)
+        dy = tl.load(dy, mask=valid, other=0.0).to(DTYPE)
+        u = tl.where(valid, (v - mean[None, :]) * rstd[None, :], 0.0)
+        dz = _dz(u, dy, weight, bias, factor, shift, SILU)
+        sum_a += dz
+        sum_d += dz * u
+        sum_u += u
+    row = image * parts + part
+    _store_sums(sums_ptr, row, run, channels, tl.sum(sum_a, 0), tl.sum(sum_d, 0), tl.sum(sum_u, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _gradient(
     outputs,
+    out_strides,
     dy_ptr,
     dy_strides,
     parts_ptr,
     means_ptr,
     sums_ptr,
     sources,
+    strides,
     tables,
+    table_strides,
     shape,
+    parts,
+    width,
+    each,
     eps: tl.float64,
     SILU: tl.constexpr,
     FUSED: tl.constexpr,
+    DX_UNIT: tl.constexpr,
+    DX2_UNIT: tl.constexpr,
+    DY_UNIT: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNIT2: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    CHUNKS: tl.constexpr,
     DTYPE: tl.constexpr,
     WIDE: tl.constexpr,
-    WIDTH: tl.constexpr,
     S: tl.constexpr,
+    R: tl.constexpr,
     G: tl.constexpr,
-    C: tl.constexpr,
 ):
     """dx (and dx2). FUSED: a tile is whole groups, so statistics and sums are made on the way."""
-    channels, space, groups, first = shape[0], shape[1], shape[2], shape[4]
-    image, part, g, channel, exists = _tile(tl.program_id(0), shape, WIDE, WIDTH, G, C)
-    s = part * S + tl.arange(0, S)
-    v, valid = _load(sources, image, s, channel, exists, shape, DTYPE, WIDE)
-    place = _places(s, channel, image, dy_strides, WIDE)
-    dy = tl.load(dy_ptr + place, mask=valid, other=0.0).to(DTYPE)
-    affine = _affine(tables, image, channel, exists, DTYPE)
-    weight, _, factor, _ = affine
-    count = tl.full((), space, DTYPE) * WIDTH
-    place = image * groups + g
+    channels, space, groups, first = shape
+    image, part, run, of = locate(shape, parts, width, each, R, G, ALIGN, WIDE)
+    start, c, _ = run
+    g, known, member = of
+    s, inside = pixels(part, space, S, UNIT, VEC, WIDE)
+    v, valid = load(sources, strides, image, run, s, inside, first, UNIT, UNIT2, VEC, ALIGN, DTYPE)
+    dy = pointers(dy_ptr, dy_strides, image, start, c, s, DY_UNIT, VEC)
+    dy = tl.load(dy, mask=valid, other=0.0).to(DTYPE)
+    weight, bias, factor, shift = affine(tables, table_strides, image, run, ALIGN, DTYPE)
+    count = tl.full((), space, DTYPE) * width
     if FUSED:
-        mean, m2 = _two_pass(v, valid, count)
-        tl.store(parts_ptr + place * 2, mean, mask=g < groups)
-        tl.store(parts_ptr + place * 2 + 1, m2, mask=g < groups)
-        rstd = _rstd(m2, count, eps, DTYPE)
+        mean, m2, deviation = two_pass(v, valid, member, count)
+        place = parts_ptr + (image * groups + g) * (2 * CHUNKS)
+        tl.store(place, mean, mask=known)
+        tl.store(place + CHUNKS, m2, mask=known)
+        rstd = per_channel(member, inverse(m2, count, eps, DTYPE))
     else:
-        mean = tl.load(means_ptr + place * 4, mask=g < groups, other=0.0)
-        rstd = tl.load(means_ptr + place * 4 + 1, mask=g < groups, other=0.0)
-    u = tl.where(valid, (v - mean[None, :, None]) * rstd[None, :, None], 0.0)
-    dz = _dz(u, dy, affine, SILU)
+        place = means_ptr + (image * groups + g) * 4
+        mean = per_channel(member, tl.load(place, mask=known, other=0.0))
+        rstd = per_channel(member, tl.load(place + 1, mask=known, other=0.0))
+        deviation = tl.where(valid, v - mean[None, :], 0.0)
+    u = deviation * rstd[None, :]
+    dz = _dz(u, dy, weight, bias, factor, shift, SILU)
     if FUSED:
-        a = tl.sum(dz, 0)
-        d = tl.sum(dz * u, 0)
-        _store_sums(sums_ptr, image, channel, exists, channels, a, d, tl.sum(u, 0))
-        m1 = tl.sum(weight * factor * a, 1) / count
-        m2 = tl.sum(weight * factor * d, 1) / count
+        a, d = tl.sum(dz, 0), tl.sum(dz * u, 0)
+        _store_sums(sums_ptr, image, run, channels, a, d, tl.sum(u, 0))
+        m1 = per_group(member, weight * factor * a) / count
+        m2 = per_group(member, weight * factor * d) / count
     else:
-        m1 = tl.load(means_ptr + place * 4 + 2, mask=g < groups, other=0.0)
-        m2 = tl.load(means_ptr + place * 4 + 3, mask=g < groups, other=0.0)
-    dv = dz * (weight * factor)[None, :, :] - m1[None, :, None] - u * m2[None, :, None]
-    dv = dv * rstd[None, :, None]
-    dx_ptr, dx_strides, dx2_ptr, dx2_strides = outputs
+        m1 = tl.load(place + 2, mask=known, other=0.0)
+        m2 = tl.load(place + 3, mask=known, other=0.0)
+    m1, m2 = per_channel(member, m1), per_channel(member, m2)
+    dv = (dz * (weight * factor)[None, :] - m1[None, :] - u * m2[None, :]) * rstd[None, :]
+    dx_ptr, dx2_ptr = outputs
+    dx = pointers(dx_ptr, out_strides[0], image, start, c, s, DX_UNIT, VEC)
     if dx2_ptr is None:
-        tl.store(dx_ptr + _places(s, channel, image, dx_strides, WIDE), dv, mask=valid)
+        tl.store(dx, dv, mask=valid)
     else:
-        ours = (channel < first)[None, :, :]
-        tl.store(dx_ptr + _places(s, channel, image, dx_strides, WIDE), dv, mask=valid & ours)
-        place = _places(s, channel - first, image, dx2_strides, WIDE)
-        tl.store(dx2_ptr + place, dv, mask=valid & (ours == 0))
+        ours = (c < tl.multiple_of(first - start, ALIGN))[None, :]
+        tl.store(dx, dv, mask=valid & ours)
+        dx2 = pointers(dx2_ptr, out_strides[1], image, start - first, c, s, DX2_UNIT, VEC)
+        tl.store(dx2, dv, mask=valid & (ours == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _parameters(
     outputs,
     means_ptr,
     parts_ptr,
     sums_ptr,
     tables,
+    table_strides,
     shape,
+    parts,
+    width,
+    each,
     batch,
     chunks,
     chunk,
     eps: tl.float64,
+    ALIGN: tl.constexpr,
+    CHUNKS: tl.constexpr,
     DTYPE: tl.constexpr,
     WIDE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
+    S: tl.constexpr,
+    R: tl.constexpr,
     G: tl.constexpr,
-    C: tl.constexpr,
 ):
     """Gradients of the parameters, and (mean, rstd, m1, m2) per group for ``_gradient``."""
     dweight_ptr, dbias_ptr, dadd_ptr, dscale_ptr, dshift_ptr = outputs
     channels, space, groups = shape[0], shape[1], shape[2]
-    g = tl.program_id(0) * G + tl.arange(0, G)
-    c = tl.arange(0, C)
-    channel = g[:, None] * WIDTH + c[None, :]
-    exists = (g[:, None] < groups) & (c[None, :] < WIDTH)
-    count = tl.full((), space, DTYPE) * WIDTH
-    dweight = tl.zeros([G, C], DTYPE)
-    dbias = tl.zeros([G, C], DTYPE)
+    _, _, run, of = locate(shape, parts, width, each, R, G, ALIGN, WIDE)
+    start, c, exists = run
+    g, known, member = of
+    channel = start + c
+    count = tl.full((), space, DTYPE) * width
+    dweight = tl.zeros([R], DTYPE)
+    dbias = tl.zeros([R], DTYPE)
     for i in range(batch):
         image = tl.full((), i, tl.int64 if WIDE else tl.int32)
-        weight, bias, factor, _ = _affine(tables, image, channel, exists, DTYPE)
-        a = tl.zeros([G, C], DTYPE)
-        d = tl.zeros([G, C], DTYPE)
-        sum_u = tl.zeros([G, C], DTYPE)
+        weight, bias, factor, _shift = affine(tables, table_strides, image, run, ALIGN, DTYPE)
+        a = tl.zeros([R], DTYPE)
+        d = tl.zeros([R], DTYPE)
+        sum_u = tl.zeros([R], DTYPE)
         for part in range(chunks):
             place = (image * chunks + part) * 3 * channels + channel
             a += tl.load(sums_ptr + place, mask=exists, other=0.0)
             d += tl.load(sums_ptr + place + channels, mask=exists, other=0.0)
             sum_u += tl.load(sums_ptr + place + 2 * channels, mask=exists, other=0.0)
-        mean, m2 = _merged(parts_ptr, image, g, shape, chunks, chunk, WIDTH, PADDED)
-        rstd = _rstd(m2, count, eps, DTYPE)
-        m1 = tl.sum(weight * factor * a, 1) / count
-        m2 = tl.sum(weight * factor * d, 1) / count
+        mean, m2 = merged(parts_ptr, image, of, shape, width, chunks, chunk, S, CHUNKS)
+        rstd = inverse(m2, count, eps, DTYPE)
+        m1 = per_group(member, weight * factor * a) / count
+        m2 = per_group(member, weight * factor * d) / count
         place = means_ptr + (image * groups + g) * 4
-        tl.store(place, mean, mask=g < groups)
-        tl.store(place + 1, rstd, mask=g < groups)
-        tl.store(place + 2, m1, mask=g < groups)
-        tl.store(place + 3, m2, mask=g < groups)
+        tl.store(place, mean, mask=known)
+        tl.store(place + 1, rstd, mask=known)
+        tl.store(place + 2, m1, mask=known)
+        tl.store(place + 3, m2, mask=known)
         dweight += factor * d
         dbias += factor * a
         place = image * channels + channel
         if dadd_ptr is not None:
-            dv = weight * factor * a - space * m1[:, None] - sum_u * m2[:, None]
-            tl.store(dadd_ptr + place, dv * rstd[:, None], mask=exists)
+            dv = weight * factor * a - space * per_channel(member, m1)
+            dv = (dv - sum_u * per_channel(member, m2)) * per_channel(member, rstd)
+            tl.store(dadd_ptr + place, dv, mask=exists)
         if dscale_ptr is not None:
             tl.store(dscale_ptr + place, weight * d + bias * a, mask=exists)
         if dshift_ptr is not None:
@@ -236,88 +273,88 @@ def group_norm_silu_backward(
         if launch.image_strides(dy) is None:
             dy = dy.contiguous()
         p = operands(x, num_groups, weight, bias, add, scale, shift, x2, None, dy, dx, dx2)
-        _launch(p, dy, dx, dx2, small, num_groups, eps, silu)
+        _launch(p, dy, dx, dx2, small, eps, silu)
     none = x.new_empty(0)
     results = dx, *small, dx2
     return tuple(none if value is None else value for value in results)
 
 
-def _launch(p, dy, dx, dx2, small, num_groups, eps, silu):
+def _launch(p, dy, dx, dx2, small, eps, silu):
     device, accumulate = dy.device, launch.torch_accumulator(dy.dtype)
-    outputs = dx, launch.image_strides(dx), dx2
-    outputs = (*outputs, (0, 0, 0) if dx2 is None else launch.image_strides(dx2))
+    dx_strides = launch.image_strides(dx)
+    dx2_strides = (0, 0, 0) if dx2 is None else launch.image_strides(dx2)
     gradient = dy, launch.image_strides(dy)
 
     def run(config):
-        sizes = p.batch, p.channels, p.first, p.space
-        q = tiling(config, *sizes, num_groups, p.channels_last, device)
-        tile = {"S": q.S, "G": q.G, "C": q.C, "num_warps": config.warps}
-        padded = launch.power_of_2(q.chunks)
+        q = tiling(config, p, device)
         sums = torch.empty(p.batch, q.chunks, 3, p.channels, dtype=accumulate, device=device)
-        means = torch.empty(p.batch, num_groups, 4, dtype=accumulate, device=device)
+        means = torch.empty(p.batch, p.groups, 4, dtype=accumulate, device=device)
+        walk = {**p.walk(q), "DY_UNIT": unit(gradient[1]), "SILU": silu, "CHUNKS": CHUNKS}
+        walk |= {"num_warps": config.warps, "device": device}
 
         def parameters():
             launch.launch(
                 _parameters,
-                (triton.cdiv(num_groups, q.G),),
+                (q.runs // p.batch,),
                 tuple(small),
                 means,
                 parts,
                 sums,
                 p.tables,
-                q.shape,
+                p.table_strides,
+                *p.shape(q, 1),
                 p.batch,
                 q.chunks,
                 q.chunk,
                 eps,
                 device=device,
-                PADDED=padded,
-                G=q.G,
-                C=q.C,
-                **p.meta,
+                S=q.S,
+                CHUNKS=CHUNKS,
+                **p.meta(q),
             )
 
         if config.fused:
-            parts = torch.empty(p.batch, num_groups, 1, 2, dtype=accumulate, device=device)
+            shape = p.batch, p.groups, 2, CHUNKS
+            parts = torch.empty(shape, dtype=accumulate, device=device)
         else:
             parts = reduce_statistics(p, q, config, device)
             launch.launch(
                 _sums,
-                (q.blocks * q.chunks,),
+                (q.runs * q.chunks,),
                 sums,
                 *gradient,
                 parts,
                 p.sources,
+                p.source_strides,
                 p.tables,
-                (*q.shape[:3], q.chunks, q.shape[4]),
+                p.table_strides,
+                *p.shape(q, q.chunks),
                 q.chunk,
                 eps,
-                device=device,
-                SILU=silu,
-                PADDED=padded,
-                **tile,
-                **p.meta,
+                **walk,
             )
             parameters()
         launch.launch(
             _gradient,
-            (q.blocks * q.shape[3],),
-            outputs,
+            (q.runs * q.tiles,),
+            (dx, dx2),
+            (dx_strides, dx2_strides),
             *gradient,
             parts,
             means,
             sums,
             p.sources,
+            p.source_strides,
             p.tables,
-            q.shape,
+            p.table_strides,
+            *p.shape(q, q.tiles),
             eps,
-            device=device,
-            SILU=silu,
             FUSED=config.fused,
-            **tile,
-            **p.meta,
+            DX_UNIT=unit(dx_strides),
+            DX2_UNIT=unit(dx2_strides),
+            **walk,
         )
         if config.fused:
             parameters()
 
-    run(tune("group_norm_silu_backward", p, num_groups, run, device, arrays=2))
+    run(tune("group_norm_silu_backward", p, run, device, arrays=2))

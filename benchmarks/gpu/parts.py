@@ -50,7 +50,8 @@ def _module(name: str, *arguments: str) -> tuple[str, ...]:
 def _tests(folder: Path) -> Iterator[Part]:
     gpu, fast = ("-m", "gpu and not slow"), ("-m", "not slow")
     # What is compiled without a GPU is seen without one.
-    rest = [f"--ignore=tests/kernels/test_{name}.py" for name in ("on_gpu", "compile_kernels")]
+    skipped = ("on_gpu", "compile_kernels", "rehearsal")
+    rest = [f"--ignore=tests/kernels/test_{name}.py" for name in skipped]
     attention = _marked("ops", "csrc")
     hopper = [path for path in attention if "hopper" in path]  # might hang: it never ran
     attention = [path for path in attention if path not in hopper]

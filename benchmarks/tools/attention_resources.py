@@ -23,30 +23,12 @@ from typing import Any
 from diffusion_fast.ops.cuda import build as extension
 from diffusion_fast.ops.cuda.build import HEAD_DIMS
 
+from .occupancy import LIMITS, blocks_per_multiprocessor
+
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "compile" / "attention.csv"
 BUILD = ROOT / "build" / "nvcc"
-ARCHITECTURES = ("80", "90a", "100", "120")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of one multiprocessor (CUDA C++ Programming Guide, table of technical specifications)."""
-
-    threads: int
-    blocks: int
-    shared_bytes: int
-    registers: int = 65536
-
-
-LIMITS = {
-    "80": Limits(2048, 32, 164 << 10),
-    "90a": Limits(2048, 32, 228 << 10),
-    "100": Limits(2048, 32, 228 << 10),
-    "120": Limits(1536, 24, 100 << 10),
-}
-THREADS = 128
-SYSTEM_SHARED = 1 << 10  # per block
+ARCHITECTURES = tuple(LIMITS)
 
 # Prints kernel, head dim, keys (0: any), dynamic shared bytes. Compiled for the host.
 SHAPES = r"""
@@ -110,15 +92,6 @@ def shapes() -> dict[tuple[str, int, int], int]:
         printed = subprocess.run([f"{path}.out"], capture_output=True, text=True, check=True).stdout
     rows = (line.split() for line in printed.splitlines())
     return {(name, int(dim), int(keys)): int(value) for name, dim, keys, value in rows}
-
-
-def blocks_per_multiprocessor(architecture: str, registers: int, shared_bytes: int) -> int:
-    """Resident blocks of 128 threads. Registers are given out by 256 per warp."""
-    limits = LIMITS[architecture]
-    per_warp = math.ceil(registers * 32 / 256) * 256
-    by_registers = limits.registers // (per_warp * THREADS // 32)
-    by_shared = limits.shared_bytes // (shared_bytes + SYSTEM_SHARED)
-    return min(limits.blocks, limits.threads // THREADS, by_registers, by_shared)
 
 
 def short_shared_bytes(head_dim: int, keys: int) -> int:

@@ -1,325 +1,126 @@
-"""Registers, shared memory and spills of every Triton kernel, compiled without a GPU.
+"""What the compiler made of every Triton kernel, without a GPU.
 
     python -m benchmarks.tools.compile_kernels                    # all, into the table
-    python -m benchmarks.tools.compile_kernels --arch 90 --quick  # a subset, to the screen
+    python -m benchmarks.tools.compile_kernels --arch 90          # of one, to the screen
 
-The launchers themselves run, at the models' shapes, with tensors on the meta device; what they
-would launch is compiled for each architecture as the JIT would specialise it. Resources come from
-the cubin.
+The launchers themselves run, at the models' shapes, with tensors on the meta device, under every
+configuration that would be measured; the JIT compiles what they would launch. A row is a program:
+its instructions by kind, what a block occupies, and in ``fault`` what it does slowly although its
+shape allows the fast way.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
-import itertools
+import functools
+import math
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from diffusion_fast.kernels import ahead
+from diffusion_fast.kernels.ahead import Launch
 
-from diffusion_fast.kernels import (
-    add_noise,
-    conv2d,
-    geglu,
-    group_norm_silu,
-    group_norm_silu_backward,
-    launch,
-    layer_norm,
-    linear,
-    residual,
-    row_statistics,
-    sampler_step,
-    weighted_mse,
-)
-from diffusion_fast.kernels.columns import COLUMNS
-
-from ..ops import shapes
+from . import machine_code
+from .launch_cases import cases
+from .occupancy import blocks_per_multiprocessor
 
 ARCHITECTURES = (80, 90, 100, 120)
+# The one that is looked at closely, at every shape. Of the others, each kernel at some shapes.
+CLOSELY = 90
 TABLE = Path(__file__).parents[1] / "results" / "compile" / "kernels.csv"
-FIELDS = ("op", "case", "kernel", "arch", "warps", "registers", "shared", "spills", "local")
-BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+KEY = ("op", "case", "kernel", "tile", "warps", "stages", "arch")
+USE = ("registers", "shared", "local", "blocks")
+FIELDS = (*KEY, *USE, *machine_code.COLUMNS, "fault")
 
-Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
-
-
-def meta(*size: int, dtype: torch.dtype = BF16, last: bool = False) -> torch.Tensor:
-    layout = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(size, dtype=dtype, device="meta", memory_format=layout)
-
-
-def cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """(op, name of the case, a call of its launchers)."""
-    yield from _norm_cases(quick)
-    yield from _table_cases(quick)
-    yield from _row_cases(quick)
-    yield from _latent_cases(quick)
-    yield from _product_cases(quick)
+WIDE = 16  # bytes, the most that a thread moves at once
+NORMS = ("group_norm_silu", "layer_norm", "row_statistics")
+# Of these, the kernels that walk over a tile of the image, and whether they write one.
+WALKS = {
+    **dict.fromkeys(("_statistics", "_sums", "_row_statistics"), False),
+    **dict.fromkeys(("_normalize", "_layer_norm", "_gradient"), True),
+}
 
 
-def _norm_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    chosen = [c for c in shapes.GROUP_NORM if not quick or c[1:] in ((64, 640, 320), (16, 1280, 0))]
-    for model, side, first, second in chosen:
-        # A second source stands for a residual block; without one there are also the norms before
-        # attention, which have neither SiLU nor anything added.
-        kinds = [True] if quick or second else [True, False]
-        for last, silu in itertools.product((True,) if quick else (False, True), kinds):
-            channels = first + second
-            x = meta(2, first, side, side, last=last)
-            x2 = meta(2, second, side, side, last=last) if second else None
-            weight, add = meta(channels), meta(2, channels) if silu else None
-            args = (shapes.GROUPS, weight, weight, 1e-5, silu, add, None, None, x2)
-            dy = meta(2, channels, side, side, last=last)
-            name = f"{model} {side}x{side} {first}+{second} {'NHWC' if last else 'NCHW'}"
-            name += "" if silu else " plain"
-            yield (
-                "group_norm_silu",
-                name,
-                partial(group_norm_silu.group_norm_silu, x, *args),
-            )
-            yield (
-                "group_norm_silu",
-                name,
-                partial(group_norm_silu_backward.group_norm_silu_backward, dy, x, *args),
-            )
+def programs(arch: int) -> list[tuple[str, str, Launch]]:
+    """The op, the case and a launch of each program; shapes that specialise alike are one."""
+    named: list[tuple[str, str, Launch]] = []
+    for op, case, call in cases(quick=arch != CLOSELY):
+        with ahead.recording() as found:
+            call()
+        named += [(op, case, one) for one in found]
+    chosen = {id(one) for one in ahead.programs([one for *_, one in named], arch)}
+    return [entry for entry in named if id(entry[2]) in chosen]
 
 
-def _table_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """The norms of a sampling loop: the time is a row of a table, picked on the device."""
-    row = torch.empty(1, dtype=torch.int64, device="meta")
-    for side, channels in ((16, 1280),) if quick else ((64, 320), (16, 1280)):
-        x, weight = meta(2, channels, side, side, last=True), meta(channels)
-        table = meta(50, 1, channels)
-        args = (shapes.GROUPS, weight, weight, 1e-5, True, table, None, None, None, row)
-        name = f"sd15 {side}x{side} {channels} NHWC table"
-        yield "group_norm_silu", name, partial(group_norm_silu.group_norm_silu, x, *args)
+def tile(one: Launch) -> tuple[int, ...]:
+    """The sizes of what a program holds, by the names that the kernels give them."""
+    return tuple(
+        one.options[n] for n in ("M", "N", "K", "S", "R", "ROWS", "BLOCK") if n in one.options
+    )
 
 
-def _row_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    for model, rows, width in shapes.LAYER_NORM[1:2] if quick else shapes.LAYER_NORM:
-        x, weight, name = meta(rows, width), meta(width), f"{model} {rows}x{width}"
-        yield "layer_norm", name, partial(layer_norm.layer_norm, x, weight, weight, 1e-5)
-        yield (
-            "layer_norm",
-            name,
-            partial(layer_norm.layer_norm_backward, x, x, weight, 1e-5),
-        )
-        yield "row_statistics", name, partial(row_statistics.row_statistics, x, 1e-5)
-    for model, rows, width in shapes.GEGLU[1:2] if quick else shapes.GEGLU:
-        x, dy, name = meta(rows, 2 * width), meta(rows, width), f"{model} {rows}x{width}"
-        yield "geglu", name, partial(geglu.geglu, x)
-        yield "geglu", name, partial(geglu.geglu_backward, dy, x)
-    for model, side, channels in shapes.RESIDUAL[:1] if quick else shapes.RESIDUAL:
-        x, bias = meta(2, channels, side, side, last=True), meta(channels)
-        name = f"{model} {side}x{side} {channels}"
-        yield "residual", name, partial(residual.residual, x, x, bias, 0.5, 1)
-        yield "residual", name, partial(residual.residual_backward, x, 0.5, 1, True)
+def itemsize(one: Launch) -> int:
+    """Bytes of an element of the tensors that the kernel works on; its sums may be wider."""
+    found: list[Any] = [*one.args]
+    for value in found:  # grows
+        found += value if isinstance(value, tuple) else [getattr(value, "base", None)]
+    dtypes = [value.dtype for value in found if hasattr(value, "dtype")]
+    return min(dtype.itemsize for dtype in dtypes if dtype.is_floating_point)
 
 
-def _latent_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    t, table = torch.empty(256, dtype=torch.int64, device="meta"), meta(1000, dtype=F32)
-    state = torch.empty(2, dtype=torch.int64, device="meta")
-    rows, step = meta(50, len(COLUMNS), dtype=F64), torch.empty(1, dtype=torch.int64, device="meta")
-    for model, batch, side in shapes.LATENTS[:1] if quick else shapes.LATENTS:
-        name = f"{model} {batch}x4x{side}x{side}"
-        for dtype in (F32,) if quick else (F32, BF16):
-            x, kind = meta(batch, 4, side, side, dtype=dtype), f"{name} {str(dtype)[6:]}"
-            at = t[:batch], table, table
-            yield "add_noise", kind, partial(add_noise.add_noise, x, x, *at, True)
-            yield (
-                "add_noise",
-                f"{kind} philox",
-                partial(add_noise.add_noise_philox, x, state, *at, "epsilon"),
-            )
-            yield "add_noise", kind, partial(add_noise.add_noise_backward, x, x, *at, True)
-            weight = meta(batch, dtype=F32)
-            yield "weighted_mse", kind, partial(weighted_mse.weighted_mse, x, x, weight)
-            yield (
-                "weighted_mse",
-                kind,
-                partial(weighted_mse.weighted_mse_backward, weight[0], x, x, weight),
-            )
-        if batch > 2:
-            continue
-        x, both = meta(1, 4, side, side, dtype=F32), meta(2, 4, side, side, last=True)
-        peak = meta(50, dtype=F32)
-        for noise, stream in ((x, None), (None, state)):
-            kind = f"{model} 1x4x{side}x{side}" + (" philox" if stream is not None else "")
-            yield (
-                "sampler_step",
-                kind,
-                partial(
-                    sampler_step.sampler_step,
-                    *(x, both, rows, step, noise, x, x, x, None, both, peak, stream),
-                    unconditional=False,
-                ),
-            )
-        images = torch.empty(1, dtype=torch.int64, device="meta")
-        streams = torch.empty(1, 2, dtype=torch.int64, device="meta")
-        for noise, stream in ((x, None), (None, streams)):
-            kind = f"{model} 1x4x{side}x{side} rows" + (" philox" if stream is not None else "")
-            yield (
-                "sampler_step",
-                kind,
-                partial(
-                    sampler_step.sampler_step,
-                    *(x, both, rows, images, noise, x, x, x, None, x.bfloat16(), peak, stream),
-                    *(True, False, images, images),
-                ),
-            )
-        yield (
-            "sampler_step",
-            f"{model} 1x4x{side}x{side} all columns",
-            partial(sampler_step.sampler_step, x, both, rows, step, x, x, x, x, x, both, peak),
-        )
-        row = tuple(0.0 if name.endswith("_u") else 0.5 for name in COLUMNS)
-        yield (
-            "sampler_step",
-            f"{model} 1x4x{side}x{side} host row",
-            partial(
-                sampler_step.sampler_step,
-                *(x, both, None, None, x, x, x, x, None, both, peak),
-                row=row,
-                index=3,
-            ),
-        )
+def fault(op: str, one: Launch, row: dict[str, Any]) -> str:
+    """What the program does in a slow way although its shape allows the fast one; nothing: ""."""
+    size = itemsize(one)
+    # Those with descriptors have 64 rows in any case.
+    tall = one.kernel == "_persistent" or (one.kernel == "_product" and one.options["M"] >= 64)
+    if tall and size == 2 and row["arch"] == 90 and not row["hgmma"]:
+        return "no HGMMA"
+    if one.kernel == "_persistent" and not row["tma"]:
+        return "no TMA"
+    if op not in NORMS or one.kernel not in WALKS:
+        return ""
+    # What each thread moves, in whole accesses; a tile that has less is not held to it.
+    least = math.prod(tile(one)) * size // (WIDE * 32 * row["warps"])
+    if row["load16"] + row["copy16"] < least:
+        return f"{row['load16'] + row['copy16']} loads of 16 bytes, expected {least}"
+    if WALKS[one.kernel] and row["store16"] < least:
+        return f"{row['store16']} stores of 16 bytes, expected {least}"
+    return ""
 
 
-# Those of shapes.LINEAR and shapes.CONV2D whose programs differ most, and what is before them.
-_LINEAR = (
-    ((8192, 320, 320), BF16, True),
-    ((8192, 320, 320), F32, False),
-    ((128, 1280, 5120), BF16, False),
-    ((8192, 2560, 320), BF16, False),
-    ((8192, 2560, 320), BF16, True),
-    ((8192, 2560, 320), F32, False),
-)
-_CONV2D = ((64, 640, 320, 320, 3, 1), (64, 320, 0, 320, 3, 2), (8, 1280, 0, 1280, 3, 1))
+def row(entry: tuple[str, str, Launch], arch: int) -> dict[str, Any]:
+    """A program's row; the driver of the process is that of the architecture."""
+    op, case, one = entry
+    compiled = one.warm_up()
+    cubin, meta = compiled.asm["cubin"], compiled.metadata
+    name = "90a" if arch == 90 else str(arch)
+    found: dict[str, Any] = {
+        "op": op,
+        "case": case,
+        "kernel": one.kernel,
+        "tile": "x".join(map(str, tile(one))),
+        "warps": meta.num_warps,
+        "stages": meta.num_stages,
+        "arch": arch,
+        "shared": meta.shared,
+        **machine_code.resources(cubin),
+        **machine_code.instructions(cubin),
+    }
+    threads = 32 * found["warps"]
+    found["blocks"] = blocks_per_multiprocessor(name, found["registers"], meta.shared, threads)
+    return found | {"fault": fault(op, one, found)}
 
 
-def _product_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    for shape, dtype, norm in _LINEAR[: 1 if quick else None]:
-        model, rows, columns, inner, then = next(c for c in shapes.LINEAR if c[1:4] == shape)
-        x, weight = meta(rows, inner, dtype=dtype), meta(columns, inner, dtype=dtype)
-        residual = meta(rows, columns, dtype=dtype) if then == "residual" else None
-        more = meta(columns, dtype=dtype), residual, then == "geglu"
-        folded = (*meta(2, rows, dtype=F32), meta(columns, dtype=F32)) if norm else (None,) * 3
-        args = (x, weight, *more, *folded, None)
-        name = f"{model} {rows}x{columns}x{inner} {then} {str(dtype)[6:]}{' norm' * norm}"
-        yield "linear", name, partial(linear.linear, *args)
-    chosen = [c for c in shapes.CONV2D if c[1:] in _CONV2D[: 1 if quick else None]]
-    for model, side, first, second, out, window, stride in chosen:
-        x = meta(2, first, side, side, last=True)
-        x2 = meta(2, second, side, side, last=True) if second else None
-        weight = meta(out, first + second, window, window, last=True)
-        after = side // stride
-        residual = meta(2, out, after, after, last=True)
-        args = (x, weight, meta(out), stride, [window // 2] * 4, x2, meta(2, out), residual, None)
-        name = f"{model} {side}x{side} {first}+{second} to {out} {window}x{window} /{stride}"
-        yield "conv2d", name, partial(conv2d.conv2d, *args)
-
-
-def record(call: Callable[[], object]) -> list[Launch]:
-    """What a launcher would launch."""
-    launches: list[Launch] = []
-    launch.recorder = lambda *what: launches.append(what)
-    try:
-        call()
-    finally:
-        launch.recorder = None
-    return launches
-
-
-# What the JIT calls the dtypes.
-_TYPES = {torch.float64: "fp64", F32: "fp32", BF16: "bf16", torch.float16: "fp16"}
-_TYPES |= {torch.int64: "i64", torch.int32: "i32"}
-
-
-def source(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> ASTSource:
-    """Specialised as the JIT does: 1 and None are constants, multiples of 16 are known as such."""
-    signature: dict[str, Any] = {}
-    constants: dict[Any, Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-
-    def describe(value: Any, path: tuple[int, ...], annotated: str, specialise: bool) -> Any:
-        if isinstance(value, tuple):
-            return tuple(describe(v, (*path, i), "", specialise) for i, v in enumerate(value))
-        if value is None or (isinstance(value, int) and value == 1 and specialise):
-            constants[path] = value
-            return "constexpr"
-        if isinstance(value, torch.Tensor):
-            attributes[path] = [["tt.divisibility", 16]]
-            return f"*{_TYPES[value.dtype]}"
-        if isinstance(value, float):
-            return annotated or "fp32"
-        if value % 16 == 0 and specialise:
-            attributes[path] = [["tt.divisibility", 16]]
-        return annotated or ("i32" if -(2**31) <= value < 2**31 else "i64")
-
-    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=False)):
-        specialise = not parameter.do_not_specialize
-        annotated = "" if parameter.is_constexpr else parameter.annotation_type
-        if parameter.is_constexpr:
-            signature[parameter.name] = "constexpr"
-            constants[(i,)] = value
-        else:
-            signature[parameter.name] = describe(value, (i,), annotated, specialise)
-    for i, parameter in enumerate(kernel.params[len(args) :], len(args)):
-        signature[parameter.name] = "constexpr"
-        constants[(i,)] = options[parameter.name]
-    return ASTSource(kernel, signature, constants, attributes)
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers and local memory (spills and arrays, in bytes) of a cubin's kernel."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return {"registers": found["REG"], "local": found["STACK"] + found["LOCAL"]}
-
-
-def rows(architectures: tuple[int, ...], quick: bool) -> Iterator[dict[str, Any]]:
-    done = set()
-    for op, case, call in cases(quick):
-        for kernel, args, options in record(call):
-            compiled_source = source(kernel, args, options)
-            cut = {k: options[k] for k in ("num_warps", "num_stages") if k in options}
-            warps = cut.setdefault("num_warps", 4)
-            for arch in architectures:
-                row = {"op": op, "case": case, "kernel": kernel.fn.__name__, "arch": arch}
-                # Shapes that specialise alike are the same program: one row is enough.
-                key = (compiled_source.hash(), *cut.values(), arch)
-                if key in done:
-                    continue
-                done.add(key)
-                target = GPUTarget("cuda", arch, 32)
-                compiled = triton.compile(compiled_source, target, cut)
-                found = resources(compiled.asm["cubin"])
-                spills = (
-                    len(re.findall(r"\b(?:STL|LDL)\b", compiled.asm["sass"]))
-                    if found["local"]
-                    else 0
-                )
-                yield (
-                    row
-                    | {"warps": warps, "shared": compiled.metadata.shared, "spills": spills}
-                    | found
-                )
+def rows(arch: int, processes: int | None = None) -> Iterator[dict[str, Any]]:
+    """A row for each program of an architecture, compiled by several processes."""
+    chosen = programs(arch)
+    with ahead.compilers(arch, len(chosen), processes) as pool:
+        yield from pool.map(functools.partial(row, arch=arch), chosen)
 
 
 def read(file: Path = TABLE) -> list[dict[str, str]]:
@@ -330,26 +131,22 @@ def read(file: Path = TABLE) -> list[dict[str, str]]:
 def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("compiling needs TRITON_INTERPRET unset")
+    if lacking := machine_code.lacking():
+        sys.exit(f"reading machine code needs {' and '.join(lacking)} in {machine_code.TOOLS}")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES)
-    parser.add_argument("--quick", action="store_true", help="a few shapes, csv to the screen")
+    parser.add_argument("--processes", type=int, help="how many compile, all cores")
     options = parser.parse_args()
-    architectures = tuple(options.arch or ARCHITECTURES)
-    if options.quick or options.arch:
-        writer = csv.DictWriter(sys.stdout, FIELDS)
-        writer.writeheader()
-        for row in rows(architectures, options.quick):
-            writer.writerow(row)
-        return
-    TABLE.parent.mkdir(parents=True, exist_ok=True)
-    with TABLE.open("w", newline="") as stream:
+    table = TABLE.open("w", newline="") if not options.arch else contextlib.nullcontext(sys.stdout)
+    with table as stream:
         writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
         writer.writeheader()
-        for row in rows(architectures, quick=False):
-            writer.writerow(row)
-            stream.flush()
+        for arch in options.arch or ARCHITECTURES:
+            for found in rows(arch, options.processes):
+                writer.writerow(found)
+                stream.flush()
 
 
 if __name__ == "__main__":

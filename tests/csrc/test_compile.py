@@ -16,6 +16,7 @@ import triton
 from compilers import needs_nvcc
 
 from benchmarks.tools import attention_resources as resources
+from benchmarks.tools.occupancy import LIMITS, SYSTEM_SHARED
 from diffusion_fast.ops.cuda import build as extension
 
 # Spills that remain, and why. Empty: there are none.
@@ -34,11 +35,11 @@ def test_the_record_is_complete_and_explains_its_spills() -> None:
     for k in _spills(recorded):
         assert (k.architecture, k.kernel, k.head_dim, k.keys) in KNOWN_SPILLS, k
     for k in recorded:
-        limit = resources.LIMITS[k.architecture]
+        limit = LIMITS[k.architecture]
         if k.kernel == "short" and k.keys > 80:
             continue  # where it does not fit, the tiled kernel runs
         assert k.blocks_per_multiprocessor >= 1, k
-        assert k.shared_bytes + resources.SYSTEM_SHARED <= limit.shared_bytes, k
+        assert k.shared_bytes + SYSTEM_SHARED <= limit.shared_bytes, k
 
 
 @needs_nvcc

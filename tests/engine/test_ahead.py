@@ -33,6 +33,31 @@ def test_every_op_of_an_image_is_found() -> None:
     assert list(ahead.head_dims(found))
 
 
+COUNT = """
+import sys
+import torch
+from diffusion_fast import UNetConfig
+from diffusion_fast.engine import ahead
+from diffusion_fast.kernels import ahead as kernels
+from diffusion_fast.models import VAEConfig
+
+name, decoder = sys.argv[1:]
+config = UNetConfig.preset(name)
+size = (config.sample_size, config.sample_size)
+found = ahead.calls(config, VAEConfig.preset(decoder), torch.bfloat16, batch=1, size=size, steps=20)
+norms = [one for one in found if one[0] == "group_norm_silu"]
+print(len(norms), len(kernels.programs(ahead.launches(norms, 90), 90)))
+"""
+
+
+@pytest.mark.parametrize(("unet", "vae"), [("sd15", "sd"), ("sdxl", "sdxl")])
+def test_a_few_programs_serve_all_norms_of_a_model(unet: str, vae: str, tmp_path: Path) -> None:
+    """Nothing is compiled to count them. A program takes about a second of a core."""
+    norms, programs = in_process(COUNT, unet, vae, cache=tmp_path)
+    assert norms >= 60
+    assert programs <= 20
+
+
 WARM = """
 import sys
 import torch

@@ -15,6 +15,7 @@ from torch import Tensor
 from diffusion_fast import ops
 from diffusion_fast.kernels import group_norm_silu as kernel
 from diffusion_fast.kernels import group_norm_silu_backward as backward
+from diffusion_fast.kernels import group_tiles as tiles
 
 EXTRAS = ("add", "scale", "shift")
 
@@ -28,7 +29,8 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def force_split(monkeypatch: pytest.MonkeyPatch, tile: int = 32) -> None:
     """Small tiles, so that small images have many chunks and a last one that is cut short."""
-    monkeypatch.setattr(kernel, "configs", lambda *_: [kernel.Config(False, tile, 4)])
+    split = kernel.Config(fused=False, run=4, tile=tile, warps=4)
+    monkeypatch.setattr(kernel, "configs", lambda *_: [split])
 
 
 def inputs(
@@ -88,6 +90,7 @@ def test_chunks_of_several_tiles(layout: str, monkeypatch: pytest.MonkeyPatch) -
     """A slope across the image, so that the tiles' means differ by more than their deviations."""
     force_split(monkeypatch)
     monkeypatch.setattr(kernel, "CHUNKS", 2)
+    monkeypatch.setattr(backward, "CHUNKS", 2)
     values = inputs(torch.float32, EXTRAS, (2, 4, 9, 7), layout=layout)
     values["x"] = values["x"] + torch.linspace(-9, 9, 9, device=DEVICE)[:, None]
     check(lambda **v: ops.group_norm_silu(num_groups=2, **v), values, list(values))
@@ -153,14 +156,20 @@ def test_gradients_of_tables(path: str) -> None:
 
 def test_tables_are_read_in_place() -> None:
     whole = torch.randn(7, 2, 30)
-    one, each = torch.tensor([1]), torch.tensor([1, 2])
-    table, strides = kernel._table(whole[..., 5:9], one)
+    table, strides = tiles._table(whole[..., 5:9])
     assert table.data_ptr() == whole[..., 5:].data_ptr()
-    assert strides == (60, 30, 0)
-    assert kernel._table(whole[..., 5:9], each)[1] == (60, 30, 1)
-    assert kernel._table(whole[:, :1, :4], one)[1] == (60, 0, 0)  # one for all images
-    assert kernel._table(whole[3, :1, :4].expand(5, -1), None)[1][1] == 0
-    assert kernel._table(whole[..., ::2], one)[0].is_contiguous()
+    assert strides == (60, 30)
+    assert tiles._table(whole[:, :1, :4])[1] == (60, 0)  # one for all images
+    assert tiles._table(whole[3, :1, :4].expand(5, -1))[1][1] == 0
+    assert tiles._table(whole[..., ::2])[0].is_contiguous()
+
+
+@pytest.mark.parametrize(("row", "stride"), [(None, 0), ([1], 0), ([1, 2], 1)])
+def test_rows_of_tables_are_one_or_one_for_each_image(row: list[int] | None, stride: int) -> None:
+    x, weight = torch.empty(2, 4, 3, 3), torch.empty(4)
+    at = None if row is None else torch.tensor(row)
+    p = tiles.operands(x, 2, weight, weight, torch.empty(3, 1, 4), None, None, None, at)
+    assert p.source_strides[3] == p.table_strides[2] == stride
 
 
 def test_sources_of_different_layouts(path: str) -> None:
@@ -189,10 +198,8 @@ def test_any_shape(batch: int, groups: int, width: int, space: list[int], split:
 def test_images_larger_than_a_group_that_fits(layout: str) -> None:
     """The true threshold between one launch and split statistics, with the true tile sizes."""
     for size in ((1, 4, 64, 128), (1, 4, 91, 101)):
-        groups = 1
-        channels = size[1]
-        first = kernel.configs(1, channels, size[2] * size[3], groups, 1, torch.device(DEVICE))[0]
-        assert first.fused == (size[2] == 64)
+        p = operands_of(torch.empty(size, device="meta"), 1)
+        assert kernel.configs(p, 1, torch.device(DEVICE))[0].fused == (size[2] == 64)
         values = inputs(torch.float32, (), size, 0, layout)
         check(lambda **v: ops.group_norm_silu(num_groups=1, **v), values, list(values))
 
@@ -220,7 +227,7 @@ def test_channels_of_a_larger_tensor_are_read_in_place(monkeypatch: pytest.Monke
     """A slice over channels has its own batch stride and needs no copy."""
     x = torch.randn(2, 16, 6, 5, device=DEVICE)
     values = inputs(torch.float32, (), (2, 8, 6, 5)) | {"x": x[:, 3:11]}
-    strided = kernel._strided(values["x"])
+    strided = tiles.strided(values["x"])
     assert strided[0].data_ptr() == values["x"].data_ptr()
     assert strided[1] == (16 * 30, 30, 1)
     check(lambda **v: ops.group_norm_silu(num_groups=2, **v), values, ("x", "weight", "bias"))
@@ -235,19 +242,73 @@ def test_empty_batch() -> None:
         assert torch.autograd.grad(y.sum(), leaf)[0].shape == leaf.shape
 
 
+def operands_of(x: Tensor, groups: int, x2: Tensor | None = None) -> tiles.Operands:
+    channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
+    weight = torch.empty(channels, dtype=x.dtype, device="meta")
+    return tiles.operands(x, groups, weight, weight, None, None, None, x2, None)
+
+
+def image(channels: int, side: int, last: bool = True, batch: int = 2) -> Tensor:
+    layout = torch.channels_last if last else torch.contiguous_format
+    size, kind = (batch, channels, side, side), torch.bfloat16
+    return torch.empty(size, device="meta", dtype=kind, memory_format=layout)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
-def test_split_statistics_fill_the_gpu(batch: int) -> None:
+@pytest.mark.parametrize("last", [False, True])
+def test_split_statistics_fill_the_gpu(batch: int, last: bool) -> None:
     """Every norm that does not fit has a program for each SM of an H200."""
     device = torch.device("cpu")
-    for channels, space in ((320, 4096), (640, 4096), (960, 4096), (320, 16384), (1920, 1024)):
-        config = kernel.configs(batch, channels, space, 32, 1, device)[0]
+    for channels, side in ((320, 64), (640, 64), (960, 64), (320, 128), (1920, 32)):
+        p = operands_of(image(channels, side, last, batch), 32)
+        config = kernel.configs(p, 1, device)[0]
         assert not config.fused
-        for channels_last in (False, True):
-            q = kernel.tiling(config, batch, channels, channels, space, 32, channels_last, device)
-            assert q.blocks * q.chunks >= 132
-            assert q.blocks * q.shape[3] >= 132
-            assert q.chunks <= kernel.CHUNKS
-            assert (q.chunks - 1) * q.chunk < space <= q.chunks * q.chunk
+        q = kernel.tiling(config, p, device)
+        assert q.runs * q.chunks >= 132
+        assert q.runs * q.tiles >= 132
+        assert q.chunks <= kernel.CHUNKS
+        assert (q.chunks - 1) * q.chunk < q.tiles <= q.chunks * q.chunk
+
+
+# Every width of a group in SD1.5, SDXL and their decoders.
+@pytest.mark.parametrize("channels", [128, 256, 320, 512, 640, 960, 1280, 1920, 2560])
+@pytest.mark.parametrize("most", [64, 128])
+@pytest.mark.parametrize("second", [0, 320])
+def test_runs_begin_where_16_bytes_do(channels: int, most: int, second: int) -> None:
+    """Several groups of 10 channels of 2 bytes do, one does not."""
+    if second >= channels:
+        second = 0
+    x2 = image(second, 16) if second else None
+    p = operands_of(image(channels - second, 16), 32, x2)
+    config = kernel.Config(False, most, 8192, 8)
+    q = kernel.tiling(config, p, torch.device("cpu"))
+    assert p.walk(q)["VEC"] == p.walk(q)["ALIGN"] == 8
+    assert q.each * channels // 32 <= q.R <= 128
+    assert 2 * q.each * channels // 32 >= q.R  # at most half of it is padding
+    assert q.runs == 2 * -(-32 // q.each)
+
+
+@pytest.mark.parametrize(
+    ("x", "x2", "vector"),
+    [
+        (image(320, 5), None, 8),
+        (image(36, 8), None, 4),
+        (image(64, 8), image(60, 8), 2),  # runs of 62 channels
+        (image(64, 8)[:, 3:35], None, 8),  # the address is the JIT's to look at
+        (image(64, 8)[..., ::2], None, 8),
+        (image(8, 8).as_strided((2, 8, 8, 8), (1026, 1, 128, 16)), None, 2),
+        (image(320, 8, last=False), None, 8),
+        (image(320, 6, last=False), None, 4),
+        (image(320, 5, last=False), None, 1),
+        (image(64, 8, last=False), image(64, 8), 8),
+    ],
+)
+def test_what_is_read_at_once_divides_every_offset(
+    x: Tensor, x2: Tensor | None, vector: int
+) -> None:
+    p = operands_of(x, 4, x2)
+    q = kernel.tiling(kernel.configs(p, 1, torch.device("cpu"))[0], p, torch.device("cpu"))
+    assert p.walk(q)["VEC"] == vector
 
 
 def test_operator_and_export(path: str) -> None:
