@@ -39,6 +39,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(started, capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
+@pytest.mark.slow  # every program of every launcher is compiled: minutes for each group
 @pytest.mark.parametrize("ops", GROUPS, ids="-".join)
 def test_what_a_launcher_says_arrives(ops: tuple[str, ...]) -> None:
     done = run("-m", "benchmarks.tools.rehearse", "--only", *ops)
