@@ -12,6 +12,7 @@ it, and an argument that is not dense is copied first.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import launch, philox
 
@@ -82,8 +83,18 @@ def _rotate(
 
 
 def _run(
-    first, second, t, signal, sigma, out, target, kind, back=False, state=None, layout="quads"
-):
+    first: Tensor,
+    second: Tensor | None,
+    t: Tensor,
+    signal: Tensor,
+    sigma: Tensor,
+    out: Tensor,
+    target: Tensor,
+    kind: str,
+    back: bool = False,
+    state: Tensor | None = None,
+    layout: str | None = "quads",
+) -> None:
     outer, batch, inner = launch.dense_batch(out)
     chunks = triton.cdiv(inner, BLOCK)
     how = "draw" if state is not None else "zero" if second is None else "load"
@@ -119,7 +130,9 @@ def _run(
     )
 
 
-def add_noise(x_0, noise, t, signal, sigma, velocity):
+def add_noise(
+    x_0: Tensor, noise: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, velocity: bool
+) -> tuple[Tensor, Tensor]:
     """x_t and v (empty unless ``velocity``)."""
     x_t = torch.empty_like(x_0)
     v = torch.empty_like(x_0) if velocity else x_0.new_empty(0)
@@ -129,7 +142,9 @@ def add_noise(x_0, noise, t, signal, sigma, velocity):
     return x_t, v
 
 
-def add_noise_philox(x_0, state, t, signal, sigma, target):
+def add_noise_philox(
+    x_0: Tensor, state: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, target: str
+) -> tuple[Tensor, Tensor]:
     """x_t and the target, of noise drawn in the kernel; empty for the target ``"sample"``."""
     x_t = torch.empty_like(x_0)
     layout = _stream_layout(x_t)
@@ -145,7 +160,9 @@ def add_noise_philox(x_0, state, t, signal, sigma, target):
     return x_t.copy_(out), extra if kind == "none" else torch.empty_like(x_t).copy_(extra)
 
 
-def add_noise_backward(grad_x_t, grad_v, t, signal, sigma, velocity):
+def add_noise_backward(
+    grad_x_t: Tensor, grad_v: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, velocity: bool
+) -> tuple[Tensor, Tensor]:
     """Gradients of x_0 and the noise: the same rotation, backwards."""
     grad_x_0, grad_noise = torch.empty_like(grad_x_t), torch.empty_like(grad_x_t)
     first = launch.laid_out_like(grad_x_t, grad_x_0)
@@ -155,11 +172,11 @@ def add_noise_backward(grad_x_t, grad_v, t, signal, sigma, velocity):
     return grad_x_0, grad_noise
 
 
-def _dense(value):
+def _dense(value: Tensor) -> Tensor:
     return value.contiguous()  # [B] and [T]: itself, unless someone passes a slice
 
 
-def _stream_layout(out):
+def _stream_layout(out: Tensor) -> str | None:
     """How a dense tensor's memory runs against the stream's row-major order; None: neither way."""
     if out.is_contiguous():
         return "quads" if out[0:1].numel() % 4 == 0 else "contiguous"
@@ -168,7 +185,7 @@ def _stream_layout(out):
     return None
 
 
-def _is_channels_last(out):
+def _is_channels_last(out: Tensor) -> bool:
     return (out.dim() == 4 and out.is_contiguous(memory_format=torch.channels_last)) or (
         out.dim() == 5 and out.is_contiguous(memory_format=torch.channels_last_3d)
     )

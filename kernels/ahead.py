@@ -14,7 +14,7 @@ import json
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,8 +106,12 @@ def recording(arch: int = 0) -> Iterator[list[Launch]]:
 
 
 def every_candidate(
-    _: str, key: Any, configs: Any, run: Callable[[Any], object], device: Any
-) -> Any:
+    kernel: str,
+    shape_class: tuple[object, ...],
+    configs: Sequence[tuning.Config],
+    run: Callable[[tuning.Config], object],
+    device: torch.device,
+) -> tuning.Config:
     """Takes the place of :func:`tuning.choose`: nothing is measured, all are launched."""
     for config in configs:
         run(config)

@@ -3,13 +3,26 @@
 Layout: any strides, in and out; fast where x, x2, the weight and y are channels_last.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from . import launch, matmul, product
 from .layout import format_of
 
 
-def conv2d(x, weight, bias, stride, padding, x2, add, residual, packed):
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    x2: Tensor | None,
+    add: Tensor | None,
+    residual: Tensor | None,
+    packed: Sequence[Tensor],
+) -> Tensor:
     """y [B, O, H', W'], channels_last if x is or the weight is, else contiguous."""
     form = format_of(x, weight)
     last = form == torch.channels_last

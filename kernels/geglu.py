@@ -7,9 +7,12 @@
 Layout: rows, each contiguous, a row's stride free. float32 arithmetic (float64 for float64).
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import launch
 from .layer_norm import _rows
@@ -61,14 +64,21 @@ def _gradient(
     tl.store(dx_ptr + columns, dy * value * slope, mask=valid)
 
 
-def _launch(kernel, tensors, strides, rows, columns, like):
+def _launch(
+    kernel: Any,
+    tensors: tuple[Tensor, ...],
+    strides: tuple[int, ...],
+    rows: int,
+    columns: int,
+    like: Tensor,
+) -> None:
     block = min(BLOCK, launch.power_of_2(columns))
     blocks = triton.cdiv(columns, block)
     options = {"DTYPE": launch.accumulator(like.dtype), "BLOCK": block, "device": like.device}
     launch.launch(kernel, (rows * blocks,), *tensors, *strides, columns, blocks, **options)
 
 
-def geglu(x):
+def geglu(x: Tensor) -> Tensor:
     """[..., C], contiguous."""
     columns = x.shape[-1] // 2
     y = x.new_empty((*x.shape[:-1], columns))
@@ -78,7 +88,7 @@ def geglu(x):
     return y
 
 
-def geglu_backward(dy, x):
+def geglu_backward(dy: Tensor, x: Tensor) -> Tensor:
     """Gradient of x, contiguous."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if dy.numel():

@@ -14,16 +14,19 @@ results (the second read mostly comes from L2).
 The backward twin is ``group_norm_silu_backward.py``.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import launch, statistics, tuning
 from .group_tiles import (
     RUN,
     SIZES,
+    Operands,
     Tiling,
     affine,
     load,
@@ -35,6 +38,7 @@ from .group_tiles import (
     pointers,
     result_like,
     run_of,
+    strided,
     unit,
 )
 
@@ -194,7 +198,7 @@ class Config(NamedTuple):
     warps: int
 
 
-def configs(p, arrays, device):
+def configs(p: Operands, arrays: int, device: torch.device) -> list[Config]:
     """Candidates, the first being the guess where nothing is measured.
 
     ``arrays`` is how many arrays of a tile's size live in registers: one forward, two backward.
@@ -211,7 +215,7 @@ def configs(p, arrays, device):
     return [fused, split] if few else [fused]
 
 
-def tiling(config, p, device):
+def tiling(config: Config, p: Operands, device: torch.device) -> Tiling:
     """Tile sizes and grid of a config."""
     each, R = run_of(p, config.run)
     whole = launch.power_of_2(p.space)
@@ -223,7 +227,7 @@ def tiling(config, p, device):
     return Tiling(S, R, each, runs, tiles, triton.cdiv(tiles, chunk), chunk)
 
 
-def reduce_statistics(p, q, config, device):
+def reduce_statistics(p: Operands, q: Tiling, config: Config, device: torch.device) -> Tensor:
     """The chunks' means and squared deviations, [B, groups, 2, CHUNKS]."""
     dtype = launch.torch_accumulator(p.dtype)
     parts = torch.empty(p.batch, p.groups, 2, CHUNKS, dtype=dtype, device=device)
@@ -243,7 +247,13 @@ def reduce_statistics(p, q, config, device):
     return parts
 
 
-def tune(name, p, run, device, arrays=1):
+def tune(
+    name: str,
+    p: Operands,
+    run: Callable[[Config], None],
+    device: torch.device,
+    arrays: int = 1,
+) -> Config:
     """The config for this class of shapes: sizes to a power of two, layout, dtype, sources."""
     sizes = tuple(launch.power_of_2(n) for n in (p.batch, p.channels, p.space))
     two = p.sources[1] is not None
@@ -251,15 +261,27 @@ def tune(name, p, run, device, arrays=1):
     return tuning.choose(name, key, configs(p, arrays, device), run, device)
 
 
-def group_norm_silu(x, num_groups, weight, bias, eps, silu, add, scale, shift, x2=None, row=None):
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool,
+    add: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    x2: Tensor | None = None,
+    row: Tensor | None = None,
+) -> Tensor:
     """y like x with the channels of both sources, in x's memory format."""
     y = result_like(x, weight.shape[0])
     if not y.numel():
         return y
     p = operands(x, num_groups, weight, bias, add, scale, shift, x2, row, y)
-    y_strides = launch.image_strides(y)
+    y_strides = strided(y)[1]
 
-    def run(config):
+    def run(config: Config) -> None:
         q = tiling(config, p, x.device)
         parts = None if config.fused else reduce_statistics(p, q, config, x.device)
         launch.launch(

@@ -13,11 +13,22 @@ All sums run in a fixed order, in two stages: the gradient has the same bits eve
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import launch
-from .group_norm_silu import CHUNKS, inverse, merged, reduce_statistics, tiling, tune, two_pass
+from .group_norm_silu import (
+    CHUNKS,
+    Config,
+    inverse,
+    merged,
+    reduce_statistics,
+    tiling,
+    tune,
+    two_pass,
+)
 from .group_tiles import (
     SIZES,
+    Operands,
     affine,
     load,
     locate,
@@ -27,6 +38,7 @@ from .group_tiles import (
     pixels,
     pointers,
     result_like,
+    strided,
     unit,
 )
 
@@ -259,8 +271,18 @@ def _parameters(
 
 
 def group_norm_silu_backward(
-    dy, x, num_groups, weight, bias, eps, silu, add, scale, shift, x2=None
-):
+    dy: Tensor,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool,
+    add: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    x2: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """Gradients of x, weight, bias, add, scale, shift and x2; empty where the argument is None."""
     dx = result_like(x)
     dx2 = None if x2 is None else result_like(x2)
@@ -270,8 +292,7 @@ def group_norm_silu_backward(
         for value in (weight, bias, add, scale, shift)
     ]
     if dy.numel():
-        if launch.image_strides(dy) is None:
-            dy = dy.contiguous()
+        dy = strided(dy)[0]
         p = operands(x, num_groups, weight, bias, add, scale, shift, x2, None, dy, dx, dx2)
         _launch(p, dy, dx, dx2, small, eps, silu)
     none = x.new_empty(0)
@@ -279,20 +300,28 @@ def group_norm_silu_backward(
     return tuple(none if value is None else value for value in results)
 
 
-def _launch(p, dy, dx, dx2, small, eps, silu):
+def _launch(
+    p: Operands,
+    dy: Tensor,
+    dx: Tensor,
+    dx2: Tensor | None,
+    small: list[Tensor | None],
+    eps: float,
+    silu: bool,
+) -> None:
     device, accumulate = dy.device, launch.torch_accumulator(dy.dtype)
-    dx_strides = launch.image_strides(dx)
-    dx2_strides = (0, 0, 0) if dx2 is None else launch.image_strides(dx2)
-    gradient = dy, launch.image_strides(dy)
+    dx_strides = strided(dx)[1]
+    dx2_strides = (0, 0, 0) if dx2 is None else strided(dx2)[1]
+    gradient = strided(dy)
 
-    def run(config):
+    def run(config: Config) -> None:
         q = tiling(config, p, device)
         sums = torch.empty(p.batch, q.chunks, 3, p.channels, dtype=accumulate, device=device)
         means = torch.empty(p.batch, p.groups, 4, dtype=accumulate, device=device)
         walk = {**p.walk(q), "DY_UNIT": unit(gradient[1]), "SILU": silu, "CHUNKS": CHUNKS}
         walk |= {"num_warps": config.warps, "device": device}
 
-        def parameters():
+        def parameters() -> None:
             launch.launch(
                 _parameters,
                 (q.runs // p.batch,),

@@ -11,14 +11,17 @@ layers of a model.
 """
 
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import launch
 from .layout import format_of
+
+Strides = tuple[int, int, int]  # image, channel, pixel
 
 RUN = 128  # channels of a run in channels_last, unless one group is wider
 GROUPS = 16  # of a run, at most; tiles are padded to it
@@ -170,11 +173,13 @@ class Tiling(NamedTuple):
 class Operands(NamedTuple):
     """The tensors of a call as the kernels see them."""
 
-    sources: tuple  # x, x2, add, row
-    source_strides: tuple  # theirs; that of row is from image to image, 0 where all share one
-    tables: tuple  # weight, bias, scale, shift, row
-    table_strides: tuple  # of scale, shift and row
-    others: tuple  # strides of what is walked beside the sources
+    sources: tuple[Tensor | None, ...]  # x, x2, add, row
+    source_strides: tuple[
+        Any, ...
+    ]  # theirs; that of row is from image to image, 0 where all share one
+    tables: tuple[Tensor | None, ...]  # weight, bias, scale, shift, row
+    table_strides: tuple[Any, ...]  # of scale, shift and row
+    others: tuple[Strides, ...]  # strides of what is walked beside the sources
     batch: int
     channels: int
     first: int  # channels of x
@@ -183,15 +188,16 @@ class Operands(NamedTuple):
     wide: bool  # whether an offset needs 64 bits
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
+        assert self.sources[0] is not None
         return self.sources[0].dtype
 
-    def shape(self, q, parts):
+    def shape(self, q: Tiling, parts: int) -> tuple[tuple[int, ...], int, int, int]:
         """The sizes that every kernel takes; ``parts`` of the space."""
         width = self.channels // self.groups
         return (self.channels, self.space, self.groups, self.first), parts, width, q.each
 
-    def meta(self, q):
+    def meta(self, q: Tiling) -> dict[str, Any]:
         """The constants that every kernel takes."""
         constants = {
             "R": q.R,
@@ -201,16 +207,16 @@ class Operands(NamedTuple):
         }
         return constants | {"ALIGN": self._vector(q) if "c" in map(unit, self._walked) else 1}
 
-    def walk(self, q):
+    def walk(self, q: Tiling) -> dict[str, Any]:
         """The constants of the kernels that walk over the image."""
         units = {"UNIT": unit(self._walked[0]), "UNIT2": unit(self._walked[1])}
         return {**self.meta(q), **units, "S": q.S, "VEC": self._vector(q)}
 
     @property
-    def _walked(self):
+    def _walked(self) -> tuple[Strides, ...]:
         return *self.source_strides[:2], *self.others
 
-    def _vector(self, q):
+    def _vector(self, q: Tiling) -> int:
         """Elements of 16 bytes, or fewer, that divide all offsets where neighbours begin."""
         found = 16 // self.dtype.itemsize
         for strides in self._walked:
@@ -225,12 +231,23 @@ class Operands(NamedTuple):
         return found
 
 
-def unit(strides):
+def unit(strides: Strides) -> str:
     """Whether the channels ("c") or the pixels ("s") are neighbours in memory; neither: ""."""
     return "c" if strides[1] == 1 else "s" if strides[2] == 1 else ""
 
 
-def operands(x, num_groups, weight, bias, add, scale, shift, x2, row, *others):
+def operands(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    add: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    x2: Tensor | None,
+    row: Tensor | None,
+    *others: Tensor | None,
+) -> Operands:
     """Views where the strides allow it, copies where they don't.
 
     ``others`` are walked beside the sources.
@@ -246,7 +263,7 @@ def operands(x, num_groups, weight, bias, add, scale, shift, x2, row, *others):
         (x_strides, x2_strides, at_add, per_image),
         (weight.contiguous(), bias.contiguous(), scale, shift, row),
         (at_scale, at_shift, per_image),
-        tuple(map(launch.image_strides, walked)),
+        tuple(strided(value)[1] for value in walked),
         x.shape[0],
         channels,
         x.shape[1],
@@ -257,16 +274,16 @@ def operands(x, num_groups, weight, bias, add, scale, shift, x2, row, *others):
     )
 
 
-def strided(value):
+def strided(value: Tensor) -> tuple[Tensor, Strides]:
     """``value`` and its strides [B, C, S]; a copy where the space does not collapse."""
     strides = launch.image_strides(value)
     if strides is None:
         value = value.contiguous()
-        strides = launch.image_strides(value)
+        strides = value.stride(0), value.stride(1), 1
     return value, strides
 
 
-def _table(value):
+def _table(value: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
     """A table [R, B or 1, C] and its strides (row, image); a [B, C] has no rows to stride over."""
     if value is None:
         return None, (0, 0)
@@ -275,13 +292,13 @@ def _table(value):
     return value, (value.stride(0), value.stride(-2) if value.shape[-2] > 1 else 0)
 
 
-def result_like(x, channels=None):
+def result_like(x: Tensor, channels: int | None = None) -> Tensor:
     """An empty [B, channels, ...] in the layout of a result: channels_last stays channels_last."""
     shape = (x.shape[0], channels or x.shape[1], *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=format_of(x))
 
 
-def run_of(p, most):
+def run_of(p: Operands, most: int) -> tuple[int, int]:
     """Groups of a run, and its padded width: ``most`` channels, more where one run needs them.
 
     Where the pixels are neighbours, a run is one group: more would be padded more.

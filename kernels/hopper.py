@@ -25,11 +25,12 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
 from .geglu import _phi
-from .product import GROUP, add_parts, affine, cuts, finish, parts_of, tile_of
+from .product import GROUP, Product, add_parts, affine, cuts, finish, parts_of, tile_of
 
 BOX = 256  # elements of a box along a dimension, at most
 BLOCKS = {4: 2, 8: 1}  # of a multiprocessor, by the warps of a block
@@ -176,7 +177,10 @@ SMALL = Persistent(128, 64, 64, 4, 4)
 GATED = (Persistent(128, 128, 64, 8, 3), Persistent(128, 64, 64, 8, 4))  # two tiles of w
 
 
-def fits(p):
+Operand = tuple[Tensor, tuple[int, ...], tuple[int, ...]]  # tensor, shape, strides
+
+
+def fits(p: Product) -> bool:
     """Whether descriptors can be made of a product's operands, on a GPU that this is for."""
     item = p.x.element_size()
     return (
@@ -190,7 +194,7 @@ def fits(p):
     )
 
 
-def _operands(p):
+def _operands(p: Product) -> tuple[Operand, Operand]:
     """(tensor, shape, strides) of the descriptors of x and w."""
     images = p.shape[0] // p.shape[2]
     image, channel, row, column = p.x_strides
@@ -206,7 +210,7 @@ def _operands(p):
     return x, (p.w, (height * width, p.shape[1], p.channels[0]), (across, of_column, channel))
 
 
-def _aligned(operand, item):
+def _aligned(operand: Operand, item: int) -> bool:
     """Whether the address and all strides that are used are multiples of a line, and not 0."""
     tensor, shape, strides = operand
     return tensor.data_ptr() % LINE == 0 and all(
@@ -216,7 +220,7 @@ def _aligned(operand, item):
     )
 
 
-def _descriptor(operand, box):
+def _descriptor(operand: Operand, box: tuple[int, ...]) -> TensorDescriptor:
     tensor, shape, strides = operand
     made, dense = [1], shape[-1]
     for size, stride in zip(shape[-2::-1], strides[-2::-1], strict=True):
@@ -225,19 +229,19 @@ def _descriptor(operand, box):
     return TensorDescriptor(tensor, list(shape), made[::-1], list(box))
 
 
-def box(p, m):
+def box(p: Product, m: int) -> tuple[int, int, int]:
     """(images, rows, columns) of a tile of m pixels: those that leave the fewest tiles."""
     sides = [1 << e for e in range(BOX.bit_length()) if 1 << e <= m]
     found = [(m // (h * w), h, w) for w in sides for h in sides if m % (h * w) == 0]
     return min(found, key=lambda one: (_tiles(p, one), -one[2], -one[1]))
 
 
-def _tiles(p, box):
+def _tiles(p: Product, box: tuple[int, int, int]) -> int:
     sizes = p.shape[0] // p.shape[2], p.shape[2] // p.out_width, p.out_width
     return math.prod(triton.cdiv(n, side) for n, side in zip(sizes, box, strict=True))
 
 
-def configs(p):
+def configs(p: Product) -> list[Persistent]:
     """Candidates: tiles that are no larger than the result, whole and in parts of the sum."""
     rows, columns, _ = p.shape
     found = []
@@ -251,7 +255,7 @@ def configs(p):
     return found
 
 
-def launch_product(p, config):
+def launch_product(p: Product, config: Persistent) -> None:
     """Launch the product under a config."""
     sides = box(p, config.m)
     per_part, partial = parts_of(p, config)

@@ -15,6 +15,7 @@ rows, then their partial sums are added up.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import launch
 
@@ -131,7 +132,7 @@ def _add_stripes(
     tl.store(dbias_ptr + column, dbias, mask=column < columns)
 
 
-def _rows(value):
+def _rows(value: Tensor) -> tuple[Tensor, int]:
     """[..., C] as rows with one stride: a view where there is one, else a copy."""
     columns = value.shape[-1]
     if value.stride(-1) != 1 and columns > 1:
@@ -140,14 +141,14 @@ def _rows(value):
     return rows, rows.stride(0)
 
 
-def _tile(rows, columns):
+def _tile(rows: int, columns: int) -> tuple[int, int, int]:
     """Rows of a tile, its padded width, and warps."""
     block = launch.power_of_2(columns)
     height = min(max(TILE // block, 1), 16, launch.power_of_2(rows))
     return height, block, 4 if height * block <= 4096 else 8 if block <= 8192 else 16
 
 
-def layer_norm(x, weight, bias, eps):
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """y like x, contiguous."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not y.numel():
@@ -162,7 +163,9 @@ def layer_norm(x, weight, bias, eps):
     return y
 
 
-def layer_norm_backward(dy, x, weight, eps):
+def layer_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     make = torch.empty if dx.numel() else torch.zeros
@@ -183,6 +186,6 @@ def layer_norm_backward(dy, x, weight, eps):
     launch.launch(_gradient, (stripes,), *tensors, *sizes, eps, device=device, **options)
     options = {"DTYPE": dtype, "STRIPES": launch.power_of_2(stripes), "BLOCK": 32}
     grid = (triton.cdiv(columns, 32),)
-    tensors = dweight, dbias, sums
-    launch.launch(_add_stripes, grid, *tensors, stripes, columns, device=device, **options)
+    outputs = dweight, dbias
+    launch.launch(_add_stripes, grid, *outputs, sums, stripes, columns, device=device, **options)
     return dx, dweight, dbias

@@ -3,11 +3,25 @@
 Layout: x and w are rows, each contiguous, a row's stride free; y is contiguous.
 """
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
 from . import launch, matmul, product
 from .layer_norm import _rows
 
 
-def linear(x, weight, bias, residual, geglu, mean, rstd, sums, packed):
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geglu: bool,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    sums: Tensor | None,
+    packed: Sequence[Tensor],
+) -> Tensor:
     """y [..., N], or [..., N / 2] with ``geglu``, contiguous."""
     columns = weight.shape[0] // (2 if geglu else 1)
     y = x.new_empty((*x.shape[:-1], columns))

@@ -26,7 +26,18 @@ import triton.language as tl
 
 from . import hopper, launch, tuning
 from .geglu import _phi
-from .product import GROUP, PARTS, add_parts, affine, cuts, finish, parts_of, steps, tile_of
+from .product import (
+    GROUP,
+    PARTS,
+    Product,
+    add_parts,
+    affine,
+    cuts,
+    finish,
+    parts_of,
+    steps,
+    tile_of,
+)
 
 
 @triton.jit
@@ -169,7 +180,7 @@ class Config(NamedTuple):
     parts: int = 1
 
 
-def configs(p):
+def configs(p: Product) -> list[Config]:
     """Candidates, the first being the guess where nothing is measured."""
     if p.x.dtype == torch.float64:
         return [Config(32, 32, 16, 4, 2)]
@@ -197,18 +208,18 @@ def configs(p):
     return list(dict.fromkeys(found))
 
 
-def run(name, p):
+def run(name: str, p: Product) -> None:
     """Launch the product under the config that was measured fastest."""
     if not p.y.numel():
         return
     by_descriptors = hopper.fits(p)
-    key = (p.shape, p.channels, p.window, p.stride, str(p.x.dtype), p.geglu)
-    key += (p.x_strides[1] == 1, p.w_strides[1] == 1, p.y_strides[2] == 1, by_descriptors)
-    candidates = configs(p) + (hopper.configs(p) if by_descriptors else [])
+    dense = p.x_strides[1] == 1, p.w_strides[1] == 1, p.y_strides[2] == 1
+    key = (p.shape, p.channels, p.window, p.stride, str(p.x.dtype), p.geglu, *dense, by_descriptors)
+    candidates = [*configs(p), *(hopper.configs(p) if by_descriptors else ())]
     _launch(p, tuning.choose(name, key, candidates, lambda c: _launch(p, c), p.x.device))
 
 
-def _launch(p, config):
+def _launch(p: Product, config: Config | hopper.Persistent) -> None:
     if isinstance(config, hopper.Persistent):
         hopper.launch_product(p, config)
         return

@@ -14,6 +14,7 @@ their own, because the GPU's fast ones are off by far more than a rounding.
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -97,7 +98,7 @@ def stream(state_ptr, seed, offset, ON_DEVICE: tl.constexpr):
     return seed.to(tl.int64), offset.to(tl.int64)
 
 
-def arguments(state):
+def arguments(state: Tensor) -> tuple[Tensor | None, int, int, bool]:
     """(state_ptr, seed, offset, ON_DEVICE) for :func:`stream`, from an int64 tensor [2].
 
     A state on the CPU is read here, which costs no transfer; one on a GPU never comes to the host.

@@ -1,10 +1,11 @@
 """A product of a linear layer or a convolution as the kernels see it, and what follows the sum."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import launch
 
@@ -17,16 +18,16 @@ CROWD = 2.3  # blocks of a multiprocessor, at most, that parts may make
 class Product(NamedTuple):
     """A call as the kernel sees it: tensors, strides and sizes."""
 
-    x: torch.Tensor
-    x_strides: tuple[int, int, int, int]  # image, channel, row, column
-    x2: torch.Tensor | None
-    x2_strides: tuple[int, int, int, int]
-    w: torch.Tensor
-    w_strides: tuple[int, int, int, int]  # column of the result, channel, row, column
-    y: torch.Tensor
+    x: Tensor
+    x_strides: tuple[int, ...]  # image, channel, row, column
+    x2: Tensor | None
+    x2_strides: tuple[int, ...]
+    w: Tensor
+    w_strides: tuple[int, ...]  # column of the result, channel, row, column
+    y: Tensor
     y_strides: tuple[int, int, int]  # image, pixel, column
-    epilogue: tuple  # bias, add, mean, rstd, sums
-    residual: torch.Tensor | None
+    epilogue: tuple[Tensor | None, ...]  # bias, add, mean, rstd, sums
+    residual: Tensor | None
     shape: tuple[int, int, int]  # rows, columns, pixels of an image
     channels: tuple[int, int]
     size: tuple[int, int]  # of the image
@@ -37,12 +38,23 @@ class Product(NamedTuple):
     geglu: bool
 
 
-def steps(p, k):
+class Cut(Protocol):
+    """What a config says of the sum: channels of a step, and parts."""
+
+    @property
+    def k(self) -> int: ...
+
+    @property
+    def parts(self) -> int: ...
+
+
+def steps(p: Product, k: int) -> int:
     """Iterations of the loop over the window and the channels."""
-    return sum(triton.cdiv(n, k) for n in p.channels) * p.window[0] * p.window[1]
+    chunks: int = sum(triton.cdiv(n, k) for n in p.channels)
+    return chunks * p.window[0] * p.window[1]
 
 
-def cuts(p, tiles, k):
+def cuts(p: Product, tiles: int, k: int) -> list[int]:
     """Numbers of parts that leave a multiprocessor one to two blocks or so, which may win."""
     most = min(CROWD * launch.multiprocessors(p.x.device) / tiles, steps(p, k) / 8)
     return [n for n in CUTS if n <= most]
@@ -123,7 +135,7 @@ def _reduce(
     finish(total, y_ptr, residual_ptr, y_strides, row, column, shape, DTYPE)
 
 
-def add_parts(p, partial, **meta):
+def add_parts(p: Product, partial: Tensor, **meta: Any) -> None:
     """Launch the sum of partial sums [parts, rows, columns], and all that follows it."""
     parts, rows, columns = partial.shape
     m, n = 8, 128
@@ -134,7 +146,7 @@ def add_parts(p, partial, **meta):
     )  # fmt: skip
 
 
-def parts_of(p, config):
+def parts_of(p: Product, config: Cut) -> tuple[int, Tensor | None]:
     """(steps of each part of the sum, where partial sums go); None where the sum is whole."""
     per_part = triton.cdiv(steps(p, config.k), config.parts)
     parts = max(triton.cdiv(steps(p, config.k), max(per_part, 1)), 1)

@@ -7,9 +7,12 @@ Backward: dx = scale dy, which is the gradient of the residual too; dbias = scal
 stages that add in the same order every time.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import launch
 
@@ -96,13 +99,15 @@ def _dbias(
     tl.store(dbias_ptr + channel, total * tl.full((), scale, DTYPE), mask=channel < channels)
 
 
-def _collapsed(value, dim):
+def _collapsed(value: Tensor, dim: int) -> tuple[int, int]:
     """(channels, inner) of a dense tensor's memory."""
     channels = value.shape[dim]
     return channels, value.stride(dim) if channels > 1 else max(value.numel(), 1)
 
 
-def residual(x, residual, bias, scale, dim):
+def residual(
+    x: Tensor, residual: Tensor | None, bias: Tensor | None, scale: float, dim: int
+) -> Tensor:
     """y like x."""
     y = torch.empty_like(x)
     if y.numel():
@@ -117,7 +122,7 @@ def residual(x, residual, bias, scale, dim):
     return y
 
 
-def residual_backward(dy, scale, dim, with_bias):
+def residual_backward(dy: Tensor, scale: float, dim: int, with_bias: bool) -> tuple[Tensor, Tensor]:
     """Gradients of x (and the residual) and of bias, empty where it has none."""
     make = torch.empty if dy.numel() else torch.zeros
     dbias = make(dy.shape[dim] if with_bias else 0, dtype=dy.dtype, device=dy.device)
@@ -133,11 +138,11 @@ def residual_backward(dy, scale, dim, with_bias):
         parts, blocks = triton.cdiv(rows, per_part), triton.cdiv(channels, columns)
         accumulate = launch.torch_accumulator(dy.dtype)
         sums = torch.empty(parts, channels, dtype=accumulate, device=dy.device)
-        options = {"DTYPE": launch.accumulator(dy.dtype), "device": dy.device}
+        options: dict[str, Any] = {"DTYPE": launch.accumulator(dy.dtype), "device": dy.device}
         sizes = rows, channels, inner, per_part
-        tile = {"ROWS": height, "COLUMNS": columns, "WIDE": launch.wide(dx)}
-        launch.launch(_sums, (parts * blocks,), sums, dy, *sizes, **tile, **options)
+        tile: dict[str, Any] = {"ROWS": height, "COLUMNS": columns, "WIDE": launch.wide(dx)}
+        launch.launch(_sums, (parts * blocks,), sums, dy, *sizes, **options, **tile)
         tile = {"PARTS": launch.power_of_2(parts), "COLUMNS": 32}
         grid = (triton.cdiv(channels, 32),)
-        launch.launch(_dbias, grid, dbias, sums, scale, parts, channels, **tile, **options)
+        launch.launch(_dbias, grid, dbias, sums, scale, parts, channels, **options, **tile)
     return dx, dbias

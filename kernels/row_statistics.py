@@ -8,6 +8,7 @@ Layout: rows [R, C], each contiguous, a row's stride free. A program takes a few
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import launch
 from .layer_norm import _load_rows, _moments, _rows, _tile
@@ -34,7 +35,7 @@ def _row_statistics(
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
 
 
-def row_statistics(x, eps):
+def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """mean and rstd [...] of x [..., C], in the type that the kernel computes in."""
     dtype = launch.torch_accumulator(x.dtype)
     mean, rstd = (torch.empty(x.shape[:-1], dtype=dtype, device=x.device) for _ in range(2))

@@ -17,9 +17,12 @@ whatever its tensor holds. Guidance rescale first needs a standard deviation per
 ``_deviations``.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import launch, philox, statistics
 from .columns import COLUMNS as NAMES
@@ -313,26 +316,26 @@ def _sampler_step(
 
 
 def sampler_step(
-    x,
-    model_output,
-    table,
-    step,
-    noise=None,
-    y=None,
-    h1=None,
-    h2=None,
-    h3=None,
-    model_input=None,
-    peak=None,
-    stream=None,
-    rescale=True,
-    unconditional=True,
-    cond=None,
-    uncond=None,
-    row=(),
-    index=0,
-    scratch=(),
-):
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor | None,
+    step: Tensor | None,
+    noise: Tensor | None = None,
+    y: Tensor | None = None,
+    h1: Tensor | None = None,
+    h2: Tensor | None = None,
+    h3: Tensor | None = None,
+    model_input: Tensor | None = None,
+    peak: Tensor | None = None,
+    stream: Tensor | None = None,
+    rescale: bool = True,
+    unconditional: bool = True,
+    cond: Tensor | None = None,
+    uncond: Tensor | None = None,
+    row: Sequence[float] = (),
+    index: int = 0,
+    scratch: Sequence[Tensor] = (),
+) -> None:
     """In place, by rows ``step`` of ``table``, both on the device, or by ``row``, floats."""
     if not x.numel():
         return
@@ -402,6 +405,6 @@ def sampler_step(
     )
 
 
-def _image(value):
+def _image(value: Tensor) -> Tensor:
     """[B] beside [B, C, ...]."""
     return value if value.dim() > 1 else value[:, None]

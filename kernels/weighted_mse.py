@@ -9,9 +9,12 @@ Backward, with e = grad / N:  dp = 2 e w[b] (p - t),  dt = -dp,  dw[b] = e sum_i
 pieces being made again on the way.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import launch
 
@@ -109,7 +112,9 @@ def _weight_gradient(
     tl.store(dweight_ptr + image, factor * tl.sum(total, 0))
 
 
-def _laid_out(prediction, target):
+def _laid_out(
+    prediction: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor, tuple[int, int, int, int]]:
     """Both in one dense layout, and its (outer, B, inner, chunks)."""
     like = torch.empty_like(prediction)
     prediction = launch.laid_out_like(prediction, like)
@@ -118,11 +123,11 @@ def _laid_out(prediction, target):
     return prediction, launch.laid_out_like(target, like), sizes
 
 
-def _options(like):
+def _options(like: Tensor) -> dict[str, Any]:
     return {"DTYPE": launch.accumulator(like.dtype), "device": like.device}
 
 
-def weighted_mse(prediction, target, weight):
+def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     """A scalar, at least float32."""
     p, t, (outer, batch, inner, chunks) = _laid_out(prediction, target)
     options = _options(p)
@@ -137,7 +142,9 @@ def weighted_mse(prediction, target, weight):
     return loss
 
 
-def weighted_mse_backward(grad, prediction, target, weight):
+def weighted_mse_backward(
+    grad: Tensor, prediction: Tensor, target: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of prediction, target and weight (empty without a weight)."""
     p, t, (outer, batch, inner, chunks) = _laid_out(prediction, target)
     options = _options(p)
@@ -152,7 +159,7 @@ def weighted_mse_backward(grad, prediction, target, weight):
     sizes = total, inner, batch, chunks
     launch.launch(_gradient, (count,), *tensors, *sizes, BLOCK=BLOCK, **options)
     if weight is not None:
-        tensors = dweight, pieces, grad
+        sums = dweight, pieces, grad
         sizes = total, outer, batch, chunks
-        launch.launch(_weight_gradient, (batch,), *tensors, *sizes, BLOCK=PIECES, **options)
+        launch.launch(_weight_gradient, (batch,), *sums, *sizes, BLOCK=PIECES, **options)
     return dp, dt, dweight

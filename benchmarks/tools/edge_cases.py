@@ -108,8 +108,8 @@ def _latents(dtype: torch.dtype) -> Iterator[Case]:
     args = (x, host, t, table, table, "epsilon")
     yield "add_noise", f"{name} stream of the host", partial(add_noise.add_noise_philox, *args)
     yield "weighted_mse", name, partial(weighted_mse.weighted_mse, x, x, weight)
-    args = (weight[0], x, x, weight)
-    yield "weighted_mse", name, partial(weighted_mse.weighted_mse_backward, *args)
+    backward = partial(weighted_mse.weighted_mse_backward, weight[0], x, x, weight)
+    yield "weighted_mse", name, backward
 
 
 def _steps(dtype: torch.dtype) -> Iterator[Case]:
