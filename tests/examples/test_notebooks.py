@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pytest
 
-matplotlib.use("Agg")
+from benchmarks.tools.notebooks import FOLDER, SHOWN, cells, code_of, run
 
-FOLDER = Path(__file__).parents[2] / "examples" / "notebooks"
 SMALL: dict[str, dict[str, Any]] = {
     "train_and_sample": {"EPOCHS": 1, "STEPS": 3},
     "write_a_sampler": {"GRIDS": (16, 32, 64, 128)},
@@ -25,24 +22,24 @@ def test_every_notebook_is_run() -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_notebook_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from matplotlib import pyplot as plt
-
-    book = json.loads((FOLDER / f"{name}.ipynb").read_text(encoding="utf-8"))
-    names: dict[str, Any] = {}
-    small = 0
-    for cell in book["cells"]:
-        if cell["cell_type"] != "code":
-            continue
+def test_a_notebook_runs(name: str) -> None:
+    said: list[str] = []
+    drawn = set()
+    for cell, printed, figure in run(name, SMALL[name]):
         assert not cell["outputs"], "committed without outputs"
-        exec(compile("".join(cell["source"]), f"{name}, {cell['id']}", "exec"), names)
-        if "parameters" in cell["metadata"].get("tags", ()):
-            assert SMALL[name].keys() <= names.keys()
-            names |= SMALL[name]
-            small += 1
-    assert small == 1
-    plt.close("all")
+        said += printed.splitlines()
+        if figure is not None:
+            drawn.add(f"{name}-{cell['id']}.png")
+    assert drawn == {path.name for path in SHOWN.glob(f"{name}-*.png")}, "the site shows others"
     if name == "write_a_sampler":
-        said = dict(line.split(": order ") for line in capsys.readouterr().out.splitlines())
-        assert float(said["mine"]) == pytest.approx(2, abs=0.3)
-        assert float(said["dpmpp_1"]) == pytest.approx(1, abs=0.3)
+        orders = dict(line.split(": order ") for line in said)
+        assert float(orders["mine"]) == pytest.approx(2, abs=0.3)
+        assert float(orders["dpmpp_1"]) == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_site_shows_what_this_code_made(name: str) -> None:
+    """Otherwise: python -m benchmarks.tools.notebooks."""
+    shown = json.loads((SHOWN / f"{name}.json").read_text(encoding="utf-8"))
+    assert shown["code"] == code_of(name)
+    assert shown["printed"].keys() <= {cell["id"] for cell in cells(name)}
