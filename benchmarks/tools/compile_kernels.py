@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch.utils._pytree import tree_leaves
+
 from diffusion_fast.kernels import ahead
 from diffusion_fast.kernels.ahead import Launch
 
@@ -66,10 +68,8 @@ def tile(one: Launch) -> tuple[int, ...]:
 
 def itemsize(one: Launch) -> int:
     """Bytes of an element of the tensors that the kernel works on; its sums may be wider."""
-    found: list[Any] = [*one.args]
-    for value in found:  # grows
-        found += value if isinstance(value, tuple) else [getattr(value, "base", None)]
-    dtypes = [value.dtype for value in found if hasattr(value, "dtype")]
+    tensors = [getattr(value, "base", value) for value in tree_leaves(list(one.args))]
+    dtypes = [value.dtype for value in tensors if hasattr(value, "dtype")]
     return min(dtype.itemsize for dtype in dtypes if dtype.is_floating_point)
 
 
