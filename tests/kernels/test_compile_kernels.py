@@ -150,6 +150,7 @@ def test_instructions_are_counted_by_kind() -> None:
     assert {name: number for name, number in found.items() if number} == expected
 
 
+@pytest.mark.slow  # rows of products are of kernels before product.py, and to be remade
 @pytest.mark.compiles
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(
