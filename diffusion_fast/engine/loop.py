@@ -6,6 +6,7 @@ a table and a context, which gives a :class:`Run` from a starting noise, which i
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -105,7 +106,6 @@ class Rows:
 
     Attributes:
         coefficients: floats of each row, with guidance and prediction type folded in.
-        predictions: the same of the rows that lead to x_0.
         draws, ends: whether a row reads noise, and whether it ends a step: some samplers call the
             model twice in one.
         timesteps: [R] on the device; whole ones as integers, so that a model may index with t.
@@ -114,7 +114,6 @@ class Rows:
     def __init__(self, table: StepTable, device: torch.device) -> None:
         self.table, self.folded = table, table.folded()
         self.coefficients: list[list[float]] = self.folded.tolist()
-        self.predictions: list[list[float]] = table.predictions().tolist()
         self.draws: list[bool] = table.draws.tolist()
         self.ends: list[bool] = table.ends_step.tolist()
         dtype = torch.int64 if table.integer_timesteps else torch.float32
@@ -125,6 +124,11 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    @functools.cached_property
+    def predictions(self) -> Tensor:
+        """``folded`` of the rows that lead to x_0, for those who look at it."""
+        return self.table.predictions()
 
     def step_of(self, row: int) -> tuple[int, float]:
         """The step that a row belongs to, counted from 0, and its first timestep."""
@@ -258,7 +262,7 @@ class Prepared:
         predictions: Tensor | None = None
         if previewed:
             predictions = buffers.predictions
-            predictions[: len(table)] = table.predictions().to(buffers.layout.device)
+            predictions[: len(table)] = self.rows.predictions.to(buffers.layout.device)
         rescales, unconditional = table.rescales, table.reads_unconditional
         h3 = buffers.h3 if table.needs_h3 else None
         guidance = {"rescale": rescales, "unconditional": False}
@@ -344,7 +348,7 @@ class Run:
             "scratch": buffers.scratch,
         }
         self._masked = start.mask is not None
-        predictions = rows.predictions if previewed else None
+        predictions = rows.predictions.tolist() if previewed else None
         self.given = Given(
             rows.coefficients,
             state,
