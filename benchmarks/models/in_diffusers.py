@@ -104,9 +104,8 @@ class Served:
     def __call__(self, *inputs: Tensor) -> Tensor:
         if self._compute is None:
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # tracing takes diffusers' checks of shapes as fixed
+                # Tracing takes diffusers' checks of shapes as fixed.
+                warnings.simplefilter("ignore")
                 self._compute = self.peer(self.module, inputs)
         return self._compute(*inputs)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ...hardware import processor
+from ...hardware import cpu_flags, processor
 from ...kernels.measurements import adopt, file_of, lookup, remember, results
 from ..dispatch import Op
 from ..dispatch.backend import BACKENDS, requested
@@ -208,9 +208,5 @@ def _version() -> str:
 @functools.cache
 def _features() -> str:
     """The CPU's features: of the same model, machines may have some switched off."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    return hashlib.sha256(f"{library.level()} {flags}".encode()).hexdigest()[:8]
+    features = f"{library.level()} {' '.join(sorted(cpu_flags()))}"
+    return hashlib.sha256(features.encode()).hexdigest()[:8]
