@@ -52,7 +52,7 @@ def programs(arch: int) -> list[tuple[str, str, Launch]]:
     """The op, the case and a launch of each program; shapes that specialise alike are one."""
     named: list[tuple[str, str, Launch]] = []
     for op, case, call in cases(quick=arch != CLOSELY):
-        with ahead.recording() as found:
+        with ahead.recording(arch) as found:
             call()
         named += [(op, case, one) for one in found]
     chosen = {id(one) for one in ahead.programs([one for *_, one in named], arch)}
