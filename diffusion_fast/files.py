@@ -71,11 +71,14 @@ def staged(folder: AnyPath) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         yield temporary
-        for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
+        paths = sorted(p for p in temporary.rglob("*") if p.is_file())
+        for path in paths:
+            flush(path)
+        for path in paths:
             target = folder / path.relative_to(temporary)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
-    except OSError as error:
+    except (SafetensorError, OSError) as error:  # the first as above
         raise OSError(f"{folder}: can't be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

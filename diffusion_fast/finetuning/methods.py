@@ -4,6 +4,7 @@ ControlNet."""
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -160,7 +161,9 @@ class Embedding:
         else:
             file = {"string_to_token": {"*": 265}, "string_to_param": {"*": values[0]}}
             more = {"name": word, "step": self.settings.steps, "sd_checkpoint_name": None}
-            torch.save({**file, **more, "sd_checkpoint": None}, folder / webui)
+            content = io.BytesIO()  # torch says of a full disk that its own file failed
+            torch.save({**file, **more, "sd_checkpoint": None}, content)
+            (folder / webui).write_bytes(content.getvalue())
         for name, value in zip(others, values, strict=True):
             save_tensors({word: value}, folder / name, about)
 

@@ -31,6 +31,7 @@ from ..training import (
     local_device,
 )
 from ..training.checkpoint import STATE, read_checkpoint
+from ..training.optimizers import check_optimizer
 from ..training.tensor_store import fingerprint
 from ..training.watch import OnRead, show_progress
 from . import lora_export
@@ -52,12 +53,14 @@ class Finetuning:
 
     Raises:
         CheckpointError: the base can't be loaded, or is none that can be fine-tuned.
+        ModuleNotFoundError: a package that the settings need is missing; names the command.
         ValueError: data or settings that can't be; the message names them.
     """
 
     def __init__(self, settings: Settings, tell: Tell = lambda line: None) -> None:
         self.settings, self.tell = settings, tell
         self.device = local_device() if settings.device == "cuda" else torch.device(settings.device)
+        check_optimizer(settings.optimizer, self.device)
         dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16}
         frozen = torch.float32  # FSDP takes weights of one dtype only
         if settings.sharding == "ddp" and settings.method != "full":

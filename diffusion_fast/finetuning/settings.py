@@ -17,7 +17,7 @@ from typing import Any
 
 from ..files import AnyPath, CheckpointError, read_text
 from ..ops import checks
-from ..training.optimizers import OPTIMIZERS
+from ..training.optimizers import OPTIMIZERS, check_sharding
 from ..training.options import PRECISIONS, SHARDINGS
 
 METHODS = ("lora", "full", "embedding", "controlnet")
@@ -203,6 +203,7 @@ class Settings:
         if self.method == "embedding" and self.train_text:
             checks.fail("train_text", "False, because only vectors are trained", True)
         self._check_controlnet()
+        check_sharding(self.optimizer, self.sharding)
         if self.class_data is not None and self.class_prompt is None:
             checks.fail("class_prompt", "a prompt, because of class_data", None)
         if not self.targets:

@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+from ..ops import checks
+
 OPTIMIZERS = ("adamw", "adam", "adafactor", "adamw8bit", "prodigy")
+_PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}  # of those that need one
+_ON_GPUS = ("adamw8bit",)
+_OF_WHOLE_WEIGHTS = ("adafactor", "adamw8bit")  # what they keep of a weight can't be cut as it is
+
+
+def check_optimizer(name: str, device: torch.device) -> None:
+    """Raise unless an optimizer can be made for parameters on a device.
+
+    Raises:
+        ModuleNotFoundError: its package is missing; names the command.
+        ValueError: it runs on GPUs alone, and the device is none.
+    """
+    if name in _ON_GPUS and device.type != "cuda":
+        others = ", ".join(one for one in OPTIMIZERS if one not in _ON_GPUS)
+        wanted = f"one of {others} on {device}, because {name} needs a GPU"
+        checks.fail("optimizer", wanted, repr(name))
+    if (package := _PACKAGES.get(name)) is None:
+        return
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        message = f"optimizer: {name} is part of {package}: pip install {package}"
+        raise ModuleNotFoundError(message) from error
+
+
+def check_sharding(name: str, sharding: str) -> None:
+    """Raise a ValueError if an optimizer can't step weights that are spread over processes."""
+    if sharding == "fsdp" and name in _OF_WHOLE_WEIGHTS:
+        checks.fail("sharding", f"ddp, because {name} takes whole weights", repr(sharding))
 
 
 def make_optimizer(
@@ -27,30 +59,25 @@ def make_optimizer(
         weight_decay: strength of weight decay.
 
     Raises:
-        ModuleNotFoundError: the package of the optimizer is missing; names the command.
+        ModuleNotFoundError, ValueError: as :func:`check_optimizer` says.
     """
+    parameters = [p for group in groups for p in group["params"]]
+    check_optimizer(name, parameters[0].device)
     usual: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
     if name in ("adamw", "adam"):
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name]
-        parameters = [p for group in groups for p in group["params"]]
         return kind(groups, fused=all(p.is_floating_point() for p in parameters), **usual)
     if name == "adafactor":
         return torch.optim.Adafactor(groups, **usual)
     if name == "prodigy":
-        try:
-            from prodigyopt import Prodigy
-        except ModuleNotFoundError as error:
-            message = "optimizer: prodigy is a package of its own: pip install prodigyopt"
-            raise ModuleNotFoundError(message) from error
+        from prodigyopt import Prodigy
+
         # As its authors set it for diffusion models: steps grow during warm-up, not the estimate.
         prodigy: Optimizer = Prodigy(
             groups, safeguard_warmup=True, use_bias_correction=True, **usual
         )
         return prodigy
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ModuleNotFoundError as error:
-        message = "optimizer: adamw8bit is part of bitsandbytes: pip install bitsandbytes"
-        raise ModuleNotFoundError(message) from error
+    from bitsandbytes.optim import AdamW8bit
+
     eight: Optimizer = AdamW8bit(groups, **usual)
     return eight

@@ -11,7 +11,7 @@ import torch
 
 from ..ops import checks
 from ..ops.add_noise import TARGETS
-from .optimizers import OPTIMIZERS
+from .optimizers import OPTIMIZERS, check_sharding
 from .weighting import LossWeighting
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -100,6 +100,7 @@ class TrainingOptions:
                 checks.fail(name, "a number of at least 0", getattr(self, name))
         checks.one_of("precision", self.precision, PRECISIONS)
         checks.one_of("sharding", self.sharding, SHARDINGS)
+        check_sharding(self.optimizer, self.sharding)
         if self.sharding == "fsdp" and self.channels_last:
             # FSDP2 cuts parameters that are contiguous only.
             checks.fail("channels_last", 'False, because of sharding="fsdp"', True)
