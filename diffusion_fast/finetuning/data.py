@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -56,6 +57,7 @@ class Data:
             first = tuple(one.get_input_embeddings().num_embeddings for one in encoders)
             self.word = Word(settings.word, settings.vectors, first)
         self.examples = self._examples()
+        self._held_out = self._validation_examples()
 
     @property
     def _class_folder(self) -> Path:
@@ -126,6 +128,16 @@ class Data:
                 warnings.warn(f"{name}: {what}", stacklevel=2)
         return found
 
+    def _validation_examples(self) -> list[Example] | None:
+        """Those of the validation loss, None for none; errors name the setting they come from."""
+        folder = self.settings.validation_data
+        if folder is None:
+            return None
+        try:
+            return self._examples((DataFolder(folder),))
+        except ValueError as error:
+            raise ValueError(re.sub("^data:", "validation_data:", str(error))) from error
+
     def _captions(self, validation: bool = False) -> Captions:
         """How captions are drawn; nothing is random for a validation loss."""
         settings = self.settings
@@ -175,10 +187,9 @@ class Data:
 
     def held_out(self, method: Method) -> BucketBatches | None:
         """The batches of the validation loss, None for none; computes what their cache lacks."""
-        if self.settings.validation_data is None:
+        if self._held_out is None:
             return None
-        examples = self._examples((DataFolder(self.settings.validation_data),))
-        return self._batches(method, examples, validation=True)
+        return self._batches(method, self._held_out, validation=True)
 
     def caches_text(self, method: Method) -> bool:
         """Whether text states are kept on the disk."""

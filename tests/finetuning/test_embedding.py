@@ -11,9 +11,8 @@ import torch
 from numerics import assert_close, error
 from safetensors.torch import load_file
 from small_runs import run, write_images
+from theirs import epsilon_loss, networks_of
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import CLIPTextModel
 
 import diffusion_fast as df
 
@@ -30,40 +29,41 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_loss_and_gradients(tiny_folder: Tiny, bare: Path, tmp_path: Path) -> None:
-    """textual_inversion.py: rows of the token table that placeholder tokens have."""
-    folder = tiny_folder("sd15")
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_loss_and_gradients(kind: str, tiny_folder: Tiny, bare: Path, tmp_path: Path) -> None:
+    """textual_inversion.py (or _sdxl.py, for both encoders): rows of the token table that
+    placeholder tokens have."""
+    folder = tiny_folder(kind)
     ours = run(folder, bare, tmp_path / "out", **WORD)
-    (vectors,) = ours.method.vectors
+    vectors = list(ours.method.vectors)
     trainer = ours.trainer()
     batch = next(trainer.dataloader.starting_at(0))
     loss = trainer.objective.backward(batch)
-    tokens = batch[1]["tokens"][:, 0]
-    generator = torch.Generator().manual_seed(3)
-    t = torch.randint(1000, (2,), generator=generator)
-    noise = torch.randn(batch[0].shape, generator=generator)
 
-    def theirs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet").to(dtype)
-        encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
-        count = encoder.get_input_embeddings().num_embeddings
-        encoder.resize_token_embeddings(count + 3)
-        table = encoder.get_input_embeddings().weight
-        with torch.no_grad():
-            table[count:] = vectors
-        encoder.to(dtype)
-        scheduler = diffusers.DDPMScheduler.from_pretrained(folder / "scheduler")
-        abar = scheduler.alphas_cumprod.double()[t].to(dtype).view(-1, 1, 1, 1)
-        noisy = abar.sqrt() * batch[0] + (1 - abar).sqrt() * noise
-        states = encoder(tokens)[0]
-        value = F.mse_loss(unet(noisy.to(dtype), t, states, return_dict=False)[0], noise.to(dtype))
+    def theirs(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        networks = networks_of(folder)
+        encoders = [one for name, one in networks.items() if name != "unet"]
+        tables = []
+        for own, encoder in zip(vectors, encoders, strict=True):
+            count = encoder.get_input_embeddings().num_embeddings
+            encoder.resize_token_embeddings(count + 3)
+            with torch.no_grad():
+                encoder.get_input_embeddings().weight[count:] = own
+            tables.append((encoder, count))
+        for network in networks.values():
+            network.to(dtype)
+        value = epsilon_loss(networks, folder, batch, ours.settings.seed, dtype)
         value.backward()
-        return value.detach(), encoder.get_input_embeddings().weight.grad[count:]
+        grads = [one.get_input_embeddings().weight.grad[count:] for one, count in tables]
+        return value.detach(), grads
 
     (truth, exact), (plain, rounded) = theirs(torch.float64), theirs(torch.float32)
     assert_close(loss, truth, plain)
-    assert_close(vectors.grad, exact, rounded)
-    assert [name for name, _ in ours.network.named_parameters()] == ["vectors.0"]
+    for own, *others in zip(vectors, exact, rounded, strict=True):
+        assert own.grad.any()
+        assert_close(own.grad, *others)
+    names = [name for name, _ in ours.network.named_parameters()]
+    assert names == [f"vectors.{i}" for i in range(len(vectors))]
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])

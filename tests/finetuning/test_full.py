@@ -12,9 +12,8 @@ import torch
 from numerics import assert_close
 from safetensors import safe_open
 from small_runs import gradients, run
+from theirs import epsilon_loss, networks_of
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import CLIPTextModel
 
 import diffusion_fast as df
 from diffusion_fast.models import AutoencoderKL, UNet2DCondition, text
@@ -27,27 +26,21 @@ sys.path.append(str(Path(__file__).parents[1] / "models"))  # for compvis_files
 Tiny = Callable[[str], Path]
 
 
-def test_loss_and_gradients(tiny_folder: Tiny, images: Path, tmp_path: Path) -> None:
-    """train_text_to_image.py, with the text encoder trained as train_dreambooth.py can."""
-    folder = tiny_folder("sd15")
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_loss_and_gradients(kind: str, tiny_folder: Tiny, images: Path, tmp_path: Path) -> None:
+    """train_text_to_image.py (or _sdxl.py), the text encoders as train_dreambooth.py has them."""
+    folder = tiny_folder(kind)
     ours = run(folder, images, tmp_path / "out", method="full", train_text=True)
     trainer = ours.trainer()
     batch = next(trainer.dataloader.starting_at(0))
     loss = trainer.objective.backward(batch)
-    generator = torch.Generator().manual_seed(3)
-    t = torch.randint(1000, (2,), generator=generator)[: len(batch[0])]
-    noise = torch.randn((2, *batch[0].shape[1:]), generator=generator)[: len(batch[0])]
 
     def theirs(dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
-        unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet").to(dtype)
-        encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").to(dtype)
-        scheduler = diffusers.DDPMScheduler.from_pretrained(folder / "scheduler")
-        abar = scheduler.alphas_cumprod.double()[t].to(dtype).view(-1, 1, 1, 1)
-        noisy = abar.sqrt() * batch[0] + (1 - abar).sqrt() * noise
-        states = encoder(batch[1]["tokens"][:, 0])[0]
-        value = F.mse_loss(unet(noisy.to(dtype), t, states, return_dict=False)[0], noise.to(dtype))
+        networks = networks_of(folder)
+        for network in networks.values():
+            network.to(dtype)
+        value = epsilon_loss(networks, folder, batch, ours.settings.seed, dtype)
         value.backward()
-        networks = {"unet": unet, "text_encoder": encoder}
         return value.detach(), {
             f"{component}.{name}": p.grad
             for component, network in networks.items()

@@ -12,9 +12,9 @@ import torch
 from numerics import assert_close
 from peft import LoraConfig
 from small_runs import gradients, randomize, run
+from theirs import encoded, networks_of
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from diffusion_fast.finetuning.run import Finetuning
 
@@ -26,14 +26,8 @@ class Theirs:
 
     def __init__(self, folder: Path, ours: Finetuning, dtype: torch.dtype) -> None:
         self.dtype, self.folder = dtype, folder
-        self.unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
-        self.networks: dict[str, Any] = {"unet": self.unet}
-        for name, kind in (
-            ("text_encoder", CLIPTextModel),
-            ("text_encoder_2", CLIPTextModelWithProjection),
-        ):
-            if (folder / name).is_dir():
-                self.networks[name] = kind.from_pretrained(folder / name)
+        self.networks = networks_of(folder)
+        self.unet = self.networks["unet"]
         for name, network in self.networks.items():
             network.requires_grad_(False)
             if name in ours.method.configs:
@@ -69,7 +63,7 @@ class Theirs:
         # The example's tables are float32; here in the dtype of the truth.
         abar = scheduler.alphas_cumprod[t].to(self.dtype).view(-1, 1, 1, 1)
         noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise
-        prompt, added = self.encode(context)
+        prompt, added = encoded(self.networks, context, self.dtype)
         pred = self.unet(noisy, t, prompt, added_cond_kwargs=added, return_dict=False)[0]
         v = scheduler.config.prediction_type == "v_prediction"
         target = abar.sqrt() * noise - (1 - abar).sqrt() * latents if v else noise
@@ -79,22 +73,6 @@ class Theirs:
         weights = torch.minimum(snr, torch.full_like(snr, GAMMA)) / (snr + 1 if v else snr)
         each = F.mse_loss(pred, target, reduction="none").mean(dim=[1, 2, 3])
         return (each * weights.to(self.dtype)).mean()
-
-    def encode(self, context: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor] | None]:
-        if "tokens" not in context:
-            prompt = context["context"].to(self.dtype)
-            if "text_embeds" not in context:
-                return prompt, None
-            pooled = context["text_embeds"].to(self.dtype)
-        else:
-            tokens = context["tokens"].unbind(1)
-            if len(tokens) == 1:
-                return self.networks["text_encoder"](tokens[0])[0], None
-            first = self.networks["text_encoder"](tokens[0], output_hidden_states=True)
-            second = self.networks["text_encoder_2"](tokens[1], output_hidden_states=True)
-            states = [first.hidden_states[-2], second.hidden_states[-2]]
-            prompt, pooled = torch.cat(states, dim=-1), second[0]
-        return prompt, {"text_embeds": pooled, "time_ids": context["time_ids"].to(self.dtype)}
 
 
 CASES: dict[str, dict[str, Any]] = {

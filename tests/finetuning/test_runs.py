@@ -86,6 +86,10 @@ def test_the_command_line(tiny_folder: Tiny, images: Path, tmp_path: Path) -> No
     options += ("--validation-steps", 1, "--format", "kohya", "--tensorboard", tmp_path / "board")
     made = command("finetune", "--config", config, "--out", tmp_path / "out", *options)
     assert made.returncode == 0, made.stderr
+    reader = "tensorboard.backend.event_processing.event_accumulator"
+    board = pytest.importorskip(reader).EventAccumulator(str(tmp_path / "board")).Reload()
+    assert board.Tags()["images"] == ["samples"]
+    assert [(shown.step, shown.width) for shown in board.Images("samples")] == [(2, 68)]
     assert "caching latents: 5/5" in made.stderr
     assert "2/2" in made.stderr
     assert Image.open(tmp_path / "out" / "samples" / "step_00000002.png").size == (68, 68)
@@ -173,6 +177,13 @@ def test_bad_data_is_named(tiny_folder: Tiny, tmp_path: Path) -> None:
     bare = write_images(tmp_path / "bare", ((64, 64), (64, 64)))
     (bare / "1.txt").unlink()
     refused(bare, r"^data: expected a caption for each image .*, got 1 images without: .*1\.png$")
+    good = write_images(tmp_path / "good")
+    match = (
+        r"^validation_data: expected a caption for each image .*, got 1 images .*1\.png"
+    )
+    refused(good, match, validation_data=bare)
+    none = tmp_path / "none"
+    refused(good, "^validation_data: expected a folder, got .*none", validation_data=none)
     (bare / "metadata.jsonl").write_text('{"file_name": "7.png", "text": "a dog"}\n')
     refused(bare, r"metadata.jsonl: expected an image for each caption, got 1 .*7\.png$")
     (bare / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a dog"}\n')
@@ -193,10 +204,10 @@ def test_bad_data_is_named(tiny_folder: Tiny, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="0.png: 640 x 64 is longer than all shapes"):
         run(model, wide, tmp_path / "out")
     wrong = r"^targets: expected the name of a layer, such as to_q.*, got 'to_qq'$"
-    refused(write_images(tmp_path / "good"), wrong, targets=("to_qq",))
-    refused(tmp_path / "good", r"^bucket_step: expected a multiple of 8, got 12$", bucket_step=12)
+    refused(good, wrong, targets=("to_qq",))
+    refused(good, r"^bucket_step: expected a multiple of 8, got 12$", bucket_step=12)
     with pytest.raises(ValueError, match="expected a text-to-image model, got one for inpainting"):
-        run(tiny_folder("inpainting"), tmp_path / "good", tmp_path / "out")
+        run(tiny_folder("inpainting"), good, tmp_path / "out")
 
 
 def test_a_picture_cut_short_is_found_before_training(tiny_folder: Tiny, tmp_path: Path) -> None:
@@ -249,6 +260,41 @@ def test_sdxl_is_told_each_images_size_and_crop(
                 kept = [encode((one[None], {}))[0][0] for one in kept]
             assert min((x_0 - one).abs().max().item() for one in kept) < 1e-4
     assert (len(seen) > 6) == random_crop
+
+
+def test_flips_are_cached_twice(tiny_folder: Tiny, images: Path, tmp_path: Path) -> None:
+    """Each picture and its mirror image, once; another run with the cache computes nothing."""
+    cache = tmp_path / "cache"
+    for options, files in (({}, 5), ({"flip": True}, 10), ({"flip": True, "seed": 7}, 10)):
+        run(tiny_folder("sd15"), images, tmp_path / "out", cache=cache, **options).trainer()
+        found = {file: file.stat().st_mtime_ns for file in cache.glob("latents/*/*")}
+        assert len(found) == files
+    run(tiny_folder("sd15"), images, tmp_path / "out", cache=cache, flip=True).trainer()
+    assert {file: file.stat().st_mtime_ns for file in cache.glob("latents/*/*")} == found
+    # Another shape, another picture: latents of their own.
+    run(tiny_folder("sd15"), images, tmp_path / "out", cache=cache, bucket_step=32).trainer()
+    assert len(list(cache.glob("latents/*/*"))) > 10
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        ({}, []),
+        ({"flip": True}, []),
+        ({"random_crop": True}, ["latents are not cached, because crops are random"]),
+        ({"shuffle_captions": True}, ["text states are not cached, because captions are shuffled"]),
+        ({"train_text": True}, ["text states are not cached, because what they say is trained"]),
+    ],
+)
+def test_what_switches_a_cache_off_is_said(
+    options: dict[str, Any], lines: list[str], tiny_folder: Tiny, images: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    made = run(tiny_folder("sd15"), images, tmp_path / "out", cache=cache, **options)
+    assert made.data.notes(made.method) == lines
+    made.trainer()
+    assert (cache / "latents").exists() == ("random_crop" not in options)
+    assert (cache / "text").exists() == (not {"shuffle_captions", "train_text"} & set(options))
 
 
 def test_zero_terminal_snr(tiny_folder: Tiny, images: Path, tmp_path: Path) -> None:
