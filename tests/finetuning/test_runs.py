@@ -178,9 +178,7 @@ def test_bad_data_is_named(tiny_folder: Tiny, tmp_path: Path) -> None:
     (bare / "1.txt").unlink()
     refused(bare, r"^data: expected a caption for each image .*, got 1 images without: .*1\.png$")
     good = write_images(tmp_path / "good")
-    match = (
-        r"^validation_data: expected a caption for each image .*, got 1 images .*1\.png"
-    )
+    match = r"^validation_data: expected a caption for each image .*, got 1 images .*1\.png"
     refused(good, match, validation_data=bare)
     none = tmp_path / "none"
     refused(good, "^validation_data: expected a folder, got .*none", validation_data=none)
