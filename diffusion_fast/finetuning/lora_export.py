@@ -158,7 +158,9 @@ def alphas(layers: Layers, settings: Settings) -> dict[tuple[str, str], float]:
 
 def _full(component: str, layer: str) -> str:
     """A layer's name, of text encoders as older versions of transformers have it."""
-    return layer if component == "unet" else "text_model." + layer.removeprefix("text_model.")
+    if component == "unet" or layer.startswith("text_projection"):  # which is beside that model
+        return layer
+    return "text_model." + layer.removeprefix("text_model.")
 
 
 def _plain(value: Any) -> Any:

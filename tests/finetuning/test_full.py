@@ -12,7 +12,7 @@ import torch
 from numerics import assert_close
 from safetensors import safe_open
 from small_runs import gradients, run
-from theirs import epsilon_loss, networks_of
+from theirs import assert_equal_pictures, epsilon_loss, networks_of
 from torch import Tensor
 
 import diffusion_fast as df
@@ -81,6 +81,7 @@ def test_averages_come_out_as_a_folder_and_a_file(
     kinds = {"sd15": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}
     theirs = kinds[kind].from_pretrained(tmp_path / "out")
     assert torch.equal(theirs.unet.conv_in.weight, averages["unet.conv_in.weight"])
+    assert_equal_pictures(pipe, theirs, "a red cat")
     with safe_open(tmp_path / "out" / "out.safetensors", framework="pt") as file:
         assert file.metadata()["modelspec.prediction_type"] == "epsilon"
         found = file.get_tensor("model.diffusion_model.input_blocks.0.0.weight")

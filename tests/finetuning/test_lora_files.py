@@ -16,6 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from small_runs import randomize, run
+from theirs import assert_equal_pictures
 from torch import Tensor
 
 import diffusion_fast as df
@@ -25,6 +26,10 @@ from diffusion_fast.pipelines.parts import Parts
 OPTIONS: dict[str, dict[str, Any]] = {
     "sd15": {"targets": ("all",), "conv_rank": 3, "conv_alpha": 6.0, "train_text": True},
     "sdxl": {"targets": ("transformer",), "alpha": 1.0, "train_text": True},
+}
+PIPELINES = {
+    "sd15": diffusers.StableDiffusionPipeline,
+    "sdxl": diffusers.StableDiffusionXLPipeline,
 }
 
 
@@ -70,10 +75,7 @@ def test_diffusers_has_the_same_adapters(
     written: Finetuning, kind: str, tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Bit for bit, with the same scale; what it saves again, and kohya's names, as well."""
-    pipelines = {"sd15": diffusers.StableDiffusionPipeline}
-    pipe = pipelines.get(kind, diffusers.StableDiffusionXLPipeline).from_pretrained(
-        tiny_folder(kind), safety_checker=None
-    )
+    pipe = PIPELINES[kind].from_pretrained(tiny_folder(kind))
     pipe.load_lora_weights(written.files()[0], adapter_name="default")
     own = dict(written.network.named_parameters())
     found = (
@@ -100,6 +102,17 @@ def test_diffusers_has_the_same_adapters(
                 assert layer.scaling == theirs[name].scaling, name
 
 
+def test_diffusers_draws_the_same_pictures(
+    written: Finetuning, kind: str, tiny_folder: Callable[[str], Path]
+) -> None:
+    for file in written.files():
+        pipe = df.StableDiffusion.from_pretrained(tiny_folder(kind))
+        pipe.loras.load(file, "style")
+        theirs = PIPELINES[kind].from_pretrained(tiny_folder(kind))
+        theirs.load_lora_weights(file.parent, weight_name=file.name)
+        assert_equal_pictures(pipe, theirs, "a red cat")
+
+
 def test_kohyas_names(written: Finetuning, kind: str) -> None:
     """As diffusers' own converter has them for SD 1.x; SDXL's U-Net has those of CompVis."""
     tensors = load_file(written.files()[1])
@@ -110,6 +123,7 @@ def test_kohyas_names(written: Finetuning, kind: str) -> None:
         assert "lora_unet_input_blocks_3_1_transformer_blocks_0_attn2_to_k" in stems
         assert "lora_te1_text_model_encoder_layers_0_self_attn_q_proj" in stems
         assert "lora_te2_text_model_encoder_layers_0_mlp_fc1" in stems
+        assert "lora_te2_text_projection" in stems
         return
     unet = written.parts.unet
     state = {f"unet.{n}": v for n, v in get_peft_model_state_dict(unet).items()}

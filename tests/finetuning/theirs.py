@@ -61,3 +61,13 @@ def epsilon_loss(
     prompt, added = encoded(networks, batch[1], dtype)
     predicted = networks["unet"](noisy, t, prompt, added_cond_kwargs=added, return_dict=False)[0]
     return F.mse_loss(predicted, noise.to(dtype))
+
+
+def assert_equal_pictures(pipe: Any, theirs: Any, prompt: str) -> None:
+    """Ours and a pipeline of diffusers draw the same from the same noise."""
+    theirs.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    options = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 64, "width": 64}
+    wanted = theirs(prompt, latents=noise, output_type="np", **options).images
+    found = pipe(prompt, steps=3, guidance_scale=5.0, size=64, output="tensor").images
+    assert (found - torch.from_numpy(wanted).permute(0, 3, 1, 2) * 2 + 1).abs().max() < 1e-4
