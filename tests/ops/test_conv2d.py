@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from compilers import ONEDNN_DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_close
@@ -176,7 +177,7 @@ def check_onednn(given: dict[str, Any], pack: bool = False) -> None:
 
 
 @pytest.mark.usefixtures("_any_size")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ONEDNN_DTYPES)
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("weight_last", [False, True])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from compilers import ONEDNN_DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_close
@@ -123,7 +124,7 @@ def _any_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_any_size")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ONEDNN_DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [(3, 17), (33,), ()])
 @pytest.mark.parametrize("form", ["dense", "sliced", "packed"])
