@@ -30,6 +30,7 @@ struct Vectors {
   static constexpr long kQueries = 8 * kTileRows;
   static constexpr long kKeys = 128;   // whole panels
   static constexpr long kDepth = 256;  // channels of a head whose products are summed at once
+  static constexpr double kLog2E = 1.4426950408889634;  // scores are powers of two
   static constexpr float kNone = -std::numeric_limits<float>::infinity();
   static_assert(kKeys % kPanel == 0);
 
@@ -83,7 +84,7 @@ struct Vectors {
       const T* from = q + row * a.q_strides[1];
       float* to = s.queries.data() + row / kTileRows * kTileRows * a.dim + row % kTileRows;
       for (long d = 0; d < a.dim; ++d)
-        to[d * kTileRows] = row < rows ? number(from + d) * float(a.scale) : 0.f;
+        to[d * kTileRows] = row < rows ? number(from + d) * float(a.scale * kLog2E) : 0.f;
     }
   }
 
@@ -94,7 +95,7 @@ struct Vectors {
       const int vectors = vectors_of(count - panel);
       for (long t = 0; t < tiles_of(rows); ++t)
         for (long d = 0; d < a.dim; d += kDepth)
-          tile_of(vectors, s.queries.data() + (t * a.dim + d) * kTileRows, 1, kTileRows,
+          tile_of(kTileRows, vectors, s.queries.data() + (t * a.dim + d) * kTileRows, 1, kTileRows,
                   keys + panel * a.dim + d * vectors * kLanes, vectors * kLanes,
                   std::min(kDepth, a.dim - d), s.scores.data() + t * kTileRows * kKeys + panel,
                   kKeys, d > 0);
@@ -109,7 +110,7 @@ struct Vectors {
   static void weigh_row(const Attention& a, const float* bias, long row, long count, Scratch& s) {
     float* scores = s.scores.data() + row * kKeys;
     if (bias)
-      for (long j = 0; j < count; ++j) scores[j] += bias[j * a.bias_strides[3]];
+      for (long j = 0; j < count; ++j) scores[j] += bias[j * a.bias_strides[3]] * float(kLog2E);
     const long end = rounded_up(count, kLanes);
     for (long j = count; j < end; ++j) scores[j] = kNone;
     Vec highest = all(kNone);
@@ -122,12 +123,12 @@ struct Vectors {
     const float from = most == kNone ? 0 : most;
     Vec total = {};
     for (long j = 0; j < end; j += kLanes) {
-      const Vec weight = exponential(load(scores + j, Full{}) - from);
+      const Vec weight = power_of_two(load(scores + j, Full{}) - from);
       total += weight;
       store(scores + j, weight, Full{});
     }
     if (most != s.most[row]) {
-      const float factor = std::exp(s.most[row] - most);
+      const float factor = std::exp2(s.most[row] - most);
       float* sums = s.sums.data() + row * s.sums_row;
       s.total[row] *= factor;
       for (long d = 0; d < s.sums_row; d += kLanes)
@@ -143,9 +144,9 @@ struct Vectors {
     for (long panel = 0; panel < a.dim; panel += kPanel) {
       const int vectors = vectors_of(a.dim - panel);
       for (long t = 0; t < tiles_of(rows); ++t)
-        tile_of(vectors, s.scores.data() + t * kTileRows * kKeys, kKeys, 1, values + panel * count,
-                vectors * kLanes, seen, s.sums.data() + t * kTileRows * s.sums_row + panel,
-                s.sums_row, true);
+        tile_of(kTileRows, vectors, s.scores.data() + t * kTileRows * kKeys, kKeys, 1,
+                values + panel * count, vectors * kLanes, seen,
+                s.sums.data() + t * kTileRows * s.sums_row + panel, s.sums_row, true);
     }
   }
 

@@ -2,6 +2,8 @@
 // several.
 #pragma once
 
+#include <cstddef>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -15,8 +17,10 @@ struct OnLines {
   OnLines() = default;
   template <class U>
   OnLines(const OnLines<U>&) {}
-  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kLine)); }
-  void deallocate(T* at, size_t) { ::operator delete(at, kLine); }
+  T* allocate(std::size_t count) {
+    return static_cast<T*>(::operator new(count * sizeof(T), kLine));
+  }
+  void deallocate(T* at, std::size_t) { ::operator delete(at, kLine); }
   template <class U>
   bool operator==(const OnLines<U>&) const {
     return true;
@@ -29,5 +33,13 @@ struct OnLines {
 
 template <class T>
 using Buffer = std::vector<T, OnLines<T>>;
+
+// The same for float32 that nobody has set yet.
+struct Release {
+  void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
+};
+using Memory = std::unique_ptr<float[], Release>;
+
+inline Memory allocate(long count) { return Memory(new (std::align_val_t(64)) float[count]); }
 
 }  // namespace

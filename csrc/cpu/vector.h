@@ -144,6 +144,39 @@ inline Vec exponential(Vec x) {
   return x < -87.3f ? Vec{} : p * power;
 }
 
+// 2^x for x below 128, to about one unit in the last place; 0 below the smallest normal number, NaN
+// for NaN. 2^x = 2^n (1 + r P(r)) with n = round(x) and r = x - n, P fitted to 2e-9.
+inline Vec power_of_two(Vec x) {
+  constexpr float kMagic = 12582912;  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec shifted = x + kMagic, r = x - (shifted - kMagic);
+  Vec p = all(1.535334967e-04f);
+  p = p * r + 1.339887524e-03f;
+  p = p * r + 9.618437413e-03f;
+  p = p * r + 5.550332469e-02f;
+  p = p * r + 2.402264791e-01f;
+  p = p * r + 6.931472029e-01f;
+  const Vec power = bits_of<Vec>((bits_of<Ints>(shifted) + 127) << 23);
+  return x < -126.f ? Vec{} : (p * r + 1) * power;
+}
+
+// x Phi(x) with Phi(-z sqrt 2) = erfc(z) / 2 = t P(t) e^(-z^2) and t = 1 / (1 + 0.4 z), for z >= 0;
+// P fitted to 7e-9 of erfc(z) e^(z^2).
+inline Vec gelu(Vec x) {
+  const Vec z = (x < 0 ? -x : x) * 0.707106781f, t = 1 / (1 + 0.4f * z);
+  Vec p = all(-3.059723907e-02f);
+  p = p * t + 2.034850999e-01f;
+  p = p * t - 5.117454000e-01f;
+  p = p * t + 5.647847216e-01f;
+  p = p * t - 2.988913815e-01f;
+  p = p * t + 2.799206560e-01f;
+  p = p * t + 1.269415050e-01f;
+  p = p * t + 2.155114027e-01f;
+  p = p * t + 2.248799832e-01f;
+  p = p * t + 2.257106588e-01f;
+  const Vec tail = 0.5f * (p * t) * exponential(-z * z);
+  return x * (x < 0 ? tail : 1 - tail);
+}
+
 inline Vec sigmoid(Vec x) { return 1 / (1 + exponential(-x)); }
 
 }  // namespace

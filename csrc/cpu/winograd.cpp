@@ -7,25 +7,15 @@
 #include "winograd.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "buffer.h"
 #include "product.h"
 
 namespace {
 
 constexpr int kPlanes = 16;
-constexpr long kTiles = 32 * kTileRows;            // of a chunk
-constexpr long kDepth = kLanes == 16 ? 128 : 256;  // channels summed at once, see multiply
-constexpr long kLine = 16;                         // numbers of a line of the cache
-
-struct Release {
-  void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
-};
-using Memory = std::unique_ptr<float[], Release>;
-
-Memory allocate(long count) { return Memory(new (std::align_val_t(64)) float[count]); }
+constexpr long kTiles = 32 * kTileRows;  // of a chunk
 
 // Planes of rows, with a line of the cache between: rows of a power of two would share its sets.
 struct Planes {
@@ -116,33 +106,12 @@ void finish(const Winograd& w, const Tile& tile, const Planes& planes, long inde
   });
 }
 
-// sums[row][columns begin to end] = values[row][C] weight[C][...] of one plane. A block of weights
-// stays in the first cache for all rows, and while it is used the next one is fetched.
-void multiply(const float* values, long values_row, const float* weight, long channels, float* sums,
-              long sums_row, long rows, long begin, long end) {
-  for (long d = 0; d < channels; d += kDepth)
-    for (long panel = begin; panel < end; panel += kPanel) {
-      const int vectors = vectors_of(end - panel);
-      const long width = vectors * kLanes, depth = std::min(kDepth, channels - d);
-      const float* block = weight + panel * channels + d * width;
-      const float* next = panel + kPanel < end ? block + kPanel * channels
-                                               : weight + begin * channels +
-                                                     (d + depth) * std::min(kPanel, end - begin);
-      const long share = rounded_up((depth * width * kTileRows + rows - 1) / rows, kLine);
-      for (long row = 0; row < rows; row += kTileRows) {
-        for (long i = 0; i < share; i += kLine)
-          __builtin_prefetch(next + row / kTileRows * share + i, 0, 2);
-        tile_of(vectors, values + row * values_row + d, values_row, 1, block, width, depth,
-                sums + row * sums_row + panel, sums_row, d > 0);
-      }
-    }
-}
-
 void run(const Winograd& w) {
   const long tiles = w.batch * ((w.out_height + 1) / 2) * ((w.out_width + 1) / 2);
   const long chunk = rounded_up(std::min(tiles, kTiles), kTileRows);
   const long outputs = rounded_up(w.outputs, kLine), panels = (outputs + kPanel - 1) / kPanel;
   const long groups = std::clamp<long>((4L * w.threads + kPlanes - 1) / kPlanes, 1, panels);
+  const long part = depth_of(w.channels);
   const double work = double(tiles) * w.channels * w.outputs * kPlanes;
   const int threads = int(std::clamp<double>(work / 500000, 1, w.threads));
   const std::vector<float> zeros(w.channels + kLanes);
@@ -159,9 +128,12 @@ void run(const Winograd& w) {
 #pragma omp for schedule(static)
     for (long unit = 0; unit < kPlanes * groups; ++unit) {
       const long k = unit / groups, group = unit % groups;
-      multiply(values.at(k, 0), values.row, w.weight + k * w.channels * outputs, w.channels,
-               sums.at(k, 0), sums.row, rows, panels * group / groups * kPanel,
-               std::min(panels * (group + 1) / groups * kPanel, outputs));
+      const long begin = panels * group / groups * kPanel;
+      const Weight weight{w.weight + k * w.channels * outputs, w.channels, outputs};
+      for (long d = 0; d < w.channels; d += part)
+        multiply(values.at(k, 0) + d, values.row, weight, d, std::min(part, w.channels - d),
+                 sums.at(k, 0) + begin, sums.row, rows, begin,
+                 std::min(panels * (group + 1) / groups * kPanel, outputs));
     }
 #pragma omp for schedule(static)
     for (long i = 0; i < count; ++i) finish(w, Tile(w, first + i), sums, i);
@@ -179,24 +151,25 @@ extern "C" __attribute__((visibility("default"))) void winograd_pack(const float
                                                                      float* packed, int64_t outputs,
                                                                      int64_t channels,
                                                                      int32_t threads) {
-  const long padded = rounded_up(outputs, kLine);
+  const long padded = rounded_up(outputs, kLine), panels = (padded + kPanel - 1) / kPanel;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (long o = 0; o < padded; ++o) {
-    const long panel = o / kPanel * kPanel, width = vectors_of(padded - panel) * kLanes;
-    for (long c = 0; c < channels; ++c) {
+  for (long i = 0; i < panels * channels; ++i) {
+    const long panel = i / channels * kPanel, c = i % channels;
+    const long width = vectors_of(padded - panel) * kLanes;
+    float* to = packed + panel * channels + c * width;
+    for (long j = 0; j < width; ++j) {
       double t[4][3] = {};
-      if (o < outputs) {
-        const float* g = weight + (o * channels + c) * 9;
-        for (int j = 0; j < 3; ++j) {
-          const double g0 = g[j], g1 = g[3 + j], g2 = g[6 + j];
-          t[0][j] = g0, t[1][j] = (g0 + g1 + g2) / 2, t[2][j] = (g0 - g1 + g2) / 2, t[3][j] = g2;
+      if (panel + j < outputs) {
+        const float* g = weight + ((panel + j) * channels + c) * 9;
+        for (int n = 0; n < 3; ++n) {
+          const double g0 = g[n], g1 = g[3 + n], g2 = g[6 + n];
+          t[0][n] = g0, t[1][n] = (g0 + g1 + g2) / 2, t[2][n] = (g0 - g1 + g2) / 2, t[3][n] = g2;
         }
       }
-      float* to = packed + panel * channels + c * width + o - panel;
-      for (int i = 0; i < 4; ++i) {
-        const double u0 = t[i][0], u1 = t[i][1], u2 = t[i][2];
+      for (int m = 0; m < 4; ++m) {
+        const double u0 = t[m][0], u1 = t[m][1], u2 = t[m][2];
         const double out[4] = {u0, (u0 + u1 + u2) / 2, (u0 - u1 + u2) / 2, u2};
-        for (int j = 0; j < 4; ++j) to[(4 * i + j) * channels * padded] = float(out[j]);
+        for (int n = 0; n < 4; ++n) to[(4 * m + n) * channels * padded + j] = float(out[n]);
       }
     }
   }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import onednn
+from .cpu import library as cpu
+from .cpu import linear as on_cpu
 from .cpu import products
 from .cpu.contest import Contest, Ways, packed_call
 from .dispatch import Backend, Op, autocast, checks, triton
@@ -104,7 +106,7 @@ def _check(
         checks.fail("weight", "an even number of rows with geglu", list(weight.shape))
     if residual is not None:
         checks.shape("residual", residual, (*x.shape[:-1], out // (2 if geglu else 1)), "[..., N]")
-    if packed and len(packed) != 1 + geglu:
+    if packed and len(packed) != 1 + geglu and not on_cpu.is_packed(packed):
         checks.fail("packed", f"{1 + geglu} tensors, packed with geglu={geglu}", len(packed))
     if mean is None:
         return
@@ -124,6 +126,9 @@ def _check(
 
 def pack_linear(weight: Tensor, rows: int, *, geglu: bool = False) -> onednn.Packed | None:
     """What :func:`linear` takes as ``packed``, in a layout of its own: a copy of the weight.
+
+    On a CPU that is oneDNN's layout, or our kernel's where an engine has measured that to be
+    faster, or under ``use_backend(linear="cpu")``.
 
     Args:
         weight: [N, K].
@@ -151,16 +156,28 @@ def pack_linear(weight: Tensor, rows: int, *, geglu: bool = False) -> onednn.Pac
         checks.fail("weight", "shape [N, K], N even with geglu", list(weight.shape))
     if not onednn.supports(weight.device.type, weight.dtype):
         return None
-    if requested("linear") == "auto":
+    way = "packed"
+    if requested("linear") == cpu.NAME:
+        why = on_cpu.fits(weight) or cpu.settle()
+        way = way if why else "cpu"
+    elif requested("linear") == "auto":
         order = _CONTEST.order(products.linear_kind(weight, rows, geglu))
-        if order and order[0] != "packed":
-            return None
-    return _packed(weight, rows, geglu)
+        way = order[0] if order else way
+    return _PACKERS[way](weight, rows, geglu)
 
 
-def _packed(weight: Tensor, rows: int, geglu: bool) -> onednn.Packed:
+def _packed_for_onednn(weight: Tensor, rows: int, geglu: bool) -> onednn.Packed:
     parts = weight.chunk(2) if geglu else (weight,)
     return tuple(onednn.pack_linear(part, rows) for part in parts)
+
+
+# How a weight is laid out for each way of the contest.
+_PACKERS: dict[str, Callable[[Tensor, int, bool], onednn.Packed | None]] = {
+    "packed": _packed_for_onednn,
+    "cpu": lambda weight, _, geglu: (on_cpu.pack(weight, geglu),),
+    "onednn": lambda *_: None,
+    "reference": lambda *_: None,
+}
 
 
 def reference(
@@ -250,6 +267,8 @@ def _onednn(
     sums: Tensor | None,
     packed: Sequence[Tensor],
 ) -> Tensor:
+    if on_cpu.is_packed(packed):
+        packed = ()
     if mean is not None:
         y = _normalized(onednn.linear(x, weight, None), bias, mean, rstd, sums)
         y = _gated(y) if geglu else y
@@ -294,8 +313,11 @@ def _has_columns(x: Tensor, *_: Any) -> list[str]:
 
 def _ways(x: Tensor, weight: Tensor, bias: Any, residual: Any, geglu: bool, *_: Any) -> Ways:
     """What computes a call, by the contest's names."""
-    packed = _packed(weight, len(x), geglu)
-    return {"packed": packed_call(_onednn, packed), "onednn": _onednn, "reference": reference}
+    ways: dict[str, Callable[..., Tensor]] = {}
+    runs = (_onednn, on_cpu.forward, _onednn, reference)
+    for (name, pack), run in zip(_PACKERS.items(), runs, strict=True):
+        ways[name] = packed_call(run, pack(weight, len(x), geglu))
+    return ways
 
 
 _CONTEST = Contest(
@@ -303,7 +325,7 @@ _CONTEST = Contest(
     products.linear_kind_of,
     products.linear_example,
     ways=_ways,
-    names=("packed", "onednn", "reference"),
+    names=tuple(_PACKERS),
 )
 _other_is_faster = _CONTEST.slower("onednn", among=("onednn", "reference"))
 
@@ -313,6 +335,7 @@ def _slower(*args: Any) -> list[str]:
     return [] if args[-1] else _other_is_faster(*args)
 
 
+cpu.add(_OP, lambda: on_cpu.forward, on_cpu.supports)
 _OP.add(
     Backend(
         "onednn", lambda: _onednn, onednn.machine, _onednn_supports, ready=_slower, foresee=_slower

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +67,14 @@ def of_conv2d() -> tuple[str, str]:
     result = ops.conv2d(X, WEIGHT, **more)
     truth = F.conv2d(X.double(), WEIGHT.double(), padding=1) + 1
     assert_close(result, truth, F.conv2d(X, WEIGHT, padding=1) + 1)
-    form = "none" if packed is None else "oneDNN's" if packed[0].is_mkldnn else "transformed"
-    return form, ops.explain("conv2d", X, WEIGHT, **more).backend
+    return form_of(packed), ops.explain("conv2d", X, WEIGHT, **more).backend
 
 
 @pytest.mark.parametrize(
     ("order", "expected"),
     [
         ("packed winograd direct", ("oneDNN's", "onednn")),
-        ("winograd direct packed", ("transformed", "cpu")),
+        ("winograd direct packed", ("ours", "cpu")),
         ("direct packed winograd", ("none", "onednn")),
         ("what nobody knows", ("oneDNN's", "onednn")),
     ],
@@ -88,26 +87,31 @@ def test_the_way_of_a_convolution(order: str, expected: tuple[str, str]) -> None
     assert of_conv2d() == expected  # in another process, from the disk
 
 
-def of_linear() -> tuple[bool, ops.Choice]:
+def form_of(packed: Sequence[Tensor] | None) -> str:
+    return "none" if packed is None else "oneDNN's" if packed[0].is_mkldnn else "ours"
+
+
+def of_linear() -> tuple[str, ops.Choice]:
     packed = ops.pack_linear(MATRIX, len(ROWS))
     result, truth = ops.linear(ROWS, MATRIX, packed=packed), ROWS.double() @ MATRIX.double().mT
     assert_close(result, truth, F.linear(ROWS, MATRIX))
-    return packed is not None, ops.explain("linear", ROWS, MATRIX, packed=packed)
+    return form_of(packed), ops.explain("linear", ROWS, MATRIX, packed=packed)
 
 
 @pytest.mark.parametrize(
-    ("order", "packs", "backend"),
+    ("order", "form", "backend"),
     [
-        ("packed reference onednn", True, "onednn"),
-        ("onednn packed reference", False, "onednn"),
-        ("reference packed onednn", False, "reference"),
+        ("packed reference cpu onednn", "oneDNN's", "onednn"),
+        ("cpu packed reference onednn", "ours", "cpu"),
+        ("onednn packed cpu reference", "none", "onednn"),
+        ("reference packed cpu onednn", "none", "reference"),
     ],
 )
-def test_the_way_of_a_product(order: str, packs: bool, backend: str) -> None:
-    assert of_linear()[0]
+def test_the_way_of_a_product(order: str, form: str, backend: str) -> None:
+    assert of_linear()[0] == "oneDNN's"
     linear_known(order)
-    packed, choice = of_linear()
-    assert (packed, choice.backend) == (packs, backend)
+    found, choice = of_linear()
+    assert (found, choice.backend) == (form, backend)
     if backend == "reference":
         assert choice.rejected["onednn"] == "reference was measured faster for such calls here"
 

@@ -26,8 +26,9 @@ from ..dispatch import Op
 from ..dispatch.backend import BACKENDS, requested
 from . import library
 
-ROUNDS, LEAST_ROUNDS = 9, 3
+ROUNDS, LEAST_ROUNDS = 9, 2
 ENOUGH = 0.1  # seconds for a kind, after which the least number of rounds will do
+LOST = 2.0  # a way that takes so much longer than the best one has no further round
 GAIN = 0.95  # a way that is not first must take at most so much of the first one's time
 MANY = 8  # kinds from which a line says that they are measured
 
@@ -118,7 +119,10 @@ class Contest:
         for turn in range(ROUNDS):
             if turn >= LEAST_ROUNDS and time.perf_counter() - began > ENOUGH:
                 break
+            limit = LOST * min(seconds.values())
             for name, run in ways.items():
+                if turn and seconds[name] > limit:
+                    continue
                 start = time.perf_counter()
                 run(*args)
                 seconds[name] = min(seconds[name], time.perf_counter() - start)

@@ -1,0 +1,91 @@
+"""Linear layers on the kernel of csrc/cpu, in float32: bias, gate and residual in its epilogue."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch import checks
+from . import library
+
+LINE = 16  # columns are filled up to a multiple of it
+
+# ``Linear`` of csrc/cpu/linear.h.
+_ARGUMENTS = struct.Struct("@5P 3q 2i")
+
+
+def fits(weight: Tensor) -> list[str]:
+    """Why the kernel can't take a weight; empty if it can."""
+    return [] if weight.dtype == torch.float32 else [f"dtype {weight.dtype}"]
+
+
+def pack(weight: Tensor, geglu: bool) -> Tensor:
+    """A weight [N, K] as the kernel reads it, [1 or with ``geglu`` 2, N', K], N' whole lines."""
+    out, inner = weight.shape
+    parts = 1 + geglu
+    weight = weight.detach().contiguous()
+    packed = torch.empty(parts, -(-(out // parts) // LINE) * LINE, inner)
+    library.kernels.linear_pack(
+        *(ctypes.c_void_p(one.data_ptr()) for one in (weight, packed)),
+        *(ctypes.c_int64(out), ctypes.c_int64(inner)),
+        *(ctypes.c_int32(geglu), ctypes.c_int32(torch.get_num_threads())),
+    )
+    return packed
+
+
+def is_packed(packed: Sequence[Tensor]) -> bool:
+    """Whether a packed weight is one of :func:`pack`."""
+    return len(packed) == 1 and not packed[0].is_mkldnn and packed[0].dim() == 3
+
+
+def supports(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geglu: bool,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    sums: Tensor | None,
+    packed: Sequence[Tensor],
+) -> list[str]:
+    """Why this call is not for the kernel; empty if it is."""
+    why = fits(weight)
+    if not why and not is_packed(packed):
+        why = ["its weight is not packed for it"]
+    if not why and mean is not None:
+        why = ["a LayerNorm is folded into it"]
+    if not why and checks.needs_gradient(x, weight, bias, residual):
+        why = ["a gradient is needed"]
+    return why
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geglu: bool,
+    mean: Any,
+    rstd: Any,
+    sums: Any,
+    packed: Sequence[Tensor],
+) -> Tensor:
+    """[..., N], with ``geglu`` [..., N / 2]."""
+    out, inner = weight.shape
+    x = x.contiguous()
+    y = torch.empty(*x.shape[:-1], out // (1 + geglu))
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    rows = x.numel() // inner
+    arguments = _ARGUMENTS.pack(
+        *(0 if one is None else one.data_ptr() for one in (x, packed[0], y, bias, residual)),
+        *(rows, inner, out, geglu, torch.get_num_threads()),
+    )
+    library.kernels.linear(arguments)
+    return y
