@@ -13,6 +13,7 @@ import diffusion_fast as df
 from diffusion_fast.engine.buffers import Clock
 from diffusion_fast.engine.rewrites.controlled import prepare
 from diffusion_fast.engine.rewrites.plan import Rewritable
+from diffusion_fast.ops.cpu import contest
 from diffusion_fast.pipelines.parts import Parts
 from diffusion_fast.pipelines.stable_diffusion import StableDiffusion
 
@@ -131,6 +132,8 @@ def engine_step(model: Rewritable, x: Tensor, t: Tensor, given: dict[str, Any]) 
     """A U-Net's call with all rewrites, x being both halves of guidance."""
     network = prepare(model, batch=len(x) // 2, halves=2, max_rows=1)
     network.prepare(given, t.reshape(1))
+    if not GPU:
+        contest.prepare(network.calls(x.shape[2:]))
     clock = Clock(x.device)
     return replayed(lambda: network(x, clock)) if GPU else lambda: network(x, clock)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ...edits import Edit, Watch
 from ...models.autoencoder import Autoencoder
+from ...ops.cpu import contest
 from ...turns import Turns
-from .plan import asked_for, bypassed, check_placement
+from . import cost
+from .plan import OpCall, asked_for, bypassed, check_placement
 from .prepare import rewritten
 
 DECODER_REWRITES = ("folded_upsample", "fused_qkv", "epilogues", "packed_weights", "removed_no_ops")
@@ -38,6 +40,7 @@ class PreparedDecoder:
         self._placement = vae.weight.dtype, vae.weight.device
         self._decoder = copy.deepcopy(vae.decoder).float() if vae.upcasts else vae.decoder
         self.network, self._leaves = rewritten(self._decoder, self.on)
+        self._measured: set[torch.Size] = set()  # shapes of latents
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
@@ -47,10 +50,23 @@ class PreparedDecoder:
             ValueError: another shape, dtype or device.
         """
         self.vae.check_latents(latents)
+        if latents.device.type == "cpu" and latents.shape not in self._measured:
+            contest.prepare(self.calls(latents.shape))
+            self._measured.add(latents.shape)
         x = self.vae.decoder_input(latents).to(self._decoder.conv_in.weight.dtype)
         if "packed_weights" in self.on:
             x = x.contiguous(memory_format=torch.channels_last)
         return self.network(x).to(latents.dtype)
+
+    @torch.no_grad()
+    def calls(self, shape: Sequence[int]) -> list[OpCall]:
+        """The op calls for latents of a shape, with tensors on the meta device as arguments."""
+        watch, dtype = cost.Calls(), self._decoder.conv_in.weight.dtype
+        with cost.DEVICE:
+            decoder = PreparedDecoder(type(self.vae)(self.vae.config).to(dtype).eval(), self.on)
+            with watch:
+                decoder(torch.empty(tuple(shape), dtype=dtype))
+        return watch.found
 
     @torch.no_grad()
     def refresh(self) -> None:
