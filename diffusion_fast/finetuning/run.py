@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -32,6 +33,7 @@ from ..training import (
 )
 from ..training.checkpoint import STATE, read_checkpoint
 from ..training.optimizers import check_optimizer
+from ..training.options import TrainingOptions
 from ..training.tensor_store import fingerprint
 from ..training.watch import OnRead, show_progress
 from . import lora_export
@@ -75,7 +77,8 @@ class Finetuning:
         self._schedule()
         self.data = Data(settings, self.parts, tell)
         text = self.parts.text
-        self.base = fingerprint({"unet": self.parts.unet, **text.modules()})
+        networks = {"unet": self.parts.unet, "vae": self.parts.vae, **text.modules()}
+        self.base = fingerprint(networks)
         self._check_checkpoints()
         self.kind = lora_export.family(self.parts.unet.config, self.prediction_type)
         torch.manual_seed(settings.seed)
@@ -180,7 +183,14 @@ class Finetuning:
             precision=settings.precision,
             compile=settings.compile,
             sharding=settings.sharding,
+            read_every=self._read_every(),
         )
+
+    def _read_every(self) -> int:
+        """Steps between two reads of the loss: pictures are drawn at some of them."""
+        usual = TrainingOptions.read_every
+        settings = self.settings
+        return math.gcd(usual, settings.validation_every) if settings.validation_prompts else usual
 
     def write(
         self, weights: Mapping[str, torch.Tensor], folder: str = "", steps: int | None = None

@@ -121,7 +121,9 @@ class Settings:
     workers: int = _option(0, "Processes that read ahead.", least=0)
     # LoRA
     rank: int = _option(8, "LoRA: rank of the matrices.", least=1)
-    alpha: float | None = _option(None, "LoRA: the change is scaled by alpha / rank; the rank.")
+    alpha: float | None = _option(
+        None, "LoRA: the change is scaled by alpha / rank; the rank.", above=0.0
+    )
     targets: tuple[str, ...] = _option(
         ("attention",),
         "LoRA: layers to adapt, by the end of their names, or attention (to_q, to_k, to_v,"
@@ -130,7 +132,9 @@ class Settings:
     conv_rank: int | None = _option(
         None, "LoRA: rank of convolutions larger than 1 x 1; as the others.", least=1
     )
-    conv_alpha: float | None = _option(None, "LoRA: alpha of these; as the others, or their rank.")
+    conv_alpha: float | None = _option(
+        None, "LoRA: alpha of these; as the others, or their rank.", above=0.0
+    )
     lora_dropout: float = _option(
         0.0, "LoRA: dropout of what it reads.", least=0.0, most=1.0, open=True
     )
@@ -202,6 +206,9 @@ class Settings:
             checks.fail("keep_tokens", "0, because captions aren't shuffled", self.keep_tokens)
         if self.method == "embedding" and self.train_text:
             checks.fail("train_text", "False, because only vectors are trained", True)
+        if self.text_learning_rate is not None and not self.train_text:
+            wanted = "none, because text encoders aren't trained (train_text)"
+            checks.fail("text_learning_rate", wanted, self.text_learning_rate)
         self._check_controlnet()
         check_sharding(self.optimizer, self.sharding)
         if self.class_data is not None and self.class_prompt is None:

@@ -66,6 +66,13 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny_folder: Tiny, images: Path, tmp_p
     unet.save_pretrained(other / "unet")
     with pytest.raises(ValueError, match=r"^model: expected the base that \S+ was trained on .*$"):
         run(other, images, tmp_path / "a", **OPTIONS, resume=True)
+    shutil.copytree(model / "unet", other / "unet", dirs_exist_ok=True)
+    vae = df.AutoencoderKL.from_pretrained(other)  # which makes other latents
+    with torch.no_grad():
+        vae.encoder.conv_in.bias.add_(1e-3)
+    vae.save_pretrained(other / "vae")
+    with pytest.raises(ValueError, match=r"^model: expected the base that \S+ was trained on .*$"):
+        run(other, images, tmp_path / "a", **OPTIONS, resume=True)
     with pytest.raises(ValueError, match=r"^resume: [^\n]* finetuning\.rank: 2 there, 3 here;"):
         run(model, images, tmp_path / "a", **OPTIONS | {"rank": 3, "resume": True}).train()
 
@@ -147,6 +154,9 @@ def test_settings_that_are_no_settings(tmp_path: Path) -> None:
     least = {"model": "tiny", "data": tmp_path, "out": tmp_path}
     for changes, message in (
         ({"rank": 0}, r"^rank: expected a number of at least 1, got 0$"),
+        ({"alpha": 0.0}, r"^alpha: expected a number above 0, got 0.0$"),
+        ({"conv_alpha": float("nan")}, r"^conv_alpha: expected a number above 0, got nan$"),
+        ({"text_learning_rate": 1e-5}, r"^text_learning_rate: expected none, because text encoder"),
         ({"rnak": 4}, r"^rnak: expected a setting such as rank"),
         ({"steps": "many"}, r"^steps: expected a whole number, got 'many' \(str\)$"),
         ({"method": "lroa"}, r"^method: expected one of lora"),
@@ -402,6 +412,23 @@ def test_half_precision(tiny_folder: Tiny, images: Path, tmp_path: Path) -> None
         shutil.rmtree(out / "checkpoints" / "step_00000004")
         resumed = run(tiny_folder("sdxl"), images, out, **options, resume=True)
         assert resumed.train() == losses
+
+
+def test_pictures_of_prompts_come_when_they_are_due(
+    tiny_folder: Tiny, images: Path, tmp_path: Path
+) -> None:
+    """Also between two reads of the loss; with the weights of that step, from the same noise."""
+    options = {"validation_prompts": ["a cat", "a dog"], "validation_steps": 1, "steps": 7}
+    options |= {"learning_rate": 0.01, "targets": ("all",), "validation_every": 3}
+    run(tiny_folder("sd15"), images, tmp_path / "out", **options).train()
+    drawn = sorted((tmp_path / "out" / "samples").glob("*.png"))
+    assert [file.stem for file in drawn] == ["step_00000003", "step_00000006"]
+    first, second = map(Image.open, drawn)
+    assert first.size == second.size == (2 * 66 + 2, 68)
+    assert first.tobytes() != second.tobytes()
+    run(tiny_folder("sd15"), images, tmp_path / "two", **options | {"steps": 3}).train()
+    again = Image.open(tmp_path / "two" / "samples" / drawn[0].name)
+    assert again.tobytes() == first.tobytes()
 
 
 def test_in_python(tiny_folder: Tiny, images: Path, tmp_path: Path) -> None:
