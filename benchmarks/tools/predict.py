@@ -93,6 +93,7 @@ CLASSES = {
     "conv2d": "convolutions",
     "linear": "linear layers",
     "attention": "attention",
+    "decoupled_attention": "attention",
     "group_norm_silu": "group norms",
     "layer_norm": "layer norms",
     "row_statistics": "layer norms",
@@ -128,7 +129,7 @@ def call_us(name: str, args: Sequence[Any], cost: Cost, gpu: Gpu, given: Assumpt
         weights = weight.numel() * weight.element_size()
         n, k = weight.shape[0], weight[0].numel()
         arithmetic = product_us(cost.flops // (2 * n * k), n, k, gpu, given)
-    elif name == "attention":
+    elif name in ("attention", "decoupled_attention"):
         arithmetic = cost.flops / (gpu.tflops * 1e6 * given.attention)
     elif name in ("group_norm_silu", "layer_norm", "row_statistics"):
         cost = replace(cost, bytes=int(cost.bytes * given.passes))

@@ -46,13 +46,16 @@ struct Vectors {
           sums(kQueries * sums_row) {}
   };
 
-  static long keys_size(const Attention& a) { return rounded_up(a.keys, kLanes) * a.dim; }
-  static long values_size(const Attention& a) { return a.keys * rounded_up(a.dim, kLanes); }
+  static long keys_size(const Attention& a, long keys) { return keys * a.dim; }
+  static long values_size(const Attention& a, long keys) {
+    return keys * rounded_up(a.dim, kLanes);
+  }
 
-  static void pack(const Attention& a, const T* k, const T* v, long first, long count, long,
+  static void pack(const Attention& a, const T* k, const T* v, const Block& block, long,
                    Head<float>& head) {
     const long dim = a.dim, padded = rounded_up(dim, kLanes);
-    float* keys = head.keys.data() + first * dim;
+    const long first = block.first, count = block.count;
+    float* keys = head.keys.data() + block.at * dim;
     for (long panel = 0; panel < count; panel += kPanel) {
       const long width = vectors_of(count - panel) * kLanes;
       for (long j = 0; j < width; ++j) {
@@ -62,7 +65,7 @@ struct Vectors {
           keys[panel * dim + d * width + j] = real ? number(from + d) : 0.f;
       }
     }
-    float* values = head.values.data() + first * padded;
+    float* values = head.values.data() + block.at * padded;
     for (long panel = 0; panel < dim; panel += kPanel) {
       const long width = vectors_of(dim - panel) * kLanes, real = std::min(dim - panel, width);
       float* to = values + panel * count;
@@ -76,10 +79,13 @@ struct Vectors {
 
   static long tiles_of(long rows) { return (rows + kTileRows - 1) / kTileRows; }
 
-  static void begin(const Attention& a, const T* q, long rows, Scratch& s) {
+  static void clear(Scratch& s) {
     std::fill(s.most, s.most + kQueries, kNone);
     std::fill(s.total, s.total + kQueries, 0.f);
     std::fill(s.sums.begin(), s.sums.end(), 0.f);
+  }
+
+  static void begin(const Attention& a, const T* q, long rows, Scratch& s) {
     for (long row = 0; row < tiles_of(rows) * kTileRows; ++row) {  // [tile][D][rows]
       const T* from = q + row * a.q_strides[1];
       float* to = s.queries.data() + row / kTileRows * kTileRows * a.dim + row % kTileRows;
@@ -88,9 +94,10 @@ struct Vectors {
     }
   }
 
-  static void scores(const Attention& a, const Head<float>& head, long rows, long first, long count,
+  static void scores(const Attention& a, const Head<float>& head, long rows, const Block& block,
                      Scratch& s) {
-    const float* keys = head.keys.data() + first * a.dim;
+    const long count = block.count;
+    const float* keys = head.keys.data() + block.at * a.dim;
     for (long panel = 0; panel < count; panel += kPanel) {
       const int vectors = vectors_of(count - panel);
       for (long t = 0; t < tiles_of(rows); ++t)
@@ -138,27 +145,33 @@ struct Vectors {
     s.total[row] += sum(total);
   }
 
-  static void add_up(const Attention& a, const Head<float>& head, long rows, long first, long count,
+  static void add_up(const Attention& a, const Head<float>& head, long rows, const Block& block,
                      long seen, Scratch& s) {
-    const float* values = head.values.data() + first * s.sums_row;
+    const float* values = head.values.data() + block.at * s.sums_row;
     for (long panel = 0; panel < a.dim; panel += kPanel) {
       const int vectors = vectors_of(a.dim - panel);
       for (long t = 0; t < tiles_of(rows); ++t)
         tile_of(kTileRows, vectors, s.scores.data() + t * kTileRows * kKeys, kKeys, 1,
-                values + panel * count, vectors * kLanes, seen,
+                values + panel * block.count, vectors * kLanes, seen,
                 s.sums.data() + t * kTileRows * s.sums_row + panel, s.sums_row, true);
     }
   }
 
-  static void end(const Attention& a, long rows, T* out, const Scratch& s) {
+  static void end(const Attention& a, long rows, const float* weights, T* out, const Scratch& s) {
     for (long row = 0; row < rows; ++row, out += a.heads * a.dim) {
-      const float inverse = s.total[row] == 0 ? 0 : 1 / s.total[row];
+      float factor = s.total[row] == 0 ? 0 : 1 / s.total[row];
+      if (weights) factor *= weights[row * a.weights_strides[2]];
       const float* sums = s.sums.data() + row * s.sums_row;
       long d = 0;
       for (; d + kLanes <= a.dim; d += kLanes)
-        store(out + d, load(sums + d, Full{}) * inverse, Full{});
-      if (d < a.dim) store(out + d, load(sums + d, Full{}) * inverse, Part{int(a.dim - d)});
+        write(out + d, load(sums + d, Full{}) * factor, weights, Full{});
+      if (d < a.dim) write(out + d, load(sums + d, Full{}) * factor, weights, Part{int(a.dim - d)});
     }
+  }
+
+  template <class Width>
+  static void write(T* to, Vec value, bool onto, Width width) {
+    store(to, onto ? load(to, width) + value : value, width);
   }
 };
 

@@ -8,10 +8,12 @@ struct Attention {
   const void *q, *k, *v;   // [B, Sq, H, D], [B, Sk, H, D] twice, of one dtype
   void* out;               // [B, Sq, H, D], contiguous
   const float* bias;       // [B, H, Sq, Sk], or null
-  const int64_t* lengths;  // [B], or null
+  const int64_t* lengths;  // [B], keys that are seen of the first part; or null
+  const int64_t* parts;    // how many keys each part has, [parts_count]
+  const float* weights;    // of the parts behind the first, [B, parts_count - 1, Sq]
   int64_t q_strides[3], k_strides[3], v_strides[3];  // of B, S, H
-  int64_t bias_strides[4];
-  int64_t batch, heads, queries, keys, dim;
+  int64_t bias_strides[4], weights_strides[3];
+  int64_t batch, heads, queries, keys, dim, parts_count;
   double scale;
   int32_t dtype;  // 0 float32, 1 bfloat16, 2 float16
   int32_t threads;

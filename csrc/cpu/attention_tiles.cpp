@@ -43,22 +43,19 @@ struct InTiles {
           sums(kQueries * rounded_up(a.dim, kSide)) {}
   };
 
-  static long keys_size(const Attention& a) {
-    return rounded_up(a.keys, kPairs) * rounded_up(a.dim, kPairs);
-  }
-  static long values_size(const Attention& a) {
-    return rounded_up(a.keys, kPairs) * rounded_up(a.dim, kSide);
-  }
+  static long keys_size(const Attention& a, long keys) { return keys * rounded_up(a.dim, kPairs); }
+  static long values_size(const Attention& a, long keys) { return keys * rounded_up(a.dim, kSide); }
 
   // Of a block: keys [chunk of channels][keys][32], values [chunk of keys][channels][32].
-  static void pack(const Attention& a, const BFloat16* k, const BFloat16* v, long first, long count,
+  static void pack(const Attention& a, const BFloat16* k, const BFloat16* v, const Block& block,
                    long seen, Head<BFloat16>& head) {
     const long depth = rounded_up(a.dim, kPairs), width = rounded_up(a.dim, kSide);
-    const long end = rounded_up(count, kPairs);
-    BFloat16 *keys = head.keys.data() + first * depth, *values = head.values.data() + first * width;
+    const long first = block.first, end = rounded_up(block.count, kPairs);
+    BFloat16* keys = head.keys.data() + block.at * depth;
+    BFloat16* values = head.values.data() + block.at * width;
     std::fill(keys, keys + end * depth, BFloat16{});
     std::fill(values, values + end * width, BFloat16{});
-    for (long j = 0; j < std::min(seen, count); ++j) {
+    for (long j = 0; j < seen; ++j) {
       const BFloat16* from = k + (first + j) * a.k_strides[1];
       for (long d = 0; d < a.dim; d += kPairs)
         std::memcpy(keys + d * end + j * kPairs, from + d,
@@ -76,6 +73,9 @@ struct InTiles {
       for (long d = 0; d + 1 < a.dim; d += 2) std::memcpy(to + d * kSide, q + d, 4);
       if (a.dim % 2) to[(a.dim - 1) * kSide] = q[a.dim - 1];
     }
+  }
+
+  static void clear(Scratch& s) {
     std::fill(s.most, s.most + kQueries, kNone);
     std::fill(s.total, s.total + kQueries, 0.f);
     std::fill(s.sums.begin(), s.sums.end(), 0.f);
@@ -83,10 +83,10 @@ struct InTiles {
 
   static long tiles_of(long rows) { return (rows + kSide - 1) / kSide; }
 
-  IN_TILES static void scores(const Attention& a, const Head<BFloat16>& head, long rows, long first,
-                              long count, Scratch& s) {
-    const long depth = rounded_up(a.dim, kPairs), end = rounded_up(count, kPairs);
-    Operand k{head.keys.data() + first * depth, kTile, end * kPairs, kPairs};
+  IN_TILES static void scores(const Attention& a, const Head<BFloat16>& head, long rows,
+                              const Block& block, Scratch& s) {
+    const long depth = rounded_up(a.dim, kPairs), end = rounded_up(block.count, kPairs);
+    Operand k{head.keys.data() + block.at * depth, kTile, end * kPairs, kPairs};
     const Operand q{s.queries.data(), kSide * depth, kTile, kPairs};
     for (long j = 0; j < end; j += kPairs, k.at += 2 * kTile)
       product(2, tiles_of(rows), k, q, depth / kPairs, s.scores.data() + j * kQueries, kQueries,
@@ -161,17 +161,17 @@ struct InTiles {
     _mm512_store_ps(s.total + tile * kSide, _mm512_add_ps(total, total2));
   }
 
-  IN_TILES static void add_up(const Attention& a, const Head<BFloat16>& head, long rows, long first,
-                              long, long seen, Scratch& s) {
+  IN_TILES static void add_up(const Attention& a, const Head<BFloat16>& head, long rows,
+                              const Block& block, long seen, Scratch& s) {
     const long width = rounded_up(a.dim, kSide), chunks = (seen + kPairs - 1) / kPairs;
-    Operand v{head.values.data() + first * width, kTile, width * kPairs, kPairs};
+    Operand v{head.values.data() + block.at * width, kTile, width * kPairs, kPairs};
     const Operand p{s.weights.data(), kTile, 2 * kTile, kPairs};
     for (long d = 0; d < width; d += 2 * kSide, v.at += 2 * kTile)
       product((width - d) / kSide, tiles_of(rows), v, p, chunks, s.sums.data() + d * kQueries,
               kQueries, true);
   }
 
-  IN_TILES static void end(const Attention& a, long rows, BFloat16* out, Scratch& s) {
+  IN_TILES static void end(const Attention& a, long rows, const float*, BFloat16* out, Scratch& s) {
     for (long row = 0; row < kQueries; ++row)
       s.total[row] = s.total[row] == 0 ? 0 : 1 / s.total[row];
     __m512i by_channel = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -190,7 +190,7 @@ struct InTiles {
 }  // namespace
 
 bool attention_in_tiles(const Attention& a) {
-  if (!a.tiles || !tiles_here()) return false;
+  if (!a.tiles || a.parts_count > 1 || !tiles_here()) return false;
   run<InTiles>(a);
   return true;
 }

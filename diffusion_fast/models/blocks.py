@@ -5,9 +5,10 @@ own (``project_time``, ``project_kv``): neither depends on the image, so a sampl
 work once instead of once per step.
 
 A sampling loop runs the same blocks with other leaves, see :mod:`diffusion_fast.engine.rewrites`.
-All that the blocks know of it: a residual block may read two sources (``reads_two``), a leaf may
-stand for several layers (``ResBlock.timed``, ``Attention.to_qkv``), and what was computed for one
-half of guidance is :func:`widened` to both where the first full batch meets it.
+All that the blocks know of it: a residual block may read two sources (``reads_two``), an attention
+two kinds of contexts in one call (``joins_contexts``), a leaf may stand for several layers
+(``ResBlock.timed``, ``Attention.to_qkv``), and what was computed for one half of guidance is
+:func:`widened` to both where the first full batch meets it.
 """
 
 from __future__ import annotations
@@ -347,7 +348,10 @@ class MultiHead(Composite):
 
     Attributes:
         to_qkv: a leaf that gives q, k and v of the same input, [B, S, C] each, or None.
+        joins_contexts: whether text and images are attended to in one call.
     """
+
+    joins_contexts = False
 
     def __init__(self, channels: int, context_dim: int, heads: int, bias: bool = False) -> None:
         super().__init__()
@@ -388,13 +392,17 @@ class MultiHead(Composite):
 
     def _attend_to_images(self, q: Tensor, kv: WithImages, key_lengths: Tensor | None) -> Tensor:
         """attention(q, text) + sum_i w_i attention(q, image i), each with a softmax of its own."""
-        weights = kv.weights[:, None]  # [B or 1, 1, n]
+        weights = kv.weights[..., None]  # [B or 1, n, 1]
         if kv.mask is not None:
-            weights = weights * kv.mask.mT  # [B or 1, S, n]
+            weights = weights * kv.mask  # [B or 1, n, S]
+        if self.joins_contexts:
+            return ops.decoupled_attention(
+                q, kv.k, kv.v, kv.tokens, weights, key_lengths=key_lengths
+            )
         (k, *keys), (v, *values) = kv.k.split(kv.tokens, 1), kv.v.split(kv.tokens, 1)
         out = ops.attention(q, k, v, key_lengths=key_lengths)
         for i, (k, v) in enumerate(zip(keys, values, strict=True)):
-            out = torch.addcmul(out, ops.attention(q, k, v), weights[..., i, None, None])
+            out = torch.addcmul(out, ops.attention(q, k, v), weights[:, i, :, None, None])
         return out
 
 

@@ -3,6 +3,7 @@
 from .add_noise import add_noise
 from .attention import attention
 from .conv2d import conv2d, pack_conv2d
+from .decoupled_attention import decoupled_attention
 from .dispatch import BackendError, Choice, checks, explain, use_backend
 from .geglu import geglu
 from .group_norm_silu import group_norm_silu
@@ -22,6 +23,7 @@ __all__ = [
     "attention",
     "checks",
     "conv2d",
+    "decoupled_attention",
     "explain",
     "geglu",
     "group_norm_silu",

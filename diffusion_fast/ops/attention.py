@@ -85,7 +85,9 @@ def _check_values(
         checks.values_between("key_lengths", key_lengths, 1, keys, f"[1, {keys}]")
 
 
-def _check(q: Any, k: Any, v: Any, scale: Any, bias: Any, key_lengths: Any, save_lse: bool) -> None:
+def check_inputs(
+    q: Any, k: Any, v: Any, scale: Any, bias: Any, key_lengths: Any, save_lse: bool
+) -> None:
     for name, value in (("q", q), ("k", k), ("v", v)):
         checks.floating(name, value)
         if value.dim() != 4:
@@ -349,7 +351,7 @@ _OP = Op(
     reference,
     _fake,
     public=attention,
-    check=_check,
+    check=check_inputs,
     values=_check_values,
     policy=_cast,
     recorded=_recorded,
@@ -365,18 +367,18 @@ _OP.add(
         composite=True,
     )
 )
-_CONTEST = Contest(_OP, on_cpu.kind_of, on_cpu.example, always=on_cpu.KINDS, default=on_cpu.default)
+CONTEST = Contest(_OP, on_cpu.kind_of, on_cpu.example, always=on_cpu.KINDS, default=on_cpu.default)
 _OP.add(
     Backend(
         "onednn",
         lambda: attention_onednn.forward,
         onednn.machine,
         attention_onednn.supports,
-        _CONTEST.slower("onednn"),
-        _CONTEST.slower("onednn"),
+        CONTEST.slower("onednn"),
+        CONTEST.slower("onednn"),
     )
 )
-cpu.add(_OP, lambda: on_cpu.forward, on_cpu.supports, _CONTEST.slower(cpu.NAME))
+cpu.add(_OP, lambda: on_cpu.forward, on_cpu.supports, CONTEST.slower(cpu.NAME))
 _OP.add(
     Backend(
         "cuda",

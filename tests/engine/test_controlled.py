@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import diffusion_fast as df
 from diffusion_fast.engine.rewrites.controlled import PreparedControlled, prepare
-from diffusion_fast.engine.rewrites.plan import CONTROL, REWRITES, RewriteReport
+from diffusion_fast.engine.rewrites.plan import CONTROL, IMAGES, REWRITES, RewriteReport
 from diffusion_fast.models.controlled import ControlledUNet
 from diffusion_fast.models.controlnet import ControlNet
 from diffusion_fast.models.controlnet_config import ControlNetConfig
@@ -180,7 +180,7 @@ def saved(model: ControlledUNet) -> dict[str, RewriteReport]:
 def test_explain_counts_what_is_saved() -> None:
     rows = saved(controlled())
     assert [*rows] == list(REWRITES)
-    assert [name for name, row in rows.items() if not row.on] == ["cached_images"]
+    assert [name for name, row in rows.items() if not row.on] == [*IMAGES]
     transformers, tokens, width = 1 + 1, 5, 24  # down, middle
     context = rows["control_context"]
     assert context.launches == 2 * transformers

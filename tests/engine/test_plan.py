@@ -11,12 +11,12 @@ from prepared import LIKE_SDXL, TEXT_TIME, at, conditions, images, prepared, une
 from diffusion_fast import DiffusionSchedule, Engine
 from diffusion_fast.engine.rewrites import plan
 from diffusion_fast.engine.rewrites.controlled import prepare
-from diffusion_fast.engine.rewrites.plan import CONTROL, REWRITES, make_plan
+from diffusion_fast.engine.rewrites.plan import CONTROL, IMAGES, REWRITES, make_plan
 from diffusion_fast.models import UNet2DCondition
 
 # What needs networks beside the U-Net, and why it is off without them.
 ABSENT = dict.fromkeys(CONTROL, "no ControlNet, no T2I-Adapter")
-ABSENT["cached_images"] = "the model has no IP-Adapter"
+ABSENT |= dict.fromkeys(IMAGES, "the model has no IP-Adapter")
 
 
 def decisions(model: UNet2DCondition, rewrites: Any = "all", **sizes: int) -> dict[str, str]:
@@ -31,6 +31,7 @@ def test_all_leaves_out_what_does_not_pay() -> None:
     with torch.device("meta"):  # any other device reads both sources where they lie
         off = decisions(UNet2DCondition(unet().config))
     assert off.keys() == {"folded_layer_norm", *ABSENT}
+    assert off["joined_contexts"] == ABSENT["joined_contexts"]
     assert "not measured" in off["folded_layer_norm"]
 
 

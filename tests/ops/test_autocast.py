@@ -66,6 +66,11 @@ OPS: dict[str, tuple[Call, Call, tuple[tuple[int, ...], ...]]] = {
         (IMAGE, (6, 4, 3, 3), (6,)),
     ),
     "attention": (lambda q, k, v: ops.attention(q, k, v), attention, (QKV, QKV, QKV)),
+    "decoupled_attention": (
+        lambda q, k, v: ops.decoupled_attention(q, k, v, (2, k.shape[1] - 2), torch.ones(1, 1, 1)),
+        lambda q, k, v: attention(q, k[:, :2], v[:, :2]) + attention(q, k[:, 2:], v[:, 2:]),
+        (QKV, QKV, QKV),
+    ),
     "attention with a bias": (
         lambda q, k, v, bias: ops.attention(q, k, v, bias=bias),
         attention,

@@ -17,6 +17,7 @@ PUBLIC = (
     "add_noise",
     "attention",
     "conv2d",
+    "decoupled_attention",
     "geglu",
     "group_norm_silu",
     "layer_norm",
@@ -121,6 +122,10 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "add_noise": ((IMAGE, IMAGE, T, *TABLES), {"target": "sample"}),
     "attention": (tuple(torch.randn(3, 2, 5, 2, 8)), {"key_lengths": torch.tensor([5, 1])}),
     "conv2d": ((IMAGE, torch.randn(3, 4, 3, 3)), {"padding": 1}),
+    "decoupled_attention": (
+        (*torch.randn(3, 2, 5, 2, 8), (3, 2), torch.rand(1, 1, 1)),
+        {"key_lengths": torch.tensor([3, 1])},
+    ),
     "geglu": ((X,), {}),
     "group_norm_silu": ((IMAGE, 2, W[0, :4], W[0, :4]), {"silu": False}),
     "layer_norm": ((X,), {"weight": W[0], "bias": W[1]}),

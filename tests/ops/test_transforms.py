@@ -77,6 +77,14 @@ CASES = {
         lambda q, k, v: heads(F.scaled_dot_product_attention(*map(heads, (q, k, v)))),
         ((2, 4, 2, 8), (2, 3, 2, 8), (2, 3, 2, 8)),
     ),
+    "decoupled_attention": (
+        lambda q, k, v, w: ops.decoupled_attention(q, k, v, (2, 1), w),
+        lambda q, k, v, w: (
+            heads(F.scaled_dot_product_attention(heads(q), heads(k)[:, :, :2], heads(v)[:, :, :2]))
+            + v[:, 2:] * w[:, 0, :, None, None]  # the softmax of one key is 1
+        ),
+        ((2, 4, 2, 8), (2, 3, 2, 8), (2, 3, 2, 8), (2, 1, 4)),
+    ),
     "attention of one length": (
         lambda q, k, v: ops.attention(q, k, v, key_lengths=LENGTHS - LENGTHS + 2),
         lambda q, k, v: heads(

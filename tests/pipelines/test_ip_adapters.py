@@ -212,14 +212,16 @@ def test_embeddings_in_the_place_of_images(tiny_folder: Folder, folder: Path, ki
     assert error(result, drawn(theirs, ip_adapter_image_embeds=embeds)) < TOLERANCE
 
 
-def test_its_rewrite(tiny_folder: Folder, folder: Path) -> None:
-    """Keys and values once per image: the same numbers, and another image or scale is data."""
+def test_its_rewrites(tiny_folder: Folder, folder: Path) -> None:
+    """Keys and values once per image, and one attention call for text and image: the same numbers,
+    and another image or scale is data."""
     model, file = tiny_folder("sd15"), folder / "plain_sd15.safetensors"
     fast = StableDiffusion.from_pretrained(model)
     few = StableDiffusion.from_pretrained(model, rewrites=["cached_context", "time_table"])
+    joined = StableDiffusion.from_pretrained(model, rewrites="joined_contexts")
     none = StableDiffusion.from_pretrained(model, rewrites="none")
     calls = []
-    for pipe in (fast, few, none):
+    for pipe in (fast, few, joined, none):
         pipe.ip_adapters.load(file, "plain")
         layer = pipe.unet.ip_adapters[0].to_k[0]
         layer.register_forward_hook(lambda *_: calls.append(1))
@@ -237,6 +239,9 @@ def test_its_rewrite(tiny_folder: Folder, folder: Path) -> None:
     rows = {row.name: row for row in fast._engine.explain()["rewrites"]}
     assert rows["cached_images"].on
     assert rows["cached_images"].launches > 0
+    # A call for the image, and the sum, at each cross-attention.
+    assert rows["joined_contexts"].launches == 2 * len(fast.unet.cross_attentions())
+    assert rows["joined_contexts"].flops == 0
     assert len(fast._engine._loops) == 1
 
 

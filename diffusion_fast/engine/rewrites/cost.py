@@ -95,7 +95,7 @@ class Counter(TorchDispatchMode):
             return 2 * x.numel() * weight.shape[0]
         if name == "diffusion_fast::conv2d":
             return 2 * out.numel() * args[1][0].numel()
-        if name == "diffusion_fast::attention":
+        if name in ("diffusion_fast::attention", "diffusion_fast::decoupled_attention"):
             q, k = args[:2]
             return 4 * q.numel() * k.shape[1]
         packet = func._overloadpacket

@@ -342,6 +342,12 @@ def fused_qkv(network: nn.Module) -> None:
                 del attention._modules[name]
 
 
+def joined_contexts(network: nn.Module) -> None:
+    """Text and images attended to in one call."""
+    for block in modules(network, plain.TransformerBlock):
+        block.attn2.joins_contexts = True
+
+
 class RowStatistics(nn.Module):
     """x, and mean and 1 / deviation of its rows for products that apply the layer norm."""
 

@@ -42,6 +42,10 @@ class Rewrite:
 REWRITES = {
     "cached_context": Rewrite("keys and values of cross-attention once per prompt"),
     "cached_images": Rewrite("keys and values of an IP-Adapter once per image"),
+    "joined_contexts": Rewrite(
+        "text and images in one attention call, each with a softmax of its own",
+        leaves.joined_contexts,
+    ),
     "time_table": Rewrite("time embedding and its projections once per run, a table row per step"),
     "shared_prefix": Rewrite("one half of guidance until the first cross-attention"),
     "folded_upsample": Rewrite(
@@ -71,6 +75,7 @@ REWRITES = {
     "control_residuals": Rewrite("residuals scaled and added in one pass, where a skip is read"),
 }
 CONTROL = tuple(name for name in REWRITES if name.startswith("control_"))  # of a ControlledUNet
+IMAGES = ("cached_images", "joined_contexts")  # of a U-Net with IP-Adapters
 TABLE_LIMIT = 2**28  # bytes of a time table; a larger one is not worth its memory
 
 
@@ -214,7 +219,7 @@ def _inapplicable(model: Rewritable, batch: int, halves: int, max_rows: int) -> 
     elif config.time_cond_proj_dim is not None:
         off["shared_prefix"] = "the guidance scale enters the time embedding"
     if not len(unet.ip_adapters):
-        off["cached_images"] = "the model has no IP-Adapter"
+        off |= dict.fromkeys(IMAGES, "the model has no IP-Adapter")
     if config.num_levels == 1:
         off["folded_upsample"] = "the model has one level"
     if not isinstance(model, ControlledUNet):
@@ -243,8 +248,9 @@ def _unprofitable(device: torch.device) -> dict[str, str]:
             " was measured to take longer than the norm does",
         }
     return {
+        "joined_contexts": "on a GPU each context has a call of its own: no kernel takes several",
         "folded_layer_norm": "whether it pays on a GPU was not measured; it can be asked for by"
-        " name"
+        " name",
     }
 
 

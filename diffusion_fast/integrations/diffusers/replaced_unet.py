@@ -12,6 +12,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 
+from ...engine.rewrites.leaves import joined_contexts
 from ...models.blocks import KeyValue, beside_text
 from ...models.config import UNetConfig
 from ...models.unet import ContextProjections, UNet2DCondition
@@ -25,6 +26,7 @@ class UNetReplacement(Replacement):
             if config.get("encoder_hid_dim_type") == "ip_image_proj":  # what loading one leaves
                 config["encoder_hid_dim_type"] = None
             ours = UNet2DCondition(UNetConfig.from_dict(config))
+        joined_contexts(ours)
         super().__init__("U-Net", theirs, ours)
 
     def forward(

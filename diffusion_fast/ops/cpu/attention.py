@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,7 +52,7 @@ def default(kind: Kind) -> str | None:
 
 
 # ``Attention`` of csrc/cpu/attention.h.
-_ARGUMENTS = struct.Struct("@6P 9q 4q 5q d 3i")
+_ARGUMENTS = struct.Struct("@8P 9q 7q 6q d 3i")
 
 
 def supports(
@@ -79,25 +81,57 @@ def forward(
     save_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """out [B, Sq, H, D], and no log-sum-exp."""
-    q, k, v = (value if value.stride(-1) == 1 else value.contiguous() for value in (q, k, v))
-    (batch, queries, heads, dim), keys = q.shape, k.shape[1]
-    out = torch.empty(q.shape, dtype=q.dtype)
-    bias_strides: tuple[int, ...] = (0,) * 4
     if bias is not None:
-        bias = bias.float().expand(batch, heads, queries, keys)
-        bias_strides = bias.stride()
+        bias = bias.float().expand(len(q), q.shape[2], q.shape[1], k.shape[1])
+    out = _run(q, k, v, scale, bias, key_lengths, (k.shape[1],), None)
+    return out, q.new_empty(0, dtype=torch.float32)
+
+
+def in_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    parts: Sequence[int],
+    weights: Tensor,
+    scale: float,
+    key_lengths: Tensor | None,
+) -> Tensor:
+    """The sum of attention to each part of the keys, see :mod:`..decoupled_attention`."""
+    weights = weights.float().expand(len(q), -1, q.shape[1])
+    return _run(q, k, v, scale, None, key_lengths, parts, weights)
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    parts: Sequence[int],
+    weights: Tensor | None,
+) -> Tensor:
+    """Call the kernel: bias [B, H, Sq, Sk] and weights [B, parts - 1, Sq] are of float32."""
+    q, k, v = (value if value.stride(-1) == 1 else value.contiguous() for value in (q, k, v))
+    out = torch.empty(q.shape, dtype=q.dtype)
     if key_lengths is not None:
         key_lengths = key_lengths.long().contiguous()
+    counts = array("q", parts)
+    pointers = (0 if value is None else value.data_ptr() for value in (q, k, v, out, bias))
     arguments = _ARGUMENTS.pack(
-        *(0 if value is None else value.data_ptr() for value in (q, k, v, out, bias, key_lengths)),
+        *pointers,
+        0 if key_lengths is None else key_lengths.data_ptr(),
+        counts.buffer_info()[0],
+        0 if weights is None else weights.data_ptr(),
         *(stride for value in (q, k, v) for stride in _strides(value)),
-        *bias_strides,
-        *(batch, heads, queries, keys, dim),
+        *((0,) * 4 if bias is None else bias.stride()),
+        *((0,) * 3 if weights is None else weights.stride()),
+        *(len(q), q.shape[2], q.shape[1], k.shape[1], q.shape[3], len(counts)),
         scale,
         *(DTYPES[q.dtype], torch.get_num_threads(), TILES),
     )
     library.kernels.attention(arguments)
-    return out, q.new_empty(0, dtype=torch.float32)
+    return out
 
 
 def _strides(value: Tensor) -> tuple[int, ...]:

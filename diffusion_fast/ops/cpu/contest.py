@@ -64,6 +64,7 @@ class Contest:
         default: Callable[[Kind], str | None] = lambda _: None,
     ) -> None:
         self.op, self.kind_of, self.example, self.default = op, kind_of, example, default
+        self._decided = [op]  # those whose calls it decides about
         self.ways, self.names, self.always = ways or self._backends, names, tuple(always)
         _contests.append(self)
 
@@ -96,6 +97,15 @@ class Contest:
 
         return why
 
+    def decides(self, op: Op) -> None:
+        """Say that another op asks :meth:`slower` too."""
+        self._decided.append(op)
+
+    def forget(self) -> None:
+        """Have all calls decided anew."""
+        for op in self._decided:
+            op.forget()
+
     def missing(self, calls: Iterable[tuple[Any, ...]] = ()) -> list[Kind]:
         """The kinds that are to be measured for calls of the op, given by its arguments."""
         kinds = dict.fromkeys((*self.always, *self.kinds_of(calls)))
@@ -109,7 +119,7 @@ class Contest:
         """Take the times of these kinds, and decide about this op's calls anew."""
         for kind in kinds:
             remember(_file(), f"{self.op.name} {kind}", " ".join(self._measured(kind)))
-            self.op.forget()
+            self.forget()
 
     def _measured(self, kind: Kind) -> list[str]:
         """The ways to a kind by the time they take, where all but the first have a handicap."""
@@ -196,7 +206,7 @@ def take(saved: Mapping[str, Any]) -> None:
     if not library.machine() and saved.get("machine") == _file().name:
         adopt(_file(), saved["ways"])
         for contest in _contests:
-            contest.op.forget()
+            contest.forget()
 
 
 def _file() -> Path:
