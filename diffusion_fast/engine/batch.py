@@ -10,6 +10,7 @@ each slot. A :class:`Batch` has the state of those images that share a size.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections.abc import Hashable, Iterable, Sequence
@@ -72,6 +73,7 @@ class Seat:
             each row of the table is conditioned on.
         offsets: what is to be added to the row for the place of each half's times.
         row: the row that comes next, counted from 0.
+        predicted: the row that came next when a step last wrote what it predicts; 0 before that.
         peak: when it has left, what :func:`~diffusion_fast.ops.sampler_step` found at each row.
     """
 
@@ -82,6 +84,7 @@ class Seat:
     halves: list[list[Condition]]
     offsets: list[int]
     row: int = 0
+    predicted: int = 0
     peak: Tensor | None = None
 
     @property
@@ -155,6 +158,7 @@ class Slots:
 
         self.table = zeros(self.idle + 1, len(COLUMNS), dtype=torch.float64)
         self.table[:, INDEX["c_x"]], self.table[:, INDEX["clip"]] = 1.0, float("inf")
+        self.predictions = self.table.clone()  # the rows that lead to x_0, for previews
         self.levels = zeros(self.idle + 1, 3, dtype=self.dtype)
         self.peak = zeros(self.idle + 1, dtype=self.dtype)
         self._free = list(range(slots))[::-1]
@@ -200,11 +204,9 @@ class Slots:
                 times = timesteps[row : row + 1 + len(more)]
                 self.network.write_times(times, offset + first + row, context)
                 row += len(times)
-        coefficients = rows.folded.clone()
-        for name in ("a", "b"):  # x_0 itself is wanted too: previews show it
-            coefficients[:, INDEX[name]] = job.table.rows[:, INDEX[name]]
         part = slice(first, first + len(rows))
-        self.table[part] = coefficients.to(self.device)
+        self.table[part] = rows.folded.to(self.device)
+        self.predictions[part] = rows.predictions.to(self.device)
         self.levels[part] = known_levels(job.table).to(self.levels)
         self.peak[part] = 0
         self._free.pop()
@@ -303,11 +305,11 @@ class Batch:
             return torch.zeros(*size, dtype=dtype, device=device)
 
         self._input = empty(count, shape[0] + extra, *shape[1:], dtype=slots.model_dtype)
-        # x, y, h1 to h3, noise; and what a mask keeps: an image, its noise, how much of it
-        self._state = {
-            name: empty(count, *shape)
-            for name in ("x", "y", "h1", "h2", "h3", "noise", "image", "start", "weight")
-        }
+        # x, y, h1 to h3, noise, the x_0 that previews show; and what a mask keeps: an image, its
+        # noise, how much of it
+        kept = ("image", "start", "weight")
+        names = ("x", "y", "h1", "h2", "h3", "noise", "clean", *kept)
+        self._state = {name: empty(count, *shape) for name in names}
         self._row = torch.full((count,), slots.idle, dtype=torch.int64, device=device)
         self._advance = torch.zeros_like(self._row)
         self._places: dict[str, Tensor] = {}
@@ -327,7 +329,7 @@ class Batch:
         job, table, at = seat.job, seat.job.table, len(self.seats)
         state = {name: value[at] for name, value in self._state.items()}
         x = state["x"].copy_(job.x_T[0])
-        for name in ("y", "h1", "h2", "h3", "noise", "image", "start", "weight"):
+        for name in state.keys() - {"x"}:
             state[name].zero_()
         if job.mask is not None and job.x_0 is not None:
             state["image"].copy_(job.x_0[0])
@@ -366,20 +368,22 @@ class Batch:
         return result
 
     @torch.no_grad()
-    def estimate(self, seat: Seat) -> Tensor:
-        """What an image looks like so far, [1, C, h, w]: the last x_0, at first the state."""
-        at, row = self.seats.index(seat), seat.row - 1
-        if row < 0:
-            return self._state["x"][at : at + 1].clone()
-        kept = seat.rows.table.rows[row, [INDEX[name] for name in ("e_x", "e_0", "e_m", "e_u")]]
-        if kept.tolist() == [0.0, 1.0, 0.0, 0.0]:
-            return self._state["h1"][at : at + 1].clone()
-        signal = max(float(seat.rows.table.next_levels[row, 0]), 1e-3)
-        return self._state["x"][at : at + 1] / signal
+    def estimate(self, seat: Seat) -> Tensor | None:
+        """What an image is to be, [1, C, h, w]: a copy of the x_0 that the last step predicted for
+        it, with what a mask keeps; None where that step was not asked to write it.
+        """
+        if not 0 < seat.predicted == seat.row:
+            return None
+        at = self.seats.index(seat)
+        clean, image, weight = (self._state[n][at : at + 1] for n in ("clean", "image", "weight"))
+        return torch.lerp(clean, image, weight)
 
     @torch.no_grad()
-    def step(self) -> list[Seat]:
+    def step(self, predicted: bool = False) -> list[Seat]:
         """One row of every image: one call of the model.
+
+        Args:
+            predicted: whether it also writes the x_0 that is predicted, for :meth:`estimate`.
 
         Returns:
             The images that are done now; they are to leave.
@@ -390,13 +394,14 @@ class Batch:
         for i, seat in enumerate(self.seats):
             if seat.rows.draws[seat.row]:
                 noise_source(noise[i : i + 1], seat.job.generator)()
-        graph = self._graph(arranged)
+        graph = self._graph(arranged, predicted)
         if graph is None:
-            self._step(arranged)
+            self._step(arranged, predicted)
         else:
             graph.replay()
         for seat in self.seats:
             seat.row += 1
+            seat.predicted = seat.row if predicted else seat.predicted
             if not seat.done and seat.changes:
                 self._arranged = None  # its keys and values are to be laid beside the others'
         return [seat for seat in self.seats if seat.done]
@@ -445,7 +450,7 @@ class Batch:
             self._places[name] = made.to(self.slots.device)
         return self._places[name].copy_(made)
 
-    def _step(self, arranged: _Arrangement) -> None:
+    def _step(self, arranged: _Arrangement, predicted: bool) -> None:
         """The model's call, the sampler's step, what masks keep, and the rows that come next."""
         slots, n = self.slots, arranged.images
         row = self._row[:n]
@@ -454,6 +459,14 @@ class Batch:
         output = slots.network(self._input[:n], network)
         state = {name: value[:n] for name, value in self._state.items()}
         latents = self._input[:n, : self.shape[0]]
+        guidance: dict[str, Any] = {
+            "rescale": arranged.rescales,
+            "cond": arranged.cond,
+            "uncond": arranged.uncond,
+        }
+        if predicted:
+            state["clean"].copy_(state["x"])
+            ops.sampler_step(state["clean"], output, slots.predictions, row, **guidance)
         ops.sampler_step(
             state["x"],
             output,
@@ -466,10 +479,8 @@ class Batch:
             h3=state["h3"],
             model_input=latents,
             peak=slots.peak,
-            rescale=arranged.rescales,
             unconditional=arranged.unconditional,
-            cond=arranged.cond,
-            uncond=arranged.uncond,
+            **guidance,
         )
         if arranged.masked:
             x, weight = state["x"], state["weight"]
@@ -479,7 +490,7 @@ class Batch:
             latents.copy_(x)
         row.add_(self._advance[:n])
 
-    def _graph(self, arranged: _Arrangement) -> Graph | None:
+    def _graph(self, arranged: _Arrangement, predicted: bool) -> Graph | None:
         """The captured step of an arrangement; None where there is none."""
         slots = self.slots
         if slots.graphs is None:
@@ -489,15 +500,14 @@ class Batch:
         def capture() -> Graph:
             before = [value.clone() for value in state]
             try:
-                return slots.capturer.capture(
-                    slots.device, lambda: self._step(arranged), lambda: self._step(arranged)
-                )
+                one = functools.partial(self._step, arranged, predicted)
+                return slots.capturer.capture(slots.device, one, one)
             finally:  # it changes the tensors
                 for value, old in zip(state, before, strict=True):
                     value.copy_(old)
 
         try:
-            return slots.graphs.get((self, *arranged.key), "step", capture)
+            return slots.graphs.get((self, *arranged.key, predicted), "step", capture)
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
             warnings.warn(

@@ -297,7 +297,11 @@ class Batcher:
     def _between(self) -> None:
         """One join, one decode or one preview, in turn where there are several."""
         joins = bool(self._waiting) and self._shared.free > 0
-        previews = [p for p in self._running.items() if p[1][0]._wants_preview]
+        previews = [
+            (seat, *place)
+            for seat, place in self._running.items()
+            if place[0]._wants_preview and place[0]._preview_row < seat.predicted == seat.row
+        ]
         if joins and (self._turn == 0 or not self._finished):
             self._turn = 1
             self._join()
@@ -305,10 +309,9 @@ class Batcher:
             self._turn = 0
             self._decode(*self._finished.popleft())
         elif previews:
-            seat, (one, place) = min(previews, key=lambda p: p[1][0]._preview_row - p[0].row)
+            seat, one, place = min(previews, key=lambda p: p[1]._preview_row - p[0].row)
             one._wants_preview = False
-            if one._preview_row != seat.row:
-                self._draw_preview(seat, one, place)
+            self._draw_preview(seat, one, place)
 
     def _join(self) -> None:
         """The first request that waits joins the batch of its size; its own errors are its own."""
@@ -360,7 +363,8 @@ class Batcher:
             statistics.steps += 1
             statistics.images += len(batch)
             statistics.rows += sum(len(seat.halves) for seat in batch.seats)
-            for seat in batch.step():
+            looked = any(self._running[seat][0]._wants_preview for seat in batch.seats)
+            for seat in batch.step(looked):
                 one, _ = self._running.pop(seat)
                 one._decoding = True
                 self._finished.append((one, batch.leave(seat), seat))
@@ -383,12 +387,14 @@ class Batcher:
                 one.set_result(made)
 
     def _draw_preview(self, seat: Seat, one: InBatch, place: tuple[int, int]) -> None:
+        """The image that the last step predicts, noise left out."""
         from ..images import to_pil  # imports Pillow
 
-        latents = self._batches[place].estimate(seat).nan_to_num()
+        latents = self._batches[place].estimate(seat)
+        assert latents is not None  # the step wrote it
         one._preview_row = seat.row
         try:
-            images, _ = self.pipe._decoded(self.pipe._autoencoding(), latents)
+            images, _ = self.pipe._decoded(self.pipe._autoencoding(), latents.nan_to_num())
         except Exception:  # the image itself may still be drawn
             _LOG.exception("a preview failed")
         else:

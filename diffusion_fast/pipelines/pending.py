@@ -56,9 +56,10 @@ class Pending(Future[Result]):
         raise NotImplementedError
 
     def preview(self) -> Any:
-        """The image so far, a PIL image, as it was when it was last drawn; None before that.
+        """The image that the last step predicts, noise left out: a PIL image, as it was when it was
+        last drawn; None before that.
 
-        Asking makes it be drawn anew, at most once a step and between two steps.
+        Asking makes it be drawn anew, behind the next step, at most once a step.
         """
         raise NotImplementedError
 
@@ -72,7 +73,7 @@ class InBatch(Pending):
         self._seat: Seat | None = None
         self._decoding = False
         self._preview: Any = None
-        self._preview_row = -1
+        self._preview_row = 0
         self._wants_preview = False
 
     @property

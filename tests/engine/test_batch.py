@@ -134,19 +134,48 @@ def test_what_cannot_be_captured_runs_eagerly(tape: TapeCapturer) -> None:
     assert_close(results[0], alone)
 
 
-def test_an_estimate_is_the_last_x_0() -> None:
+@pytest.mark.parametrize("graphs", [False, True])
+def test_an_estimate_is_the_x_0_that_an_engine_previews(
+    tape: TapeCapturer, monkeypatch: pytest.MonkeyPatch, graphs: bool
+) -> None:
+    """Of every sampler, in any company, and outside of a mask what it keeps."""
+    if graphs:  # on a GPU nobody reads the lengths on the host
+        monkeypatch.setattr(checks, "values_between", lambda *_: None)
     model = unet(torch.float64)
-    one, _ = job(model, 0)
-    slots = Slots(model, slots=2, max_rows=20)
-    batch = Batch(slots, SHAPE)
-    seat = slots.take(one)
-    batch.join(seat)
-    assert torch.equal(batch.estimate(seat), one.x_T)
-    batch.step()
-    t, (signal, noise) = one.table.timesteps[0], one.table.levels[0].tolist()
-    with torch.no_grad():
-        output = model(one.x_T, t, one.context)
-    assert_close(batch.estimate(seat), (one.x_T - noise * output) / signal)
+    slots = Slots(model, slots=len(TABLES), max_rows=20, graph="auto" if graphs else "off")
+    batch, expected = Batch(slots, SHAPE), {}
+    for number in range(len(TABLES)):
+        one, _ = job(model, number)
+        seat = slots.take(one)
+        batch.join(seat)
+        assert batch.estimate(seat) is None
+        engine = Engine(model, SCHEDULE, graph="off", **TABLES[number])
+        generator = torch.Generator().manual_seed(number)
+        seen: list[Tensor] = []
+        kept = {} if one.mask is None else {"x_0": one.x_0, "mask": one.mask}
+        engine.sample(
+            (1, *SHAPE),
+            one.context,
+            one.null_context,
+            one.x_T,
+            generator,
+            **kept,
+            preview=lambda step, t, x_0, seen=seen: seen.append(x_0),
+        )
+        expected[seat] = seen
+    compared = steps = 0
+    while batch.seats:
+        steps += 1
+        looked = steps % 3 > 0
+        for seat in batch.step(looked):
+            batch.leave(seat)
+        for seat in batch.seats:
+            found = batch.estimate(seat)
+            assert (found is not None) == looked
+            if found is not None and seat.rows.ends[seat.row - 1]:
+                assert_close(found, expected[seat][seat.step - 1])
+                compared += 1
+    assert compared >= 2 * len(TABLES)
 
 
 def test_what_does_not_fit_takes_no_slot() -> None:

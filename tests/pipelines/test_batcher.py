@@ -11,6 +11,7 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -204,6 +205,36 @@ def test_progress_preview_and_cancel(batcher: Batcher) -> None:
     after = batcher.submit(**{**request(0), "output": "pil"}).result(TIMEOUT)
     assert after.images[0].size == (64, 64)
     assert batcher.occupied == 0
+
+
+def test_a_preview_is_the_image_that_a_step_predicts(
+    batcher: Batcher, exact: StableDiffusion
+) -> None:
+    """Without the noise that is still in the latents: a picture of what ``preview=`` is given."""
+    asked = {**request(0), "steps": 40, "guidance_scale": 3.0}
+    given: list[Tensor] = []
+    noisy: list[Tensor] = []
+    prompt = asked.pop("prompt")
+    with torch.no_grad():
+        exact(
+            prompt,
+            **asked,
+            preview=lambda step, t, latents: given.append(latents),
+            callback=lambda step, t, latents: noisy.append(latents),
+        )
+        pictures = [exact.vae.decode(exact.vae.unscale(torch.cat(all_))) for all_ in (given, noisy)]
+    one, drawn = batcher.submit(prompt, **asked), []
+    until = time.monotonic() + TIMEOUT
+    while not one.done() and time.monotonic() < until:
+        if (preview := one.preview()) is not None and preview not in drawn:
+            drawn.append(preview)
+        time.sleep(0.001)
+    assert drawn
+    for preview in drawn:
+        picture = torch.from_numpy(np.array(preview)).permute(2, 0, 1) / 127.5 - 1
+        near, far = ((one.clamp(-1, 1) - picture).abs().amax((1, 2, 3)) for one in pictures)
+        assert near.min() <= 1 / 127
+        assert far[near.argmin()] > 0.05 or near.argmin() > 30  # at the end they are the same
 
 
 def test_a_full_queue_refuses_at_once(exact: StableDiffusion) -> None:
