@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import checks
 from .blocks import Composite, Residual
+from .config import UNetConfig
 from .controlnet import ControlNet
 from .t2i_adapter import T2IAdapter
 from .unet import Residuals, UNet2DCondition
@@ -129,10 +130,12 @@ def check_base(control: Control, unet: UNet2DCondition) -> None:
     config = unet.config
     widths = config.block_out_channels
     if isinstance(control, T2IAdapter):
-        own = control.config.widths
-        expected, got = f"features of {list(widths)} channels", f"{list(own)}"
-        if own[: len(widths)] != widths or own[len(widths) :] not in ((), widths[-1:]):
-            checks.fail("control", f"a T2I-Adapter for this U-Net ({expected})", got)
+        own, halvings = control.config.widths, control.config.halvings
+        wanted, places = (*widths, widths[-1]), _halvings(config)  # of the levels and the bottom
+        count = len(own)
+        if count < len(widths) or (own, halvings) != (wanted[:count], places[:count]):
+            expected = f"a T2I-Adapter for this U-Net ({_features(widths, places)})"
+            checks.fail("control", expected, _features(own, halvings))
         return
     own_config = control.config
     fields = ("block_out_channels", "layers_per_block", "cross_attention_dim")
@@ -145,3 +148,15 @@ def check_base(control: Control, unet: UNet2DCondition) -> None:
     if own_config.in_channels not in (config.in_channels, config.out_channels):
         expected = f"a ControlNet for this U-Net (in_channels {config.out_channels})"
         checks.fail("control", expected, own_config.in_channels)
+
+
+def _halvings(config: UNetConfig) -> tuple[int, ...]:
+    """How many times the latents are halved where features join each level, and at the bottom."""
+    last = config.num_levels - 1
+    attends = [kind == "CrossAttnDownBlock2D" for kind in config.down_block_types]
+    return *(min(i + (not attends[i]), last) for i in range(last + 1)), last
+
+
+def _features(widths: Sequence[int], halvings: Sequence[int]) -> str:
+    parts = (f"{width} at 1/{2**n}" for width, n in zip(widths, halvings, strict=False))
+    return f"features of {', '.join(parts)} of the latents' size"

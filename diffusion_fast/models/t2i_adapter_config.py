@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,13 @@ class T2IAdapterConfig:
     def halves(self, level: int) -> bool:
         """Whether a level's features have half the height and width of those before."""
         return level == 2 if self.adapter_type == "full_adapter_xl" else level > 0
+
+    @property
+    def halvings(self) -> tuple[int, ...]:
+        """How many times each level's features halve the height and width of the latents."""
+        first = int(self.downscale_factor > self.grain)
+        more = itertools.accumulate(map(self.halves, range(1, len(self.widths))), initial=first)
+        return tuple(more)
 
     @property
     def widths(self) -> tuple[int, ...]:

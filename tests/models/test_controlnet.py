@@ -193,11 +193,27 @@ def test_a_network_for_another_base(changes: dict[str, Any], message: str) -> No
 
 
 def test_an_adapter_for_another_base() -> None:
+    """By its channels; and by its sizes, as those of SD 1.5 and SDXL have the same channels."""
+    sdxl = T2IAdapterConfig(downscale_factor=16, adapter_type="full_adapter_xl")
+    light = T2IAdapterConfig(channels=(320, 640, 1280), adapter_type="light_adapter")
+    fitting = {"sd15": (T2IAdapterConfig(), light), "sdxl": (sdxl,)}
     with torch.device("meta"):
         unet = UNet2DCondition(small_config())
-        control = T2IAdapter(T2IAdapterConfig(channels=(16, 64)))
-    with pytest.raises(ValueError, match=r"control: expected a T2I-Adapter .*16, 32.* got .*64"):
-        check_base(control, unet)
+        other = T2IAdapter(T2IAdapterConfig(channels=(16, 64)))
+        unets = {name: UNet2DCondition(UNetConfig.preset(name)) for name in fitting}
+        adapters = {name: [T2IAdapter(one) for one in own] for name, own in fitting.items()}
+    expected = r"control: expected a T2I-Adapter .*16 at 1/1, 32 at 1/2.* got .*64"
+    with pytest.raises(ValueError, match=expected):
+        check_base(other, unet)
+    for name, model in unets.items():
+        for base, own in adapters.items():
+            for one in own:
+                if base == name:
+                    check_base(one, model)
+                    continue
+                expected = "control: expected a T2I-Adapter for this U-Net .*320 at 1/[12], .* got"
+                with pytest.raises(ValueError, match=expected):
+                    check_base(one, model)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_fast.files import CheckpointError
+from diffusion_fast.models import UNet2DCondition
 from diffusion_fast.models.t2i_adapter import T2IAdapter
 from diffusion_fast.pipelines import StableDiffusion
 
@@ -245,10 +247,19 @@ def test_an_adapter_in_its_own_layout(tiny_folder: Folder, tmp_path: Path) -> No
     shape = {"channels": [16, 32], "num_res_blocks": 1, "adapter_type": "light_adapter"}
     model, found = adapter(shape), []
     torch.save(own_layout(model), tmp_path / "light.pth")
+    pipe = StableDiffusion.from_pretrained(tiny_folder("sd15"))
+    down, up = ["CrossAttnDownBlock2D"] * 2, ["CrossAttnUpBlock2D"] * 2
+    config = dataclasses.replace(
+        pipe.unet.config,
+        block_out_channels=(16, 32, 32),
+        down_block_types=(*down, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *up),
+    )
+    pipe.unet = UNet2DCondition(config)  # a level more: the adapter's last features are its
     for path in (tmp_path / "light.pth", saved(model, tmp_path / "folder")):
-        pipe = StableDiffusion.from_pretrained(tiny_folder("sd15"))
-        pipe.load_control(path)
+        name = pipe.load_control(path)
         found.append(pipe.controls.networks[0])
+        pipe.controls.unload(name)
     own, known = (network.state_dict() for network in found)
     assert isinstance(found[0], T2IAdapter)
     assert own.keys() == known.keys()
