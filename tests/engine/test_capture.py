@@ -114,6 +114,60 @@ def test_the_driver_out_of_memory(
             capturer.capture(torch.device("cuda"), lambda: None, lambda: None)
 
 
+class Workspace:
+    """cuBLAS's of a stream as PyTorch keeps it: from the first product until all are freed.
+
+    Attributes:
+        pool: where memory comes from now; None outside of a capture.
+        kept: the pool that the workspace lies in; empty where there is no workspace.
+    """
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+        self.kept: list[Any] = []
+
+    def product(self) -> Any:
+        """The pool of the workspace that a product uses."""
+        self.kept = self.kept or [self.pool]
+        return self.kept[0]
+
+    def clear(self) -> None:
+        assert self.pool is None, "in the middle of a capture"
+        self.kept = []
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["whole", "broken"])
+def test_workspaces_of_a_graph_are_its_own(
+    monkeypatch: pytest.MonkeyPatch, capturer: capture.CudaCapturer, broken: bool
+) -> None:
+    """Others free those outside of the pool, which the graph would go on to use."""
+    workspace = Workspace()
+    used: list[Any] = []
+
+    def begin(graph: Graph, pool: Any, capture_error_mode: str) -> None:
+        graph._pool = workspace.pool = pool
+
+    def end(graph: Graph) -> None:
+        workspace.pool = None
+
+    def work() -> None:
+        used.append(workspace.product())
+        if broken:
+            raise RuntimeError("operation not permitted")
+
+    monkeypatch.setattr(Graph, "capture_begin", begin)
+    monkeypatch.setattr(Graph, "capture_end", end)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", workspace.clear, raising=False)
+    graphs = []
+    for _ in range(2):
+        with pytest.raises(RuntimeError) if broken else contextlib.nullcontext():
+            graphs.append(capturer.capture(torch.device("cuda"), workspace.product, work))
+        assert workspace.kept == []  # or it would keep the pool, when all of its graphs are gone
+    assert None not in used
+    if not broken:
+        assert used == [graph.pool for graph in graphs]
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """What the private functions are called with."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -123,15 +123,16 @@ class CudaCapturer:
             # The first one, because a pool that lost its last graph takes no other.
             pool = self._pools[device] = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph(keep_graph=True)
-        # Other threads may use the GPU as they like meanwhile.
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        try:
-            work()
-            graph.capture_end()
-        except BaseException:
-            _break_off(graph, pool)
-            del self._pools[device]
-            raise
+        with _own_workspaces():
+            # Other threads may use the GPU as they like meanwhile.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                work()
+                graph.capture_end()
+            except BaseException:
+                _break_off(graph, pool)
+                del self._pools[device]
+                raise
         graph.instantiate()
         self._alive.add(graph)
         return CudaGraph(graph, device, torch.cuda.memory_reserved(device) - before)
@@ -148,6 +149,25 @@ class CudaCapturer:
         assert isinstance(step, CudaGraph)
         with torch.cuda.device(step.device):
             return UnrolledLoop(step.graph, times, step.device)
+
+
+@contextlib.contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """cuBLAS's workspaces of a capture lie in the graph's pool, and nobody else has them.
+
+    PyTorch keeps a workspace for each stream and hands it out again. Those that a warm-up made lie
+    outside of the pool, and a graph would go on to use them after torch.compile's own graphs have
+    freed them all. So they are freed before a capture, which makes its own, and those after it:
+    the pool is kept by its graphs, not by a workspace.
+    """
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # a CPU's PyTorch has none
+    if clear is not None:
+        clear()
+    try:
+        yield
+    finally:
+        if clear is not None:
+            clear()
 
 
 _broken: list[torch.cuda.CUDAGraph] = []
