@@ -13,6 +13,7 @@ from itertools import chain, filterfalse
 from operator import attrgetter, is_, methodcaller
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
@@ -82,21 +83,25 @@ class _Seen:
         self._sizes = list(map(len, self._attributes))
         kept = list(chain.from_iterable(map(_kept_by, modules)))
         self._full, self._empty = list(filter(len, kept)), list(filterfalse(len, kept))
-        self._contents = self._content()
+        self._dicts = [one for one in self._full if type(one) is dict]
+        self._ordered = [one for one in self._full if type(one) is not dict]  # hooks are
+        self._lengths = list(map(len, self._full))
+        self._contents = list(self._content())
         self._tensors = [*model.parameters(), *model.buffers()]
-        self._places = _places(self._tensors)
-        places = [
-            (module, name)
-            for module, own in zip(modules, self._attributes, strict=True)
-            for name in own
-            if name not in _BOOKKEEPING
-        ]
-        self._owners = [vars(module) for module, _ in places]
-        self._names = [name for _, name in places]
-        self._settings = self._setting()
+        self._flat = [tensor for tensor in self._tensors if tensor.dim() < 2]
+        self._deep = [tensor for tensor in self._tensors if tensor.dim() > 1]
+        self._places = self._place()
+        settings: list[tuple[nn.Module, str]] = []
+        others: list[tuple[nn.Module, str]] = []
+        for module, own in zip(modules, self._attributes, strict=True):
+            for name, value in own.items():
+                if name not in _BOOKKEEPING:
+                    (settings if _watched[type(value)] else others).append((module, name))
+        # Settings and containers are compared themselves, counters and so on by their types.
+        self._settings, self._others = _Attributes(settings), _Attributes(others)
         self._containers = [
             setting
-            for (module, _), setting in zip(places, self._settings, strict=True)
+            for (module, _), setting in zip(settings, self._settings.values, strict=True)
             if isinstance(setting, _CONTAINER)
             and not type(module).__module__.startswith(_NO_CONTAINERS)
         ]
@@ -105,10 +110,8 @@ class _Seen:
         self.identity = (
             list(map(id, self._contents)),
             [
-                (id(own), name, setting)
-                for own, name, setting in zip(
-                    self._owners, self._names, self._settings, strict=True
-                )
+                (id(vars(module)), name, setting)
+                for (module, name), setting in zip(settings, self._settings.values, strict=True)
                 if name == "forward" or isinstance(setting, _SETTING)
             ],
             [plain for plain in self._plain if plain is not None],
@@ -120,20 +123,49 @@ class _Seen:
         return (
             list(map(len, self._attributes)) == self._sizes
             and not any(self._empty)
-            and _same(self._content(), self._contents)
-            and _same(self._setting(), self._settings)
-            and _places(self._tensors) == self._places
+            and list(map(len, self._full)) == self._lengths
+            and all(map(is_, self._content(), self._contents))
+            and self._settings.same()
+            and self._others.same_types()
+            and self._place() == self._places
             and list(map(_plain, self._containers)) == self._plain
         )
 
-    def _setting(self) -> list[Any]:
-        """Settings and containers themselves, of counters and other attributes the type alone."""
-        values = map(dict.get, self._owners, self._names)
-        return [value if _watched[type(value)] else type(value) for value in values]
-
-    def _content(self) -> list[Any]:
+    def _content(self) -> Iterator[Any]:
         """Submodules, parameters, buffers and hooks."""
-        return list(chain.from_iterable(map(_values, self._full)))
+        several = (map(dict.values, self._dicts), map(_values, self._ordered))
+        return chain.from_iterable(chain(*several))
+
+    def _place(self) -> list[list[Any]]:
+        """Where tensors lie and how they are read. Of one dimension the size is the shape, and is
+        made faster.
+        """
+        return [
+            list(map(Tensor.data_ptr, self._tensors)),
+            list(map(Tensor.stride, self._tensors)),
+            list(map(_dtype, self._tensors)),
+            list(map(Tensor.numel, self._flat)),
+            list(map(_shape, self._deep)),
+        ]
+
+
+class _Attributes:
+    """Some attributes of modules, and what they were."""
+
+    def __init__(self, places: list[tuple[nn.Module, str]]) -> None:
+        self._owners = [vars(module) for module, _ in places]
+        self._names = [name for _, name in places]
+        self.values = list(self._now())
+        self._types = list(map(type, self.values))
+
+    def same(self) -> bool:
+        return all(map(is_, self._now(), self.values))
+
+    def same_types(self) -> bool:
+        return list(map(type, self._now())) == self._types
+
+    def _now(self) -> Iterator[Any]:
+        return map(dict.get, self._owners, self._names)
 
 
 class _Watched(dict[type, bool]):
@@ -151,21 +183,7 @@ _CONTAINER = (Mapping, list, tuple, set, frozenset)
 _NO_CONTAINERS = ("torch.nn.", __name__.partition(".")[0] + ".")
 _kept_by = attrgetter("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 _values = methodcaller("values")
-_PLACE: tuple[Callable[[Tensor], Any], ...] = (
-    methodcaller("data_ptr"),
-    methodcaller("stride"),
-    attrgetter("dtype"),
-    attrgetter("shape"),
-)
-
-
-def _same(these: list[Any], those: list[Any]) -> bool:
-    return len(these) == len(those) and all(map(is_, these, those))
-
-
-def _places(tensors: list[Tensor]) -> list[list[Any]]:
-    """Where tensors lie and how they are read."""
-    return [list(map(ask, tensors)) for ask in _PLACE]
+_shape, _dtype = attrgetter("shape"), attrgetter("dtype")
 
 
 def _plain(value: Any) -> Any:
@@ -198,6 +216,7 @@ class Writes:
         self._tensors, self._verify = list(tensors), verify
         self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._ids, self._stepped = set(map(id, self._tensors)), False
+        arrays: dict[torch.dtype, list[np.ndarray[Any, Any]]] = {}
         views: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         self._apart: list[Tensor] = []  # which have no such view
         readable = [  # not on the meta device, and not spread over processes or compressed
@@ -208,19 +227,26 @@ class Writes:
             and tensor.layout == torch.strided
         ]
         for tensor, sample in zip(readable, spread(*readable), strict=True):
-            if sample.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
-                views.setdefault((sample.device, sample.dtype), []).append(sample)
-            else:
+            if sample.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
                 self._apart.append(tensor)
-        self._views = list(views.values())
+            elif sample.device.type == "cpu":  # NumPy joins them in half of PyTorch's time
+                arrays.setdefault(sample.dtype, []).append(sample.numpy())
+            else:
+                views.setdefault((sample.device, sample.dtype), []).append(sample)
+        self._arrays, self._views = list(arrays.values()), list(views.values())
         self._versions, self._uncounted = self._read_versions(), self._read_elements()
         _asked.append(weakref.ref(self, _asked.remove))
 
     def __call__(self) -> bool:
         """Whether there were any since the last question, or since the start."""
         before, self._uncounted = self._uncounted, self._read_elements()
-        (samples, sums), (old_samples, old_sums) = self._uncounted, before
-        return self.counted() or sums != old_sums or not all(map(torch.equal, samples, old_samples))
+        (arrays, samples, sums), (old_arrays, old_samples, old_sums) = self._uncounted, before
+        return (
+            self.counted()
+            or sums != old_sums
+            or not all(map(np.array_equal, arrays, old_arrays))
+            or not all(map(torch.equal, samples, old_samples))
+        )
 
     def counted(self) -> bool:
         """The same without a look at the elements: whether PyTorch or an optimizer told of any."""
@@ -231,9 +257,10 @@ class Writes:
     def _read_versions(self) -> list[int]:
         return list(map(_version, self._counted))
 
-    def _read_elements(self) -> tuple[list[Tensor], list[int]]:
+    def _read_elements(self) -> tuple[list[np.ndarray[Any, Any]], list[Tensor], list[int]]:
         samples = [*map(torch.cat, self._views), *spread(*self._apart)]
-        return samples, checksums(self._tensors) if self._verify else []
+        sums = checksums(self._tensors) if self._verify else []
+        return list(map(np.concatenate, self._arrays)), samples, sums
 
     def hear_of(self, parameters: Iterable[int]) -> None:
         """An optimizer has made a step with the tensors of these ids."""
