@@ -59,7 +59,11 @@ def identity(facts: Mapping[str, Any], names: Iterable[str] = IDENTITY) -> str:
 
 
 def device_name() -> str:
-    return torch.cuda.get_device_name(0) if GPU else hardware.processor()["processor"]
+    """The GPU; else the CPU and its vector instructions, as clouds hide which model it is."""
+    if GPU:
+        return torch.cuda.get_device_name(0)
+    found = hardware.processor()
+    return f"{found['processor']}, {found['instructions']}"
 
 
 def synchronize() -> None:
@@ -69,8 +73,9 @@ def synchronize() -> None:
 
 
 def folder_name() -> str:
-    """Of this machine's results: ``nvidia_h200``, or ``cpu``."""
-    return re.sub(r"[^a-z0-9]+", "_", device_name().lower()).strip("_") if GPU else "cpu"
+    """Of this machine's results: ``nvidia_h200``, or ``cpu_avx2``."""
+    name = device_name() if GPU else f"cpu {hardware.processor()['instructions']}"
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def _commit() -> str | None:

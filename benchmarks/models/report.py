@@ -2,9 +2,9 @@
 
     python -m benchmarks.models.report --readme README.md
 
-rewrites what stands between ``<!-- bench:cpu/unet -->`` and ``<!-- /bench:cpu/unet -->`` with the
-table of that part of ``benchmarks/results/cpu``; any folder of results, and any of unet, loop,
-pipeline, vae, text, training and ladder.
+rewrites what stands between ``<!-- bench:cpu_avx2/unet -->`` and ``<!-- /bench:cpu_avx2/unet -->``
+with the table of that part of ``benchmarks/results/cpu_avx2``; any folder of results, and any of
+unet, loop, pipeline, vae, text, training and ladder.
 """
 
 from __future__ import annotations
