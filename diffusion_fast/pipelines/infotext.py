@@ -9,18 +9,10 @@ from pathlib import PurePath
 from typing import Any
 
 from .._version import __version__
+from ..samplers import SAMPLERS
+from ..samplers.names import A1111_SCHEDULES
 
-SAMPLERS = {
-    "ddim": "DDIM",
-    "dpmpp_1": "DPM++ 1S",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_3m": "DPM++ 3M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "euler": "Euler",
-    "euler_ancestral": "Euler a",
-    "heun": "Heun",
-    "unipc": "UniPC",
-}
+_SCHEDULES = {name: label for label, name in reversed(A1111_SCHEDULES.items())}
 
 
 def infotext(
@@ -34,6 +26,9 @@ def infotext(
 ) -> str:
     """Prompt, negative prompt, and a line of everything else. No folders: files have names only.
 
+    A sampler that AUTOMATIC1111 doesn't have is written by our name, a schedule of diffusers not at
+    all.
+
     Args:
         settings: those of a :class:`~.result.Result`.
         seed: the picture's own.
@@ -43,11 +38,11 @@ def infotext(
         loras: scales by names or paths.
     """
     height, width = settings["size"]
-    sampler, spacing = settings["sampler"], settings["timestep_spacing"]
+    sampler = SAMPLERS[settings["sampler"]]
     facts = {
         "Steps": settings["steps"],
-        "Sampler": SAMPLERS.get(sampler, sampler),
-        "Schedule type": "Karras" if spacing == "karras" else None,
+        "Sampler": sampler.a1111 or sampler.name,
+        "Schedule type": _SCHEDULES.get(settings["timestep_spacing"]),
         "CFG scale": settings["guidance_scale"],
         "Seed": seed,
         "Size": f"{width}x{height}",

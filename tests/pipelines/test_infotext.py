@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from diffusion_fast import __version__
 from diffusion_fast.pipelines.infotext import infotext
 
@@ -45,3 +47,19 @@ def test_everything() -> None:
     assert "Model: v1.5, Denoising strength: 0.6, Clip skip: 2, " in facts
     assert 'LoRAs: "a: b: 0.8, c: 1"' in facts
     assert "home" not in text
+
+
+@pytest.mark.parametrize(
+    ("sampler", "spacing", "expected"),
+    [
+        ("ddim", "leading", "Sampler: ddim, CFG"),  # theirs of that name has another grid
+        ("ddim_a1111", "linspace", "Sampler: DDIM, CFG"),
+        ("dpmpp_3m", "trailing", "Sampler: dpmpp_3m, CFG"),
+        ("dpmpp_2m_sde", "sgm_uniform", "Sampler: DPM++ 2M SDE, Schedule type: SGM Uniform, CFG"),
+    ],
+)
+def test_only_what_the_others_have_goes_by_their_names(
+    sampler: str, spacing: str, expected: str
+) -> None:
+    settings = SETTINGS | {"sampler": sampler, "timestep_spacing": spacing}
+    assert expected in infotext(settings, 3, "a cat")
