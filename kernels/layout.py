@@ -17,3 +17,15 @@ def format_of(*values: torch.Tensor) -> torch.memory_format:
             if rows and images and channels * height * width != 1:
                 return torch.channels_last
     return torch.contiguous_format
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """An image [B, C, H, W] with its channels innermost, which its strides say for one channel too.
+
+    Where one channel fits both layouts PyTorch leaves the strides of the other one, and everything
+    that is computed from them would stay in it.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    _, channels, height, width = x.shape
+    strides = (height * width * channels, 1, width * channels, channels)
+    return x if x.stride() == strides else x.as_strided(x.shape, strides)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...edits import Edit, Watch
+from ...kernels.layout import channels_last
 from ...models.autoencoder import Autoencoder
 from ...ops.cpu import contest
 from ...turns import Turns
@@ -55,7 +56,7 @@ class PreparedDecoder:
             self._measured.add(latents.shape)
         x = self.vae.decoder_input(latents).to(self._decoder.conv_in.weight.dtype)
         if "packed_weights" in self.on:
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = channels_last(x)
         return self.network(x).to(latents.dtype)
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ...conditioning import Context, PerRow
+from ...kernels.layout import channels_last
 from ...models import UNet2DCondition
 from ...models.blocks import Composite, GroupNorm, LayerNorm, ResBlock, hooked
 from ...models.unet import ContextProjections, Residuals, TimeProjections, UNetEncoder
@@ -260,7 +261,7 @@ class PreparedNetwork(Generic[Encoder]):
         if "shared_prefix" in self.plan.on:
             x = x[: self.plan.batch]
         if "packed_weights" in self.plan.on:
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = channels_last(x)
         return x
 
     def conditions(self, clock: Clock) -> tuple[TimeProjections, ContextProjections, Any]:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ...conditioning import Context
+from ...kernels.layout import channels_last
 from ...models import UNet2DCondition
 from ...models.unet import ContextProjections
 from ...ops import checks
@@ -136,10 +137,10 @@ class RowsUNet:
     def __call__(self, x: Tensor, rows: Rows) -> Tensor:
         """The model's output [R, out, H, W] for images [B, C, H, W]."""
         image: Tensor | None = rows.image
-        if "packed_weights" in self.plan.on:
-            x = x.contiguous(memory_format=torch.channels_last)
         if "shared_prefix" not in self.plan.on:
             x, image = x.index_select(0, rows.image), None
+        if "packed_weights" in self.plan.on:
+            x = channels_last(x)
         time = [
             [
                 (table, rows.time_of_image if shared and image is not None else rows.time_of_row)

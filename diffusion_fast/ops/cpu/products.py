@@ -1,7 +1,7 @@
 """The kinds of linear layers and convolutions that contests are about, and a call of each.
 
-In float32, without a gradient; convolutions in channels_last. Smaller ones than oneDNN is worth its
-set-up for are left to the defaults.
+In float32, without a gradient; convolutions in channels_last. What takes but a moment is left to
+the defaults.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from ...kernels.layout import format_of
 from ..dispatch import needs_gradient
-from ..onednn import SMALL, supports
+from ..onednn import supports
 from .contest import Kind
+
+LEAST = 2**14  # multiply-adds: a microsecond
 
 
 def _measured(dtype: torch.dtype) -> bool:
@@ -25,7 +27,7 @@ def _measured(dtype: torch.dtype) -> bool:
 
 def linear_kind(weight: Tensor, rows: int, geglu: bool) -> Kind | None:
     """The kind of a product of x [rows, K] and a weight [N, K]; None where none is measured."""
-    if not _measured(weight.dtype) or rows * weight.numel() < SMALL:
+    if not _measured(weight.dtype) or rows * weight.numel() < LEAST:
         return None
     return rows, weight.shape[1], weight.shape[0], geglu
 
@@ -51,7 +53,7 @@ def conv2d_kind(
 ) -> Kind | None:
     """The kind of a convolution of [B, C, H, W] = ``size``; None where none is measured."""
     out, _, *window = weight.shape
-    small = size[0] * math.prod(_after(size[2:], window, stride, pads)) * weight.numel() < SMALL
+    small = size[0] * math.prod(_after(size[2:], window, stride, pads)) * weight.numel() < LEAST
     if not _measured(weight.dtype) or window == [1, 1] or small:
         return None
     return (*size, out, *window, stride, *pads)
