@@ -209,6 +209,9 @@ class Settings:
         if self.text_learning_rate is not None and not self.train_text:
             wanted = "none, because text encoders aren't trained (train_text)"
             checks.fail("text_learning_rate", wanted, self.text_learning_rate)
+        if self.optimizer == "prodigy" and self.text_learning_rate not in (None, self.rate):
+            wanted = f"{self.rate:g}, because prodigy has one rate for all"
+            checks.fail("text_learning_rate", wanted, self.text_learning_rate)
         self._check_controlnet()
         check_sharding(self.optimizer, self.sharding)
         if self.class_data is not None and self.class_prompt is None:

@@ -14,7 +14,9 @@ from ..ops import checks
 OPTIMIZERS = ("adamw", "adam", "adafactor", "adamw8bit", "prodigy")
 _PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}  # of those that need one
 _ON_GPUS = ("adamw8bit",)
-_OF_WHOLE_WEIGHTS = ("adafactor", "adamw8bit")  # what they keep of a weight can't be cut as it is
+# What the first two keep of a weight can't be cut as it is. The last sums over all weights: each
+# process would sum over its own ones, and go by a step size of its own.
+_OF_WHOLE_WEIGHTS = ("adafactor", "adamw8bit", "prodigy")
 
 
 def check_optimizer(name: str, device: torch.device) -> None:

@@ -157,6 +157,10 @@ def test_settings_that_are_no_settings(tmp_path: Path) -> None:
         ({"alpha": 0.0}, r"^alpha: expected a number above 0, got 0.0$"),
         ({"conv_alpha": float("nan")}, r"^conv_alpha: expected a number above 0, got nan$"),
         ({"text_learning_rate": 1e-5}, r"^text_learning_rate: expected none, because text encoder"),
+        (
+            {"train_text": True, "text_learning_rate": 0.5, "optimizer": "prodigy"},
+            r"^text_learning_rate: expected 1, because prodigy has one rate for all, got 0.5$",
+        ),
         ({"rnak": 4}, r"^rnak: expected a setting such as rank"),
         ({"steps": "many"}, r"^steps: expected a whole number, got 'many' \(str\)$"),
         ({"method": "lroa"}, r"^method: expected one of lora"),

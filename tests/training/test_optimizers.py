@@ -119,7 +119,7 @@ def test_moments_in_8_bits_go_on_from_a_checkpoint(tmp_path: Path) -> None:
     assert other.state[first]["state1"].dtype == torch.uint8
 
 
-@pytest.mark.parametrize("name", ["adafactor", "adamw8bit"])
+@pytest.mark.parametrize("name", ["adafactor", "adamw8bit", "prodigy"])
 def test_weights_that_are_spread_over_processes(name: str, tmp_path: Path) -> None:
     match = rf"^sharding: expected ddp, because {name} takes whole weights, got 'fsdp'$"
     with pytest.raises(ValueError, match=match):
