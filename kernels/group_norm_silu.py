@@ -42,7 +42,8 @@ from .group_tiles import (
     unit,
 )
 
-# Elements that a program keeps in registers, after padding to powers of two.
+# Elements that a program keeps in registers, after padding to powers of two. A gradient has more
+# beside them, and so has a layout whose neighbours are pixels: with more than half, they spill.
 SLAB = 32768
 # Chunks of an image that are reduced apart, at most: each program of the next launch reads all.
 CHUNKS = 64
@@ -207,7 +208,7 @@ def configs(p: Operands, arrays: int, device: torch.device) -> list[Config]:
     _, R = run_of(p, 64)
     slab = launch.power_of_2(p.space) * R
     held = slab * arrays
-    if held > SLAB:
+    if held > (SLAB if arrays == 1 and unit(p.source_strides[0]) == "c" else SLAB // 2):
         return [split]
     fused = Config(True, 64, slab, 4 if held <= 4096 else 8 if held <= 16384 else 16)
     # A large group keeps one multiprocessor busy for long: with few of them, splitting may win.

@@ -30,14 +30,28 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
 from .geglu import _phi
-from .product import GROUP, Product, add_parts, affine, cuts, finish, parts_of, tile_of
+from .product import (
+    GROUP,
+    Product,
+    add_parts,
+    affine,
+    after,
+    cuts,
+    finish,
+    parts_of,
+    tile_of,
+)
 
 BOX = 256  # elements of a box along a dimension, at most
 BLOCKS = {4: 2, 8: 1}  # of a multiprocessor, by the warps of a block
 LINE = 16  # bytes that strides and addresses are multiples of
 
 
-@triton.jit
+# Numbers that decide nothing about the program: neither whether addresses are aligned nor its form.
+# The sides of the result are none of them: a layer's height of 1 saves registers, or 62 spill.
+@triton.jit(
+    do_not_specialize=["rows", "pixels", "images", "top", "left", "parts", "per_part"],
+)
 def _persistent(
     y_ptr,
     y_strides,
@@ -46,10 +60,13 @@ def _persistent(
     w_desc,
     epilogue,
     residual_ptr,
-    shape,
+    rows,
+    columns,
+    pixels,
     channels,
     images,
-    out_size,
+    out_height,
+    out_width,
     top,
     left,
     parts,
@@ -68,9 +85,9 @@ def _persistent(
     K: tl.constexpr,
 ):
     M: tl.constexpr = IMAGES * HEIGHT * WIDTH
-    rows, columns = shape[0], shape[1]
-    across = tl.cdiv(out_size[1], WIDTH)
-    down = tl.cdiv(out_size[0], HEIGHT)
+    shape, out_size = (rows, columns, pixels), (out_height, out_width)
+    across = tl.cdiv(out_width, WIDTH)
+    down = tl.cdiv(out_height, HEIGHT)
     tiles_m, tiles_n = across * down * tl.cdiv(images, IMAGES), tl.cdiv(columns, N)
     blocks = tl.cdiv(channels, K)
     for tile in tl.range(
@@ -275,12 +292,12 @@ def launch_product(p: Product, config: Persistent) -> None:
         partial,
         _descriptor(x, (*sides, config.k)),
         _descriptor(w, (2 if p.geglu else 1, config.n, config.k)),
-        p.epilogue,
-        p.residual,
-        p.shape,
+        *after(p, partial),
+        *p.shape,
         p.channels[0],
         p.shape[0] // p.shape[2],
-        (p.shape[2] // p.out_width, p.out_width),
+        p.shape[2] // p.out_width,
+        p.out_width,
         *p.pads,
         parts,
         per_part,

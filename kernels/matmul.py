@@ -32,9 +32,11 @@ from .product import (
     Product,
     add_parts,
     affine,
+    after,
     cuts,
     finish,
     parts_of,
+    shape_of,
     steps,
     tile_of,
 )
@@ -96,7 +98,8 @@ def _accumulate(
     return acc, gate
 
 
-@triton.jit
+# Numbers that decide nothing about the program: neither whether addresses are aligned nor its form.
+@triton.jit(do_not_specialize=["height", "width", "out_width", "top", "left", "per_part"])
 def _product(
     y_ptr,
     y_strides,
@@ -111,7 +114,8 @@ def _product(
     residual_ptr,
     shape,
     channels,
-    size,
+    height,
+    width,
     out_width,
     top,
     left,
@@ -129,6 +133,7 @@ def _product(
     K: tl.constexpr,
 ):
     rows, columns, pixels = shape[0], shape[1], shape[2]
+    size = (height, width)
     tile_m, tile_n, part = tile_of(tl.program_id(0), tl.cdiv(rows, M), tl.cdiv(columns, N), GROUP)
     row = tile_m * M + tl.arange(0, M)
     column = tile_n * N + tl.arange(0, N)
@@ -240,11 +245,10 @@ def _launch(p: Product, config: Config | hopper.Persistent) -> None:
         p.x2_strides,
         p.w,
         p.w_strides,
-        p.epilogue,
-        p.residual,
-        p.shape,
+        *after(p, partial),
+        shape_of(p),
         p.channels,
-        p.size,
+        *p.size,
         p.out_width,
         *p.pads,
         per_part,

@@ -38,6 +38,23 @@ class Product(NamedTuple):
     geglu: bool
 
 
+def shape_of(p: Product) -> tuple[int, int, int]:
+    """(rows, columns, pixels of an image) for a kernel: of a single image any number of pixels
+    serves that is not less, so it is a multiple of 16, for which there is one program.
+    """
+    rows, columns, pixels = p.shape
+    return rows, columns, triton.cdiv(pixels, 16) * 16 if rows == pixels else pixels
+
+
+def after(
+    p: Product, partial: Tensor | None = None
+) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+    """What a kernel does behind the sum, (epilogue, residual): nothing where the sum is partial, in
+    one program whatever follows later.
+    """
+    return (p.epilogue, p.residual) if partial is None else ((None,) * 5, None)
+
+
 class Cut(Protocol):
     """What a config says of the sum: channels of a step, and parts."""
 
@@ -105,7 +122,7 @@ def finish(value, y_ptr, residual_ptr, y_strides, row, column, shape, DTYPE: tl.
     tl.store(y_ptr + place, value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _reduce(
     y_ptr,
     y_strides,
@@ -141,7 +158,7 @@ def add_parts(p: Product, partial: Tensor, **meta: Any) -> None:
     m, n = 8, 128
     grid = (triton.cdiv(rows, m) * triton.cdiv(columns, n),)
     launch.launch(
-        _reduce, grid, p.y, p.y_strides, partial, p.epilogue, p.residual, p.shape, parts,
+        _reduce, grid, p.y, p.y_strides, partial, *after(p), shape_of(p), parts,
         M=m, N=n, **meta,
     )  # fmt: skip
 

@@ -86,6 +86,10 @@ def test_norms_of_the_models_read_16_bytes_at_once(kernel: str) -> None:
         assert not int(row["load4"]), row
 
 
+def test_nothing_spills_on_hopper() -> None:
+    assert [row for row in audit.read() if row["arch"] == "90" and int(row["spills"])] == []
+
+
 def test_no_more_shared_memory_than_a_gpu_has() -> None:
     """That of a consumer GPU; only what is for Hopper alone has all of Hopper's."""
     for row in audit.read():

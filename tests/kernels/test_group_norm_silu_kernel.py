@@ -197,9 +197,12 @@ def test_any_shape(batch: int, groups: int, width: int, space: list[int], split:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_images_larger_than_a_group_that_fits(layout: str) -> None:
     """The true threshold between one launch and split statistics, with the true tile sizes."""
-    for size in ((1, 4, 64, 128), (1, 4, 91, 101)):
-        p = operands_of(torch.empty(size, device="meta"), 1)
-        assert kernel.configs(p, 1, torch.device(DEVICE))[0].fused == (size[2] == 64)
+    last = layout == "channels_last"
+    form = torch.channels_last if last else torch.contiguous_format
+    sizes = ((64, 128), (91, 101)) if last else ((64, 64), (64, 65))
+    for size, fused in (((1, 4, *sizes[0]), True), ((1, 4, *sizes[1]), False)):
+        p = operands_of(torch.empty(size, device="meta", memory_format=form), 1)
+        assert kernel.configs(p, 1, torch.device(DEVICE))[0].fused == fused
         values = inputs(torch.float32, (), size, 0, layout)
         check(lambda **v: ops.group_norm_silu(num_groups=1, **v), values, list(values))
 
