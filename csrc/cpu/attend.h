@@ -24,6 +24,7 @@
 
 #include "attention.h"
 #include "buffer.h"
+#include "threads.h"
 #include "vector.h"
 
 namespace {
@@ -93,7 +94,7 @@ void run(const Attention& a) {
   const std::vector<Block> blocks = blocks_of(a, Way::kKeys);
   const long pieces = blocks.size();
   const double work = double(heads) * a.queries * a.keys * a.dim;
-  const int threads = int(std::clamp<double>(work / 500000, 1, a.threads));
+  const int threads = threads_for_products(work, a.threads);
   const long together = std::min<long>(threads, heads);  // whose keys are packed at a time
   std::vector<Head<typename Way::Packed>> packed(together);
   for (auto& head : packed) {

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <vector>
 
+#include "threads.h"
 #include "walk.h"
 
 namespace {
@@ -40,7 +41,7 @@ template <class Body>
 void for_units(const GroupNorm& n, const Shape& shape, Body body) {
   const Split split(shape);
   const long units = split.units(), total = n.batch * units;
-  const int threads = threads_for(n.batch * shape.size(), n.threads);
+  const int threads = threads_for_elements(n.batch * shape.size(), n.threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (long unit = 0; unit < total; ++unit)
     body(unit / units, range_of(shape, split, unit % units));

@@ -5,6 +5,7 @@
 
 #include "buffer.h"
 #include "product.h"
+#include "threads.h"
 
 namespace {
 
@@ -49,7 +50,7 @@ void run(const Linear& l) {
   const long panels = (columns.padded + kPanel - 1) / kPanel;
   const long most_depth = depth_of(l.inner);
   const double work = double(l.rows) * l.inner * l.outputs;
-  const int threads = int(std::clamp<double>(work / 500000, 1, l.threads));
+  const int threads = threads_for_products(work, l.threads);
   const long least = std::max((panels + kGroup - 1) / kGroup, (4L * threads + blocks - 1) / blocks);
   const long groups = std::min(least, panels);
   const long gates = (panels + groups - 1) / groups * kPanel,

@@ -92,9 +92,4 @@ inline Range range_of(const Shape& shape, const Split& split, long unit) {
           shape.pixels * part / split.parts, shape.pixels * (part + 1) / split.parts, part};
 }
 
-// Threads that are worth their start for so many elements.
-inline int threads_for(long elements, int most) {
-  return int(std::clamp<long>(elements / 16384, 1, most));
-}
-
 }  // namespace

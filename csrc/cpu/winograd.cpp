@@ -11,6 +11,7 @@
 
 #include "buffer.h"
 #include "product.h"
+#include "threads.h"
 
 namespace {
 
@@ -113,7 +114,7 @@ void run(const Winograd& w) {
   const long groups = std::clamp<long>((4L * w.threads + kPlanes - 1) / kPlanes, 1, panels);
   const long part = depth_of(w.channels);
   const double work = double(tiles) * w.channels * w.outputs * kPlanes;
-  const int threads = int(std::clamp<double>(work / 500000, 1, w.threads));
+  const int threads = threads_for_products(work, w.threads);
   const std::vector<float> zeros(w.channels + kLanes);
   const Planes values(chunk, w.channels), sums(chunk, outputs);
 #pragma omp parallel num_threads(threads) if (threads > 1)

@@ -19,6 +19,7 @@ from ..onednn import supports
 from .contest import Kind
 
 LEAST = 2**14  # multiply-adds: a microsecond
+MOST = 2**33  # of a made-up call: a tenth of a second or two; larger ones are as this much of them
 
 
 def _measured(dtype: torch.dtype) -> bool:
@@ -43,6 +44,7 @@ def linear_kind_of(
 
 def linear_example(rows: int, inner: int, out: int, geglu: bool) -> tuple[Any, ...]:
     """A call of this kind, with a bias and, where nothing is gated, a residual."""
+    rows = min(rows, max(1, MOST // (inner * out)))
     x, weight = torch.full((rows, inner), 0.5), torch.full((out, inner), 0.5)
     residual = None if geglu else torch.full((rows, out), 0.5)
     return x, weight, torch.full((out,), 0.5), residual, geglu, None, None, None, ()
@@ -98,6 +100,8 @@ def conv2d_example(
     *pads: int,
 ) -> tuple[Any, ...]:
     """A call of this kind, with a bias and a residual."""
+    line = batch * channels * width * out * rows * columns
+    height = min(height, max(rows, MOST * stride**2 // line))
     x = _image(batch, channels, height, width)
     weight = torch.full((out, channels, rows, columns), 0.5)
     residual = _image(batch, out, *_after((height, width), (rows, columns), stride, pads))
