@@ -20,8 +20,16 @@ HEADLINES = {  # what is drawn, in this order
     ("unet", "small"): "A U-Net step of the small model",
     ("loop", "small"): "The small model's loop",
     ("pipeline", "small"): "The small model's pipeline",
+    ("unet", "emoji"): "A U-Net step of the emoji model",
+    ("loop", "emoji"): "The emoji model's loop",
 }
-VARIANTS = {"eager": "tab:gray", "diffusers": "tab:orange", "engine": "tab:blue"}
+VARIANTS = {
+    "eager": "tab:gray",
+    "diffusers": "tab:orange",
+    "openvino": "tab:green",
+    "onnxruntime": "tab:purple",
+    "engine": "tab:blue",
+}
 Rows = list[dict[str, str]]
 
 
