@@ -54,7 +54,8 @@ class DataFolder:
 
 
 def _option(default: Any, text: str, **rules: Any) -> Any:
-    """A field: its default, what ``--help`` says, and the values that it can have."""
+    """A field: its default, what ``--help`` says, the values that it can have, and the one method
+    that it is ``of``."""
     return dataclasses.field(default=default, metadata={"help": text, **rules})
 
 
@@ -89,6 +90,7 @@ class Settings:
         None,
         "ControlNet: folder of conditioning images with the images' names; else metadata.jsonl"
         " names them (conditioning_image_file_name or conditioning_image).",
+        of="controlnet",
     )
     validation_data: Path | None = _option(
         None,
@@ -120,31 +122,34 @@ class Settings:
     cache: Path | None = _option(None, "Folder of cached latents and text states; OUT/cache.")
     workers: int = _option(0, "Processes that read ahead.", least=0)
     # LoRA
-    rank: int = _option(8, "LoRA: rank of the matrices.", least=1)
+    rank: int = _option(8, "LoRA: rank of the matrices.", least=1, of="lora")
     alpha: float | None = _option(
-        None, "LoRA: the change is scaled by alpha / rank; the rank.", above=0.0
+        None, "LoRA: the change is scaled by alpha / rank; the rank.", above=0.0, of="lora"
     )
     targets: tuple[str, ...] = _option(
         ("attention",),
         "LoRA: layers to adapt, by the end of their names, or attention (to_q, to_k, to_v,"
         " to_out.0), transformer (all of its linear layers), all (convolutions too); repeatable.",
+        of="lora",
     )
     conv_rank: int | None = _option(
-        None, "LoRA: rank of convolutions larger than 1 x 1; as the others.", least=1
+        None, "LoRA: rank of convolutions larger than 1 x 1; as the others.", least=1, of="lora"
     )
     conv_alpha: float | None = _option(
-        None, "LoRA: alpha of these; as the others, or their rank.", above=0.0
+        None, "LoRA: alpha of these; as the others, or their rank.", above=0.0, of="lora"
     )
     lora_dropout: float = _option(
-        0.0, "LoRA: dropout of what it reads.", least=0.0, most=1.0, open=True
+        0.0, "LoRA: dropout of what it reads.", least=0.0, most=1.0, open=True, of="lora"
     )
-    dora: bool = _option(False, "LoRA: learn magnitude and direction apart (DoRA).")
+    dora: bool = _option(False, "LoRA: learn magnitude and direction apart (DoRA).", of="lora")
     train_text: bool = _option(False, "Train the text encoders too (LoRA and full).")
     # embedding
-    word: str | None = _option(None, "Embedding: the new word; {} in captions stands for it.")
-    init_word: str = _option("*", "Embedding: what its vectors begin as.")
-    vectors: int = _option(1, "Embedding: how many vectors stand for it.", least=1)
-    format: str = _option("both", "LoRA: names of the tensors.", choices=FORMATS)
+    word: str | None = _option(
+        None, "Embedding: the new word; {} in captions stands for it.", of="embedding"
+    )
+    init_word: str = _option("*", "Embedding: what its vectors begin as.", of="embedding")
+    vectors: int = _option(1, "Embedding: how many vectors stand for it.", least=1, of="embedding")
+    format: str = _option("both", "LoRA: names of the tensors.", choices=FORMATS, of="lora")
     # loss
     loss_weighting: str = _option("none", "How much each noise level counts.", choices=WEIGHTINGS)
     snr_gamma: float = _option(5.0, "min_snr: where the weight stops growing.", above=0.0)
@@ -190,7 +195,9 @@ class Settings:
         (), "Prompt to draw while training, in OUT/samples; repeatable."
     )
     validation_conditioning: tuple[str, ...] = _option(
-        (), "ControlNet: a conditioning image for each of these prompts; repeatable."
+        (),
+        "ControlNet: a conditioning image for each of these prompts; repeatable.",
+        of="controlnet",
     )
     validation_every: int = _option(250, "Steps between these pictures.", least=1)
     validation_steps: int = _option(20, "Sampler's steps of these pictures.", least=1)
@@ -199,7 +206,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check(field.name, getattr(self, field.name), field.metadata)
+            value, only = getattr(self, field.name), field.metadata.get("of", self.method)
+            _check(field.name, value, field.metadata)
+            if only != self.method and value != field.default:
+                checks.fail(field.name, f"none, because the method is {self.method}", value)
         if not self.data:
             checks.fail("data", _NEEDED["data"], "none")
         if self.keep_tokens and not self.shuffle_captions:
@@ -220,9 +230,6 @@ class Settings:
             checks.fail("targets", f"names of layers, or {', '.join(TARGETS)}", "none")
 
     def _check_controlnet(self) -> None:
-        for name in ("conditioning", "validation_conditioning"):
-            if getattr(self, name) and self.method != "controlnet":
-                checks.fail(name, f"none, because the method is {self.method}", getattr(self, name))
         if self.method != "controlnet":
             return
         if self.train_text:

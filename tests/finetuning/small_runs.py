@@ -14,7 +14,7 @@ from diffusion_fast.finetuning import Settings
 from diffusion_fast.finetuning.run import Finetuning
 
 SIZES = ((64, 64), (96, 48), (48, 96), (64, 64), (130, 90))  # width, height
-SMALL: dict[str, Any] = {"bucket_step": 16, "batch_size": 2, "rank": 2, "seed": 3}
+SMALL: dict[str, Any] = {"bucket_step": 16, "batch_size": 2, "seed": 3}
 
 
 def write_images(folder: Path, sizes: tuple[tuple[int, int], ...] = SIZES) -> Path:
@@ -29,6 +29,8 @@ def write_images(folder: Path, sizes: tuple[tuple[int, int], ...] = SIZES) -> Pa
 
 def run(model: Path | str, data: Any, out: Path, **changes: Any) -> Finetuning:
     values = {"model": model, "data": data, "out": out, **SMALL, **changes}
+    if values.get("method", "lora") == "lora":
+        values.setdefault("rank", 2)
     return Finetuning(Settings.of(values))
 
 

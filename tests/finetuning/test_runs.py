@@ -156,6 +156,13 @@ def test_settings_that_are_no_settings(tmp_path: Path) -> None:
         ({"rank": 0}, r"^rank: expected a number of at least 1, got 0$"),
         ({"alpha": 0.0}, r"^alpha: expected a number above 0, got 0.0$"),
         ({"conv_alpha": float("nan")}, r"^conv_alpha: expected a number above 0, got nan$"),
+        (
+            {"method": "full", "dora": True},
+            r"^dora: expected none, because the method is full",
+        ),
+        ({"vectors": 2}, r"^vectors: expected none, because the method is lora, got 2$"),
+        ({"method": "embedding", "rank": 4}, r"^rank: expected none, because the method is emb"),
+        ({"validation_conditioning": "a.png"}, r"^validation_conditioning: expected none, becau"),
         ({"text_learning_rate": 1e-5}, r"^text_learning_rate: expected none, because text encoder"),
         (
             {"train_text": True, "text_learning_rate": 0.5, "optimizer": "prodigy"},
