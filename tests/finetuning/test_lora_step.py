@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from numerics import assert_close
+from numerics import assert_close, error
 from peft import LoraConfig
 from small_runs import gradients, randomize, run
 from theirs import encoded, networks_of
@@ -102,14 +102,21 @@ def test_loss_and_gradients(
     t = torch.randint(1000, (2,), generator=generator)[: len(batch[0])]
     noise = torch.randn((2, *batch[0].shape[1:]), generator=generator)[: len(batch[0])]
     found = []
-    for dtype in (torch.float64, torch.float32):
+    # In float32 twice, summed in two orders: some of these gradients are small differences.
+    for dtype, layout in (
+        (torch.float64, torch.contiguous_format),
+        (torch.float32, torch.contiguous_format),
+        (torch.float32, torch.channels_last),
+    ):
         theirs = Theirs(folder, ours, dtype)
-        value = theirs.loss(batch, t, noise.to(dtype), "loss_weighting" in options)
+        theirs.unet.to(memory_format=layout)
+        given = noise.to(dtype, memory_format=layout)
+        value = theirs.loss(batch, t, given, "loss_weighting" in options)
         value.backward()
         grads = {n: p.grad for n, p in theirs.trained.items() if p.grad is not None}
         found.append((value.detach(), grads))
-    (truth, true_gradients), (plain, plain_gradients) = found
-    assert_close(loss, truth, plain)
+    (truth, true_gradients), *plains = found
+    assert_close(loss, truth, max((value for value, _ in plains), key=lambda v: error(v, truth)))
     own = gradients(ours.network)
     assert own.keys() == true_gradients.keys()
     assert all(grad.any() for grad in own.values())
@@ -121,4 +128,5 @@ def test_loss_and_gradients(
     exact = torch.cat(
         [(g / scales[n].double().abs().max()).flatten() for n, g in true_gradients.items()]
     )
-    assert_close(joined(own), exact, joined(plain_gradients), factor=3)  # of attention
+    plain = max((joined(grads) for _, grads in plains), key=lambda value: error(value, exact))
+    assert_close(joined(own), exact, plain, factor=3)  # of attention
