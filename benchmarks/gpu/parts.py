@@ -18,6 +18,7 @@ TESTS = (*PYTEST, "hypothesis")
 # The kernels that take most of a step's time come first.
 OPS = (
     *("attention", "conv2d", "linear", "group_norm_silu", "layer_norm", "row_statistics", "geglu"),
+    "decoupled_attention",
     *("residual", "sampler_step", "add_noise", "weighted_mse"),
 )
 # A checker of memory accesses sees PyTorch's allocations only if each of them is the driver's.

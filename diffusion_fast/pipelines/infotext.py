@@ -38,10 +38,11 @@ def infotext(
         loras: scales by names or paths.
     """
     height, width = settings["size"]
-    sampler = SAMPLERS[settings["sampler"]]
+    asked = settings["sampler"]  # by any of its names
+    sampler = SAMPLERS[asked].a1111 if asked in SAMPLERS else None
     facts = {
         "Steps": settings["steps"],
-        "Sampler": sampler.a1111 or sampler.name,
+        "Sampler": sampler or asked,
         "Schedule type": _SCHEDULES.get(settings["timestep_spacing"]),
         "CFG scale": settings["guidance_scale"],
         "Seed": seed,

@@ -54,6 +54,9 @@ class PreparedDecoder:
         if latents.device.type == "cpu" and latents.shape not in self._measured:
             contest.prepare(self.calls(latents.shape))
             self._measured.add(latents.shape)
+        return self._decoded(latents)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
         x = self.vae.decoder_input(latents).to(self._decoder.conv_in.weight.dtype)
         if "packed_weights" in self.on:
             x = channels_last(x)
@@ -66,7 +69,7 @@ class PreparedDecoder:
         with cost.DEVICE:
             decoder = PreparedDecoder(type(self.vae)(self.vae.config).to(dtype).eval(), self.on)
             with watch:
-                decoder(torch.empty(tuple(shape), dtype=dtype))
+                decoder._decoded(torch.empty(tuple(shape), dtype=dtype))
         return watch.found
 
     @torch.no_grad()
