@@ -16,6 +16,7 @@ from typing import Any
 
 from tiny import STEPS, full_trainer
 
+from diffusion_fast.ops.cpu import contest
 from diffusion_fast.training import Trainer, checkpoint
 
 
@@ -105,6 +106,7 @@ PLACES = {
 }
 
 if __name__ == "__main__":
+    contest.lookup = lambda *_: None  # as in the tests' own process: nothing measured decides
     for name, place in PLACES.items():
         child = os.fork()
         if child == 0:
