@@ -19,6 +19,7 @@ from diffusion_fast.engine.rewrites.leaves import Leaf
 from diffusion_fast.models.blocks import Conv2d
 from diffusion_fast.models.vae import AutoencoderKL
 from diffusion_fast.models.vae_config import VAEConfig
+from diffusion_fast.ops.cpu import contest
 
 SMALL: dict[str, Any] = {
     "block_out_channels": (8, 16, 24),
@@ -156,3 +157,19 @@ def test_bad_input() -> None:
     model.to(torch.float64)
     with pytest.raises(ValueError, match=r"vae: expected a model of torch.float32 on cpu"):
         decode.refresh()
+
+
+def test_its_shapes_are_measured_before_its_first_call_of_a_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[list[Any]] = []
+    monkeypatch.setattr(contest, "prepare", lambda calls: asked.append(list(calls)))
+    model = autoencoder()
+    decode = PreparedDecoder(model)
+    for size, times in (((5, 6), 1), ((5, 6), 1), ((4, 4), 2)):
+        check(model, decode, size)
+        assert len(asked) == times
+    images = {args[0].shape for name, args in asked[0] if name == "conv2d"}
+    assert (2, 24, 5, 6) in images
+    assert (2, 8, 20, 24) in images
+    assert all(args[0].is_meta for _, args in asked[0])

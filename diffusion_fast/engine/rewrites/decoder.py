@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -63,14 +63,14 @@ class PreparedDecoder:
         return self.network(x).to(latents.dtype)
 
     @torch.no_grad()
-    def calls(self, shape: Sequence[int]) -> list[OpCall]:
+    def calls(self, shape: Sequence[int]) -> Iterator[OpCall]:
         """The op calls for latents of a shape, with tensors on the meta device as arguments."""
         watch, dtype = cost.Calls(), self._decoder.conv_in.weight.dtype
         with cost.DEVICE:
             decoder = PreparedDecoder(type(self.vae)(self.vae.config).to(dtype).eval(), self.on)
             with watch:
                 decoder._decoded(torch.empty(tuple(shape), dtype=dtype))
-        return watch.found
+        yield from watch.found
 
     @torch.no_grad()
     def refresh(self) -> None:
