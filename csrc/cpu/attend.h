@@ -11,7 +11,7 @@
 //   pack(a, k, v, block, seen, head)   the block's keys, of which `seen` are seen
 //   begin(a, q, rows, s)      takes a block of queries
 //   clear(s)                  nothing is summed yet
-//   scores(a, head, rows, block, s)    of the block's queries and such keys
+//   scores(a, head, rows, block, seen, s)   of the block's queries and such keys
 //   weigh(a, bias, rows, seen, s)      scores to weights; older sums scaled to match
 //   add_up(a, head, rows, block, seen, s)   weights times values onto the sums
 //   end(a, rows, weights, out, s)      writes the sums by the sums of their weights; or with the
@@ -74,7 +74,7 @@ void attend(const Attention& a, const std::vector<Block>& blocks, long item, lon
   for (auto block = blocks.begin(); block != blocks.end(); ++block) {
     if (block == blocks.begin() || block[-1].part < block->part) Way::clear(s);
     if (const long seen = keys_seen(a, item, *block); seen > 0) {
-      Way::scores(a, head, rows, *block, s);
+      Way::scores(a, head, rows, *block, seen, s);
       if (a.bias)
         bias = a.bias + item * by[0] + index * by[1] + begin * by[2] + block->first * by[3];
       Way::weigh(a, bias, rows, seen, s);

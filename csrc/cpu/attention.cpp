@@ -1,167 +1,170 @@
 // Attention in float32 arithmetic, whatever the numbers' type.
 #include "attention.h"
 
-#include <cmath>
-
 #include "attend.h"
 #include "product.h"
 
 namespace {
 
-template <class T>
-inline float number(const T* from) {
-  return load(from, Part{1})[0];
-}
-template <>
-inline float number(const float* from) {
-  return *from;
-}
-template <>
-inline float number(const BFloat16* from) {
-  return bits_of<float>(uint32_t(from->bits) << 16);
+// to[c][r] = factor from[r][c].
+inline void transpose(const float* from, long from_row, long rows, long columns, float factor,
+                      float* to, long to_row) {
+  long r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    long c = 0;
+    for (; c + 4 <= columns; c += 4) {
+      __m128 block[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i)
+        block[i] = _mm_loadu_ps(from + (r + i) * from_row + c) * _mm_set1_ps(factor);
+      _MM_TRANSPOSE4_PS(block[0], block[1], block[2], block[3]);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) _mm_storeu_ps(to + (c + i) * to_row + r, block[i]);
+    }
+    for (; c < columns; ++c)
+      for (int i = 0; i < 4; ++i) to[c * to_row + r + i] = from[(r + i) * from_row + c] * factor;
+  }
+  for (; r < rows; ++r)
+    for (long c = 0; c < columns; ++c) to[c * to_row + r] = from[r * from_row + c] * factor;
 }
 
-// Keys by blocks, in each by panels of columns: [panel][D][width], a width being the vectors that
-// the panel's keys take. Values by blocks: [panel][keys][width].
+// All matrices are transposed: scores are K Q^T and sums V^T P^T, so that a vector holds queries
+// and a softmax is vertical. Keys are packed as rows [keys][D], values by groups of channels,
+// [group][keys][width].
 template <class T>
 struct Vectors {
   using Number = T;
   using Packed = float;
-  static constexpr long kQueries = 8 * kTileRows;
-  static constexpr long kKeys = 128;   // whole panels
-  static constexpr long kDepth = 256;  // channels of a head whose products are summed at once
-  static constexpr double kLog2E = 1.4426950408889634;  // scores are powers of two
+  static constexpr long kQueries = kPanel;
+  static constexpr long kKeys = kLanes == 16 ? 80 : 128;  // the first cache holds their scores
+  static constexpr long kGroup = 8 * kTileRows;           // and values of so many channels
+  static constexpr double kLog2E = 1.4426950408889634;    // scores are powers of two
   static constexpr float kNone = -std::numeric_limits<float>::infinity();
-  static_assert(kKeys % kPanel == 0);
 
   struct Scratch {
-    long sums_row;
-    Buffer<float> queries, scores, sums;
-    float most[kQueries], total[kQueries];
+    long row;                             // of a query's channels
+    Buffer<float> queries, scores, sums;  // [D][queries], [keys][queries], [D][queries]
+    Buffer<float> rows;                   // [queries][row]
+    bool empty;                           // whether nothing is summed yet
+    alignas(64) float most[kQueries], total[kQueries];
 
     explicit Scratch(const Attention& a)
-        : sums_row(rounded_up(a.dim, kLanes)),
-          queries(kQueries * a.dim),
-          scores(kQueries * kKeys),
-          sums(kQueries * sums_row) {}
+        : row(rounded_up(a.dim, kLanes)),
+          queries(a.dim * kQueries),
+          scores(kKeys * kQueries),
+          sums(a.dim * kQueries),
+          rows(kQueries * row) {}
   };
 
   static long keys_size(const Attention& a, long keys) { return keys * a.dim; }
-  static long values_size(const Attention& a, long keys) {
-    return keys * rounded_up(a.dim, kLanes);
-  }
+  static long values_size(const Attention& a, long keys) { return keys * a.dim; }
 
-  static void pack(const Attention& a, const T* k, const T* v, const Block& block, long,
+  static void pack(const Attention& a, const T* k, const T* v, const Block& block, long seen,
                    Head<float>& head) {
-    const long dim = a.dim, padded = rounded_up(dim, kLanes);
-    const long first = block.first, count = block.count;
-    float* keys = head.keys.data() + block.at * dim;
-    for (long panel = 0; panel < count; panel += kPanel) {
-      const long width = vectors_of(count - panel) * kLanes;
-      for (long j = 0; j < width; ++j) {
-        const bool real = panel + j < count;
-        const T* from = k + (first + panel + j) * a.k_strides[1];
-        for (long d = 0; d < dim; ++d)
-          keys[panel * dim + d * width + j] = real ? number(from + d) : 0.f;
-      }
-    }
-    float* values = head.values.data() + block.at * padded;
-    for (long panel = 0; panel < dim; panel += kPanel) {
-      const long width = vectors_of(dim - panel) * kLanes, real = std::min(dim - panel, width);
-      float* to = values + panel * count;
-      for (long j = 0; j < count; ++j, to += width) {
-        const T* from = v + (first + j) * a.v_strides[1] + panel;
-        for (long d = 0; d < real; ++d) to[d] = number(from + d);
-        std::fill(to + real, to + width, 0.f);
+    float* keys = head.keys.data() + block.at * a.dim;
+    float* values = head.values.data() + block.at * a.dim;
+    for (long j = 0; j < seen; ++j) {
+      copy(k + (block.first + j) * a.k_strides[1], a.dim, keys + j * a.dim);
+      const T* from = v + (block.first + j) * a.v_strides[1];
+      for (long d = 0; d < a.dim; d += kGroup) {
+        const long width = std::min(kGroup, a.dim - d);
+        copy(from + d, width, values + d * block.count + j * width);
       }
     }
   }
 
-  static long tiles_of(long rows) { return (rows + kTileRows - 1) / kTileRows; }
+  static void copy(const T* from, long count, float* to) {
+    long d = 0;
+    for (; d + kLanes <= count; d += kLanes) store(to + d, load(from + d, Full{}), Full{});
+    const Part rest{int(count - d)};
+    if (d < count) store(to + d, load(from + d, rest), rest);
+  }
+
+  static void begin(const Attention& a, const T* q, long rows, Scratch& s) {
+    for (long row = 0; row < rows; ++row)
+      copy(q + row * a.q_strides[1], a.dim, &s.rows[row * s.row]);
+    transpose(s.rows.data(), s.row, rows, a.dim, float(a.scale * kLog2E), s.queries.data(),
+              kQueries);
+    for (long d = 0; d < a.dim; ++d)
+      std::fill(&s.queries[d * kQueries + rows], &s.queries[d * kQueries] + kQueries, 0.f);
+  }
 
   static void clear(Scratch& s) {
     std::fill(s.most, s.most + kQueries, kNone);
     std::fill(s.total, s.total + kQueries, 0.f);
-    std::fill(s.sums.begin(), s.sums.end(), 0.f);
-  }
-
-  static void begin(const Attention& a, const T* q, long rows, Scratch& s) {
-    for (long row = 0; row < tiles_of(rows) * kTileRows; ++row) {  // [tile][D][rows]
-      const T* from = q + row * a.q_strides[1];
-      float* to = s.queries.data() + row / kTileRows * kTileRows * a.dim + row % kTileRows;
-      for (long d = 0; d < a.dim; ++d)
-        to[d * kTileRows] = row < rows ? number(from + d) * float(a.scale * kLog2E) : 0.f;
-    }
+    s.empty = true;
   }
 
   static void scores(const Attention& a, const Head<float>& head, long rows, const Block& block,
-                     Scratch& s) {
-    const long count = block.count;
+                     long seen, Scratch& s) {
     const float* keys = head.keys.data() + block.at * a.dim;
-    for (long panel = 0; panel < count; panel += kPanel) {
-      const int vectors = vectors_of(count - panel);
-      for (long t = 0; t < tiles_of(rows); ++t)
-        for (long d = 0; d < a.dim; d += kDepth)
-          tile_of(kTileRows, vectors, s.queries.data() + (t * a.dim + d) * kTileRows, 1, kTileRows,
-                  keys + panel * a.dim + d * vectors * kLanes, vectors * kLanes,
-                  std::min(kDepth, a.dim - d), s.scores.data() + t * kTileRows * kKeys + panel,
-                  kKeys, d > 0);
-    }
+    const long depth = depth_of(a.dim);
+    for (long d = 0; d < a.dim; d += depth)
+      for (long j = 0; j < seen; j += kTileRows)
+        tile_of(seen - j, vectors_of(rows), keys + j * a.dim + d, a.dim, 1,
+                s.queries.data() + d * kQueries, kQueries, std::min(depth, a.dim - d),
+                s.scores.data() + j * kQueries, kQueries, d > 0);
   }
 
   static void weigh(const Attention& a, const float* bias, long rows, long seen, Scratch& s) {
-    for (long row = 0; row < rows; ++row)
-      weigh_row(a, bias ? bias + row * a.bias_strides[2] : nullptr, row, seen, s);
+    if (bias)
+      for (long j = 0; j < seen; ++j)
+        for (long row = 0; row < rows; ++row)
+          s.scores[j * kQueries + row] +=
+              bias[row * a.bias_strides[2] + j * a.bias_strides[3]] * float(kLog2E);
+    for (long at = 0; at < vectors_of(rows) * kLanes; at += kLanes) weigh_vector(a, at, seen, s);
   }
 
-  static void weigh_row(const Attention& a, const float* bias, long row, long count, Scratch& s) {
-    float* scores = s.scores.data() + row * kKeys;
-    if (bias)
-      for (long j = 0; j < count; ++j) scores[j] += bias[j * a.bias_strides[3]] * float(kLog2E);
-    const long end = rounded_up(count, kLanes);
-    for (long j = count; j < end; ++j) scores[j] = kNone;
-    Vec highest = all(kNone);
-    for (long j = 0; j < end; j += kLanes) {
-      const Vec score = load(scores + j, Full{});
-      highest = score > highest ? score : highest;
-    }
-    float most = s.most[row];
-    for (int i = 0; i < kLanes; ++i) most = std::max(most, highest[i]);
-    const float from = most == kNone ? 0 : most;
-    Vec total = {};
-    for (long j = 0; j < end; j += kLanes) {
-      const Vec weight = power_of_two(load(scores + j, Full{}) - from);
+  static void weigh_vector(const Attention& a, long at, long seen, Scratch& s) {
+    float* scores = s.scores.data() + at;
+    auto score = [&](long j) { return load(scores + j * kQueries, Full{}); };
+    const Vec before = load(s.most + at, Full{});
+    Vec highest[4] = {before, before, before, before};
+    long j = 0;
+    for (; j + 4 <= seen; j += 4)
+      for (int i = 0; i < 4; ++i) highest[i] = larger(score(j + i), highest[i]);
+    for (; j < seen; ++j) highest[0] = larger(score(j), highest[0]);
+    const Vec most = larger(larger(highest[0], highest[1]), larger(highest[2], highest[3]));
+    // A query that has seen no key yet: its weights are 0.
+    const Vec from = most == kNone ? Vec{} : most;
+    Vec totals[4] = {};
+    auto weigh = [&](long j, Vec& total) {
+      const Vec weight = power_of_two(score(j) - from);
       total += weight;
-      store(scores + j, weight, Full{});
+      store(scores + j * kQueries, weight, Full{});
+    };
+    for (j = 0; j + 4 <= seen; j += 4)
+      for (int i = 0; i < 4; ++i) weigh(j + i, totals[i]);
+    for (; j < seen; ++j) weigh(j, totals[0]);
+    Vec total = (totals[0] + totals[1]) + (totals[2] + totals[3]);
+    if (!s.empty) {
+      const Vec factor = power_of_two(before - from);
+      total += load(s.total + at, Full{}) * factor;
+      for (float* sums = &s.sums[at]; sums < s.sums.data() + s.sums.size(); sums += kQueries)
+        store(sums, load(sums, Full{}) * factor, Full{});
     }
-    if (most != s.most[row]) {
-      const float factor = std::exp2(s.most[row] - most);
-      float* sums = s.sums.data() + row * s.sums_row;
-      s.total[row] *= factor;
-      for (long d = 0; d < s.sums_row; d += kLanes)
-        store(sums + d, load(sums + d, Full{}) * factor, Full{});
-      s.most[row] = most;
-    }
-    s.total[row] += sum(total);
+    store(s.total + at, total, Full{});
+    store(s.most + at, most, Full{});
   }
 
   static void add_up(const Attention& a, const Head<float>& head, long rows, const Block& block,
                      long seen, Scratch& s) {
-    const float* values = head.values.data() + block.at * s.sums_row;
-    for (long panel = 0; panel < a.dim; panel += kPanel) {
-      const int vectors = vectors_of(a.dim - panel);
-      for (long t = 0; t < tiles_of(rows); ++t)
-        tile_of(kTileRows, vectors, s.scores.data() + t * kTileRows * kKeys, kKeys, 1,
-                values + panel * block.count, vectors * kLanes, seen,
-                s.sums.data() + t * kTileRows * s.sums_row + panel, s.sums_row, true);
+    const float* values = head.values.data() + block.at * a.dim;
+    for (long d = 0; d < a.dim; d += kTileRows) {
+      const long group = d / kGroup * kGroup, width = std::min(kGroup, a.dim - group);
+      tile_of(a.dim - d, vectors_of(rows), values + group * block.count + d % kGroup, 1, width,
+              s.scores.data(), kQueries, seen, s.sums.data() + d * kQueries, kQueries, !s.empty);
     }
+    s.empty = false;
   }
 
-  static void end(const Attention& a, long rows, const float* weights, T* out, const Scratch& s) {
+  static void end(const Attention& a, long rows, const float* weights, T* out, Scratch& s) {
+    if (s.empty) std::fill(s.sums.begin(), s.sums.end(), 0.f);
+    transpose(s.sums.data(), kQueries, a.dim, rows, 1, s.rows.data(), s.row);
     for (long row = 0; row < rows; ++row, out += a.heads * a.dim) {
       float factor = s.total[row] == 0 ? 0 : 1 / s.total[row];
       if (weights) factor *= weights[row * a.weights_strides[2]];
-      const float* sums = s.sums.data() + row * s.sums_row;
+      const float* sums = &s.rows[row * s.row];
       long d = 0;
       for (; d + kLanes <= a.dim; d += kLanes)
         write(out + d, load(sums + d, Full{}) * factor, weights, Full{});

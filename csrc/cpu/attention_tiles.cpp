@@ -84,7 +84,7 @@ struct InTiles {
   static long tiles_of(long rows) { return (rows + kSide - 1) / kSide; }
 
   IN_TILES static void scores(const Attention& a, const Head<BFloat16>& head, long rows,
-                              const Block& block, Scratch& s) {
+                              const Block& block, long, Scratch& s) {
     const long depth = rounded_up(a.dim, kPairs), end = rounded_up(block.count, kPairs);
     Operand k{head.keys.data() + block.at * depth, kTile, end * kPairs, kPairs};
     const Operand q{s.queries.data(), kSide * depth, kTile, kPairs};

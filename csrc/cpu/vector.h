@@ -123,8 +123,24 @@ inline float sum(Vec value) {
   return lanes[0];
 }
 
-inline Vec at_least(Vec value, float limit) { return value < limit ? all(limit) : value; }
-inline Vec at_most(Vec value, float limit) { return value > limit ? all(limit) : value; }
+// The larger and the smaller of two; the second of them where one is a NaN.
+inline Vec larger(Vec a, Vec b) {
+#ifdef __AVX512F__
+  return _mm512_max_ps(a, b);
+#else
+  return _mm256_max_ps(a, b);
+#endif
+}
+inline Vec smaller(Vec a, Vec b) {
+#ifdef __AVX512F__
+  return _mm512_min_ps(a, b);
+#else
+  return _mm256_min_ps(a, b);
+#endif
+}
+
+inline Vec at_least(Vec value, float limit) { return larger(all(limit), value); }
+inline Vec at_most(Vec value, float limit) { return smaller(all(limit), value); }
 
 // e^x to about one unit in the last place; 0 below the smallest normal number, NaN for NaN.
 // With n = round(x / ln 2) and r = x - n ln 2: e^x = 2^n (1 + r + r^2 P(r)), P fitted to 3e-9.
@@ -147,16 +163,16 @@ inline Vec exponential(Vec x) {
 // 2^x for x below 128, to about one unit in the last place; 0 below the smallest normal number, NaN
 // for NaN. 2^x = 2^n (1 + r P(r)) with n = round(x) and r = x - n, P fitted to 2e-9.
 inline Vec power_of_two(Vec x) {
-  constexpr float kMagic = 12582912;  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec shifted = x + kMagic, r = x - (shifted - kMagic);
+  constexpr float kMagic = 12582912 + 127;  // 1.5 * 2^23: adding it rounds to an integer, and n's
+  const Vec bounded = at_least(x, -127);    // exponent is in the lowest bits
+  const Vec shifted = bounded + kMagic, r = bounded - (shifted - kMagic);
   Vec p = all(1.535334967e-04f);
   p = p * r + 1.339887524e-03f;
   p = p * r + 9.618437413e-03f;
   p = p * r + 5.550332469e-02f;
   p = p * r + 2.402264791e-01f;
   p = p * r + 6.931472029e-01f;
-  const Vec power = bits_of<Vec>((bits_of<Ints>(shifted) + 127) << 23);
-  return x < -126.f ? Vec{} : (p * r + 1) * power;
+  return (p * r + 1) * bits_of<Vec>(bits_of<Ints>(shifted) << 23);
 }
 
 // x Phi(x) with Phi(-z sqrt 2) = erfc(z) / 2 = t P(t) e^(-z^2) and t = 1 / (1 + 0.4 z), for z >= 0;
