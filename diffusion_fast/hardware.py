@@ -12,6 +12,7 @@ import subprocess
 import torch
 
 from ._version import __version__
+from .cores import core_limit
 
 FLAGS = ("flags", "Features")  # lines of /proc/cpuinfo, on x86 and on Arm
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "diffusers", "transformers")
@@ -42,9 +43,11 @@ def versions() -> dict[str, str]:
 def processor() -> dict[str, str]:
     """The CPU and how many of its cores PyTorch uses."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    limit = core_limit()
+    limited = "" if limit is None else f" ({limit} at once, by the control group's quota)"
     return {
         "processor": _processor_name(),
-        "cores": f"{cores}, PyTorch uses {torch.get_num_threads()} threads",
+        "cores": f"{cores}{limited}, PyTorch uses {torch.get_num_threads()} threads",
         "instructions": str(torch.backends.cpu.get_cpu_capability()),
         "bfloat16": _bfloat16(),
     }

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "_checkout": 0,
     "_version": 0,
+    "cores": 0,
     "files": 0,
     "kernels": 0,
     "ops": 1,

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..cores import limit_threads
 from .bench import bench
 from .comfyui import comfyui
 from .common import in_options, options_of
@@ -37,6 +38,8 @@ def options(
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
 ) -> None:
     """What every command shares; ``--debug`` itself is read in :func:`main`."""
+    if line := limit_threads():
+        typer.echo(line, err=True)
 
 
 for command in (train, finetune, sample, serve, bench, warm, vae_check, comfyui, doctor):

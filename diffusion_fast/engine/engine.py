@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..conditioning import Context, Model, PerStep, join_steps
+from ..cores import warn_of_threads
 from ..edits import Edit, Watch
 from ..ops import Philox, checks
 from ..ops.cpu import contest
@@ -111,6 +112,7 @@ class Engine:
         self._max_rows = max(max_steps or MAX_STEPS, len(self.table))
         if _device_of(model, device).type == "cpu":
             cpu_kernels.begin()
+            warn_of_threads()
 
     def configure(self, **table: Any) -> None:
         """Another sampler, number of steps, guidance and so on; what is not named stays.

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..conditioning import Context
+from ..cores import THREADS
 from ..files import read_json
 from ..ops import checks
 from ..schedule import DiffusionSchedule
@@ -26,7 +27,6 @@ from .checkpoint import STATE
 from .loss import diffusion_loss
 from .options import autocast
 
-VARIABLE = "OMP_NUM_THREADS"
 ROUNDS = 3
 GAIN = 1.1  # more threads must be that much faster: others may need the cores later
 
@@ -81,10 +81,10 @@ def choose_threads(step: Callable[[], object], checkpoint: Path | None = None) -
         saved = read_json(checkpoint / STATE).get("threads")
         if saved is not None:  # older ones don't have it
             checks.positive_int(f"{checkpoint / STATE}: threads", saved)
-    if os.environ.get(VARIABLE):
+    if os.environ.get(THREADS):
         count = torch.get_num_threads()
         other = "" if saved in (None, count) else f" ({saved} in {checkpoint}: rounded differently)"
-        return f"threads: {count}, as {VARIABLE} says{other}"
+        return f"threads: {count}, as {THREADS} says{other}"
     if saved is not None:
         torch.set_num_threads(saved)
         return f"threads: {saved}, as in {checkpoint}"
@@ -92,7 +92,7 @@ def choose_threads(step: Callable[[], object], checkpoint: Path | None = None) -
     counts = [1 << power for power in range(most.bit_length()) if 1 << power < most] + [most]
     if most > 1:
         torch.set_num_threads(_fastest(step, counts))
-    return f"threads: {torch.get_num_threads()} of {most}, the fastest here; {VARIABLE} sets others"
+    return f"threads: {torch.get_num_threads()} of {most}, the fastest here; {THREADS} sets others"
 
 
 def _fastest(step: Callable[[], object], counts: list[int]) -> int:

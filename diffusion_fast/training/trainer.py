@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..conditioning import Context
+from ..cores import warn_of_threads
 from ..files import AnyPath, CheckpointError
 from ..ops import checks
 from ..ops.cpu import contest
@@ -152,6 +153,7 @@ class Trainer:
         self._turns = Turns("Trainer")
         if self.device.type == "cpu":
             cpu_kernels.begin()
+            warn_of_threads()
 
     @property
     def null_context(self) -> Context:

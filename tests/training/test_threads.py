@@ -15,8 +15,9 @@ import torch
 from command_line import run
 from tiny import SCHEDULE, Points, full_trainer
 
+from diffusion_fast.cores import THREADS
 from diffusion_fast.training import Checkpoints
-from diffusion_fast.training.threads import VARIABLE, choose_threads, rehearsal
+from diffusion_fast.training.threads import choose_threads, rehearsal
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def _four(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a machine of four cores."""
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(THREADS, raising=False)
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     yield
@@ -53,14 +54,14 @@ def test_the_fastest_is_taken(seconds: Callable[[int], float], fastest: int) -> 
 
 
 def test_the_variable_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(VARIABLE, "4")
+    monkeypatch.setenv(THREADS, "4")
     calls: list[int] = []
-    assert choose_threads(lambda: calls.append(1)) == f"threads: 4, as {VARIABLE} says"
+    assert choose_threads(lambda: calls.append(1)) == f"threads: 4, as {THREADS} says"
     torch.set_num_threads(1)
     full_trainer(tmp_path).fit(5)
     torch.set_num_threads(4)
     said = choose_threads(lambda: calls.append(1), Checkpoints(tmp_path).newest())
-    assert said.startswith(f"threads: 4, as {VARIABLE} says (1 in ")
+    assert said.startswith(f"threads: 4, as {THREADS} says (1 in ")
     assert (torch.get_num_threads(), calls) == (4, [])
 
 
