@@ -41,9 +41,10 @@ inline void tile(const float* a, long a_row, long a_step, const float* b, long b
     for (int n = 0; n < kVectors; ++n) store(c + r * c_row + n * kLanes, sums[r][n], Full{});
 }
 
-// The same for as many rows and vectors of columns as there are, up to a tile's.
-template <int kRows = kTileRows>
-inline void tile_of(long rows, int vectors, const float* a, long a_row, long a_step, const float* b,
+// The same for as many rows and vectors of columns as there are, up to a tile's; in any numbers
+// that have a tile.
+template <int kRows = kTileRows, class T>
+inline void tile_of(long rows, int vectors, const T* a, long a_row, long a_step, const T* b,
                     long b_row, long depth, float* c, long c_row, bool onto) {
   if constexpr (kRows > 1)
     if (rows < kRows)

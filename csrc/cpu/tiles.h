@@ -2,15 +2,13 @@
 // IN_TILES.
 #pragma once
 
+#include "instructions.h"
 #include "vector.h"
 
 // Defined where the compiler knows the instructions. Code that uses them asks tiles_here() before.
 #if defined(__AVX512F__) && __has_include(<amxbf16intrin.h>)
 #define KNOWS_TILES
 #endif
-
-// Whether this CPU has AMX for bfloat16, and the kernel lets this process use it.
-bool tiles_here();
 
 #ifdef KNOWS_TILES
 #define IN_TILES __attribute__((target("amx-tile,amx-bf16,avx512bf16")))

@@ -139,6 +139,15 @@ inline Vec smaller(Vec a, Vec b) {
 #endif
 }
 
+// Whether all lanes are equal; a NaN is to nothing.
+inline bool same(Vec a, Vec b) {
+#ifdef __AVX512F__
+  return !_mm512_cmpneq_ps_mask(a, b);
+#else
+  return !_mm256_movemask_ps(a != b);
+#endif
+}
+
 inline Vec at_least(Vec value, float limit) { return larger(all(limit), value); }
 inline Vec at_most(Vec value, float limit) { return smaller(all(limit), value); }
 
@@ -173,6 +182,19 @@ inline Vec power_of_two(Vec x) {
   p = p * r + 2.402264791e-01f;
   p = p * r + 6.931472029e-01f;
   return (p * r + 1) * bits_of<Vec>(bits_of<Ints>(shifted) << 23);
+}
+
+// The same to 8e-5; 0 below the smallest normal number. P is fitted on [-1/2, 1/2] to the least
+// relative error.
+inline Vec about_power_of_two(Vec x) {
+  constexpr float kMagic = 12582912 + 127;
+  const Vec bounded = at_least(x, -127);
+  const Vec shifted = bounded + kMagic, r = bounded - (shifted - kMagic);
+  Vec p = all(0.05517167f);
+  p = p * r + 0.24261112f;
+  p = p * r + 0.69326099f;
+  p = p * r + 0.99992807f;
+  return p * bits_of<Vec>(bits_of<Ints>(shifted) << 23);
 }
 
 // x Phi(x) with Phi(-z sqrt 2) = erfc(z) / 2 = t P(t) e^(-z^2) and t = 1 / (1 + 0.4 z), for z >= 0;

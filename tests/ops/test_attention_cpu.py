@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -20,14 +21,34 @@ from diffusion_fast.ops.cpu import library
 
 pytestmark = needs_cpu_kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HAS_TILES = "amx_bf16" in hardware.cpu_flags() and library.level() == "AVX512"
+NEEDS = {"pairs": "avx512_bf16", "tiles": "amx_bf16"}  # of the ways of bfloat16
 
 
-def check(
-    q: Tensor, k: Tensor, v: Tensor, tiles: bool = True, **given: Tensor | float | None
-) -> Tensor:
-    with ops.use_backend(attention="cpu"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(on_cpu, "TILES", tiles)
+def here(way: str) -> bool:
+    has = NEEDS.get(way, "") in ("", *hardware.cpu_flags())
+    return has and (way not in NEEDS or library.level() == "AVX512")
+
+
+def param(way: str) -> Any:
+    reason = f"needs {hardware.BFLOAT16.get(NEEDS.get(way, ''))}, and a compiler that knows it"
+    marks = pytest.mark.skipif(not here(way), reason=reason)
+    return pytest.param(way, marks=marks, id=f"bfloat16 by {way}")
+
+
+BY_FLOAT32, *BY_OTHERS = (param(way) for way in on_cpu.WAYS)
+
+
+@pytest.fixture(params=[pytest.param(torch.float32, id="float32"), BY_FLOAT32, *BY_OTHERS])
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """float32, and bfloat16 by all ways to compute it."""
+    if isinstance(request.param, torch.dtype):
+        return request.param
+    monkeypatch.setattr(on_cpu, "MOST", request.param)
+    return torch.bfloat16
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, **given: Tensor | float | None) -> Tensor:
+    with ops.use_backend(attention="cpu"):
         result = ops.attention(q, k, v, **given)
     with ops.use_backend(attention="reference"):
         plain = ops.attention(q, k, v, **given)
@@ -50,7 +71,7 @@ def check(
     sliced=st.booleans(),
     bias=st.sampled_from(["none", "full", "keys", "queries", "masked"]),
     lengths=st.booleans(),
-    tiles=st.booleans(),
+    way=st.sampled_from([way for way in on_cpu.WAYS if here(way)]),
 )
 def test_any_call(
     batch: int,
@@ -63,7 +84,7 @@ def test_any_call(
     sliced: bool,
     bias: str,
     lengths: bool,
-    tiles: bool,
+    way: str,
 ) -> None:
     def made(images: int, length: int) -> Tensor:
         wide = torch.randn(images, length, heads, dim * 2 + 1).to(dtype)
@@ -77,29 +98,31 @@ def test_any_call(
         added = added.masked_fill(torch.rand(queries, keys) < 0.5, -math.inf)
         added[0] = -math.inf  # a query that sees no key
     few = torch.randint(1, keys + 1, (batch,)) if lengths else None
-    result = check(q, k, v, tiles, bias=added, key_lengths=few)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(on_cpu, "MOST", way)
+        result = check(q, k, v, bias=added, key_lengths=few)
     if bias == "masked":
         assert not result[:, 0].any()
 
 
-@pytest.mark.parametrize("dim", [40, 64, 80, 160, 512])
-@pytest.mark.parametrize("keys", [77, 333])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [1, 13, 40, 64, 80, 160, 512])
+@pytest.mark.parametrize("keys", [1, 77, 333])
 def test_head_widths_of_models(dim: int, keys: int, dtype: torch.dtype) -> None:
     q, k = torch.randn(2, 100, 2, dim).to(dtype), torch.randn(2, keys, 2, dim).to(dtype)
     check(q, k, torch.randn_like(k))
+    check(q, k, torch.randn_like(k), key_lengths=torch.tensor([keys, keys // 2 + 1]))
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, -0.5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_of_any_size(scale: float, dtype: torch.dtype) -> None:
-    q, k = (torch.randn(1, 50, 2, 16) * 3).to(dtype), (torch.randn(1, 200, 2, 16) * 3).to(dtype)
-    check(q, k, torch.randn_like(k), scale=scale)
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 30.0, -0.5])
+@pytest.mark.parametrize("biased", [False, True])
+def test_scores_of_any_size(scale: float, biased: bool, dtype: torch.dtype) -> None:
+    q, k = (torch.randn(1, 50, 2, 16) * 3).to(dtype), (torch.randn(1, 201, 2, 16) * 3).to(dtype)
+    bias = torch.randn(2, 50, 201).to(dtype) if biased else None
+    check(q, k, torch.randn_like(k), scale=scale, bias=bias)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
-    q, k = torch.randn(2, 150, 3, 40).to(dtype), torch.randn(1, 300, 3, 40).to(dtype)
+    q, k = torch.randn(2, 150, 3, 40).to(dtype), torch.randn(1, 301, 3, 40).to(dtype)
     found, threads = [], torch.get_num_threads()
     try:
         for count in (1, 2, 5):
@@ -111,7 +134,6 @@ def test_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_nan_reaches_the_queries_that_see_it(dtype: torch.dtype) -> None:
     q, k, v = (torch.randn(1, length, 2, 8).to(dtype) for length in (20, 30, 30))
     q[0, 3, 1, 2] = math.nan
@@ -135,22 +157,23 @@ def test_a_gradient_is_not_its_work() -> None:
     assert torch.autograd.grad(ops.attention(q, q, q).sum(), q)[0].isfinite().all()
 
 
-@pytest.mark.skipif(not HAS_TILES, reason="needs AMX, and a compiler that knows it")
-def test_products_in_tiles_leave_those_of_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN keeps the tiles of a thread as it set them."""
+@pytest.mark.parametrize("way", BY_OTHERS)
+def test_a_way_computes_where_it_can(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sums are rounded otherwise than in float32; oneDNN's tiles of a thread stay as set."""
     q, w = torch.randn(1, 64, 2, 40).bfloat16(), torch.randn(96, 96).bfloat16()
+    monkeypatch.setattr(on_cpu, "MOST", way)
     with ops.use_backend(attention="cpu"):
         before = torch.mm(w, w)
-        tiled = ops.attention(q, q, q)
+        found = ops.attention(q, q, q)
         assert torch.equal(torch.mm(w, w), before)
-        monkeypatch.setattr(on_cpu, "TILES", False)
-        assert not torch.equal(ops.attention(q, q, q), tiled)  # it was AMX that computed
+        monkeypatch.setattr(on_cpu, "MOST", "float32")
+        assert not torch.equal(ops.attention(q, q, q), found)
 
 
-@pytest.mark.parametrize("tiles", [False, True])
-def test_a_step_in_bfloat16(tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", [BY_FLOAT32, *BY_OTHERS])
+def test_a_step_in_bfloat16(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Held to the error that plain PyTorch has in it."""
-    monkeypatch.setattr(on_cpu, "TILES", tiles)
+    monkeypatch.setattr(on_cpu, "MOST", way)
     torch.manual_seed(0)
     model = UNet2DCondition(small_config()).bfloat16().eval().requires_grad_(False)
     given = torch.randn(2, 4, 16, 16).bfloat16(), torch.tensor(7), torch.randn(2, 77, 24).bfloat16()

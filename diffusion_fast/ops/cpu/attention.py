@@ -15,7 +15,9 @@ from . import library
 from .contest import Kind
 from .library import DTYPES
 
-TILES = True  # whether AMX, where there is one, may compute bfloat16
+# What may compute bfloat16: float32, AVX512-BF16 and AMX; the last one that the CPU has does.
+WAYS = ("float32", "pairs", "tiles")
+MOST = "tiles"  # of them
 
 # The contest's kinds of calls: dtype, head width at most, and whether the keys are many.
 WIDTHS = (40, 64, 80, 160, 512)
@@ -128,7 +130,7 @@ def _run(
         *((0,) * 3 if weights is None else weights.stride()),
         *(len(q), q.shape[2], q.shape[1], k.shape[1], q.shape[3], len(counts)),
         scale,
-        *(DTYPES[q.dtype], torch.get_num_threads(), TILES),
+        *(DTYPES[q.dtype], torch.get_num_threads(), WAYS.index(MOST)),
     )
     library.kernels.attention(arguments)
     return out
