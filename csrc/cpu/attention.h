@@ -17,7 +17,7 @@ struct Attention {
   double scale;
   int32_t dtype;  // 0 float32, 1 bfloat16, 2 float16
   int32_t threads;
-  int32_t most;  // of what may compute bfloat16: 0 float32, 1 AVX512-BF16, 2 AMX
+  int32_t best;  // that may compute bfloat16: 0 float32, 1 AVX512-BF16, 2 AMX
 };
 
 // The same in bfloat16 on a CPU with AMX, or with AVX512-BF16; false, and nothing done, without.

@@ -35,7 +35,7 @@ IN_PAIRS inline void tile(const BFloat16* a, long a_row, long a_step, const BFlo
 
 // Keys are packed as rows [keys][D], D rounded up to pairs; values by groups of channels,
 // [group][pairs of keys][width][2].
-struct Pairs : InPairs<kPanel, 80, 2> {
+struct Pairs : InPairs<kPanel, 128, 2> {
   static constexpr long kGroup = 8 * kTileRows;  // the first cache holds values of so many channels
 
   static long keys_size(const Attention& a, long keys) { return keys * rounded_up(a.dim, 2); }
@@ -43,13 +43,13 @@ struct Pairs : InPairs<kPanel, 80, 2> {
 
   static void pack(const Attention& a, const BFloat16* k, const BFloat16* v, const Block& block,
                    long seen, Head<BFloat16>& head) {
-    const long width = rounded_up(a.dim, 2), end = rounded_up(block.count, 2);
-    BFloat16* keys = head.keys.data() + block.at * width;
+    const long depth = rounded_up(a.dim, 2), end = rounded_up(block.count, 2);
+    BFloat16* keys = head.keys.data() + block.at * depth;
     BFloat16* values = head.values.data() + block.at * a.dim;
     k += block.first * a.k_strides[1], v += block.first * a.v_strides[1];
-    for (long j = 0; j < seen; ++j, k += a.k_strides[1], keys += width)
-      for (long d = 0; d < width; d += 32)
-        store_some(keys + d, load_some(k + d, a.dim - d), width - d);
+    for (long j = 0; j < seen; ++j, k += a.k_strides[1], keys += depth)
+      for (long d = 0; d < depth; d += 32)
+        store_some(keys + d, load_some(k + d, a.dim - d), depth - d);
     for (long j = 0; j < seen; j += 2, v += 2 * a.v_strides[1])
       for (long d = 0; d < a.dim; d += kGroup) {
         const long width = std::min(kGroup, a.dim - d);
@@ -98,7 +98,7 @@ struct Pairs : InPairs<kPanel, 80, 2> {
 }  // namespace
 
 bool attention_in_pairs(const Attention& a) {
-  if (a.most < 1 || !pairs_here()) return false;
+  if (a.best < 1 || !pairs_here()) return false;
   run<Pairs>(a);
   return true;
 }

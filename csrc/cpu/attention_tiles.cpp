@@ -61,7 +61,7 @@ struct InTiles : InPairs<2 * kSide, 64, kPairs> {
 }  // namespace
 
 bool attention_in_tiles(const Attention& a) {
-  if (a.most < 2 || !tiles_here()) return false;
+  if (a.best < 2 || !tiles_here()) return false;
   run<InTiles>(a);
   return true;
 }

@@ -32,7 +32,7 @@ struct InPairs {
   static constexpr long kRow = 2 * kQueries;  // numbers of a pair's row
 
   struct Scratch : Sums<kQueries> {
-    Buffer<BFloat16> queries, weights;  // [pairs of channels][queries][2], [pairs of keys][...][2]
+    Buffer<BFloat16> queries, weights;  // [pairs of channels or keys][queries][2]
     Buffer<float> scores;               // [keys][queries]
 
     explicit Scratch(const Attention& a)
@@ -53,8 +53,7 @@ struct InPairs {
 
   static void clear(Scratch& s) { s.clear(); }
 
-  IN_PAIRS static void weigh(const Attention& a, const float* bias, long rows, long seen,
-                             Scratch& s) {
+  static void weigh(const Attention& a, const float* bias, long rows, long seen, Scratch& s) {
     constexpr float kLog2E = float(Scratch::kLog2E);
     float factor = float(a.scale) * kLog2E;
     if (bias || factor < 0) {

@@ -367,7 +367,7 @@ _OP.add(
         composite=True,
     )
 )
-CONTEST = Contest(_OP, on_cpu.kind_of, on_cpu.example, always=on_cpu.KINDS, default=on_cpu.default)
+CONTEST = Contest(_OP, on_cpu.kind_of, on_cpu.example, always=on_cpu.KINDS)
 _OP.add(
     Backend(
         "onednn",

@@ -131,8 +131,6 @@ def _supports(
     q: Tensor, k: Tensor, v: Tensor, parts: Sequence[int], weights: Tensor, *_: Any
 ) -> list[str]:
     """Why this call is not for the kernel; empty if it is."""
-    if q.dtype == torch.bfloat16:
-        return ["its products in bfloat16 are of one context at a time"]
     needed = checks.needs_gradient(q, k, v, weights)
     return ["a gradient is needed"] if needed else []
 

@@ -43,7 +43,7 @@ def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> to
     """float32, and bfloat16 by all ways to compute it."""
     if isinstance(request.param, torch.dtype):
         return request.param
-    monkeypatch.setattr(on_cpu, "MOST", request.param)
+    monkeypatch.setattr(on_cpu, "BEST", request.param)
     return torch.bfloat16
 
 
@@ -99,7 +99,7 @@ def test_any_call(
         added[0] = -math.inf  # a query that sees no key
     few = torch.randint(1, keys + 1, (batch,)) if lengths else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(on_cpu, "MOST", way)
+        patch.setattr(on_cpu, "BEST", way)
         result = check(q, k, v, bias=added, key_lengths=few)
     if bias == "masked":
         assert not result[:, 0].any()
@@ -147,6 +147,20 @@ def test_a_nan_reaches_the_queries_that_see_it(dtype: torch.dtype) -> None:
         assert ops.attention(q[:, :2], k, v)[:, :, 0].isnan().all()
 
 
+@pytest.mark.parametrize("lengths", [None, [77, 5]])
+def test_several_contexts(lengths: list[int] | None, dtype: torch.dtype) -> None:
+    parts, weights = (77, 4, 257), torch.randn(2, 2, 100)
+    q, k, v = (torch.randn(2, n, 2, 40).to(dtype) for n in (100, sum(parts), sum(parts)))
+    seen = None if lengths is None else torch.tensor(lengths)
+    with ops.use_backend(decoupled_attention="cpu"):
+        result = ops.decoupled_attention(q, k, v, parts, weights, key_lengths=seen)
+    with ops.use_backend("reference"):
+        plain = ops.decoupled_attention(q, k, v, parts, weights, key_lengths=seen)
+        wide = (one.double() for one in (q, k, v))
+        truth = ops.decoupled_attention(*wide, parts, weights.double(), key_lengths=seen)
+    assert_close(result, truth, plain)
+
+
 def test_a_gradient_is_not_its_work() -> None:
     q = torch.randn(1, 4, 1, 8, requires_grad=True)
     with (
@@ -161,19 +175,19 @@ def test_a_gradient_is_not_its_work() -> None:
 def test_a_way_computes_where_it_can(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its sums are rounded otherwise than in float32; oneDNN's tiles of a thread stay as set."""
     q, w = torch.randn(1, 64, 2, 40).bfloat16(), torch.randn(96, 96).bfloat16()
-    monkeypatch.setattr(on_cpu, "MOST", way)
+    monkeypatch.setattr(on_cpu, "BEST", way)
     with ops.use_backend(attention="cpu"):
         before = torch.mm(w, w)
         found = ops.attention(q, q, q)
         assert torch.equal(torch.mm(w, w), before)
-        monkeypatch.setattr(on_cpu, "MOST", "float32")
+        monkeypatch.setattr(on_cpu, "BEST", "float32")
         assert not torch.equal(ops.attention(q, q, q), found)
 
 
 @pytest.mark.parametrize("way", [BY_FLOAT32, *BY_OTHERS])
 def test_a_step_in_bfloat16(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Held to the error that plain PyTorch has in it."""
-    monkeypatch.setattr(on_cpu, "MOST", way)
+    monkeypatch.setattr(on_cpu, "BEST", way)
     torch.manual_seed(0)
     model = UNet2DCondition(small_config()).bfloat16().eval().requires_grad_(False)
     given = torch.randn(2, 4, 16, 16).bfloat16(), torch.tensor(7), torch.randn(2, 77, 24).bfloat16()

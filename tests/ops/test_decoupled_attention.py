@@ -70,7 +70,7 @@ def test_any_call(
     everywhere: bool,
     backend: str,
 ) -> None:
-    if backend == "cpu" and (dtype not in (torch.float32, torch.float16) or library.machine()):
+    if backend == "cpu" and (dtype == torch.float64 or library.machine()):
         backend = "auto"
     call = cast(drawn(parts, batch, queries, dim), dtype)
     if shared:
@@ -122,8 +122,6 @@ def test_the_kernel_reads_weights_and_lengths_anew() -> None:
 def test_what_the_kernel_leaves_alone() -> None:
     call = drawn((5, 4))
     with ops.use_backend(decoupled_attention="cpu"):
-        with pytest.raises(ops.BackendError, match="in bfloat16 are of one context at a time"):
-            ops.decoupled_attention(*cast(call, torch.bfloat16))
         call[4].requires_grad_()
         with pytest.raises(ops.BackendError, match="a gradient is needed"):
             ops.decoupled_attention(*call)

@@ -1,4 +1,7 @@
-"""Attention on the kernels of csrc/cpu, forward only: sums in float32, bfloat16 products by AMX."""
+"""Attention on the kernels of csrc/cpu, forward only: sums in float32.
+
+In bfloat16 products are by AMX or AVX512-BF16, whichever the CPU has, or in float32.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ from . import library
 from .contest import Kind
 from .library import DTYPES
 
-# What may compute bfloat16: float32, AVX512-BF16 and AMX; the last one that the CPU has does.
+# What computes bfloat16: float32, AVX512-BF16's pairs, AMX's tiles, as csrc/cpu counts them.
 WAYS = ("float32", "pairs", "tiles")
-MOST = "tiles"  # of them
+BEST = "tiles"  # that may; the best of them that the CPU has does
 
 # The contest's kinds of calls: dtype, head width at most, and whether the keys are many.
 WIDTHS = (40, 64, 80, 160, 512)
@@ -46,11 +49,6 @@ _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16)}
 KINDS: list[Kind] = [
     (dtype, width, many) for dtype in _DTYPES for width in WIDTHS for many in (False, True)
 ]
-
-
-def default(kind: Kind) -> str | None:
-    """SDPA has products in bfloat16 wherever the CPU has, the kernel only with AMX."""
-    return "sdpa" if kind[0] == str(torch.bfloat16) else None
 
 
 # ``Attention`` of csrc/cpu/attention.h.
@@ -130,7 +128,7 @@ def _run(
         *((0,) * 3 if weights is None else weights.stride()),
         *(len(q), q.shape[2], q.shape[1], k.shape[1], q.shape[3], len(counts)),
         scale,
-        *(DTYPES[q.dtype], torch.get_num_threads(), WAYS.index(MOST)),
+        *(DTYPES[q.dtype], torch.get_num_threads(), WAYS.index(BEST)),
     )
     library.kernels.attention(arguments)
     return out

@@ -4,7 +4,7 @@ A contest is about kinds of calls, and makes up a call of each. There all ways t
 least time of each counts. An engine measures before its first step (:func:`prepare`), once for a
 machine, its number of threads and these versions: some kinds always, and those of its network's
 calls. No op ever measures. A process that finds results on disk uses them from its first call on;
-without any, the order of :data:`~..dispatch.backend.BACKENDS` decides, or a default.
+without any, the order of :data:`~..dispatch.backend.BACKENDS` decides.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ class Contest:
         ways: what can compute a call, by name, the preferred first; None: the op's backends.
         names: of all ways.
         always: the kinds to measure whatever a network calls.
-        default: the way to a kind until it is measured; None: the first that can.
     """
 
     def __init__(
@@ -61,9 +60,8 @@ class Contest:
         ways: Callable[..., Ways] | None = None,
         names: Sequence[str] = BACKENDS,
         always: Iterable[Kind] = (),
-        default: Callable[[Kind], str | None] = lambda _: None,
     ) -> None:
-        self.op, self.kind_of, self.example, self.default = op, kind_of, example, default
+        self.op, self.kind_of, self.example = op, kind_of, example
         self._decided = [op]  # those whose calls it decides about
         self.ways, self.names, self.always = ways or self._backends, names, tuple(always)
         _contests.append(self)
@@ -90,10 +88,8 @@ class Contest:
                 return []
             order = self.order(kind)
             best = next((way for way in order if among is None or way in among), None)
-            if best is None:
-                default = self.default(kind)
-                return [] if default in (None, name) else [f"{default} is taken until measured"]
-            return [] if best == name else [f"{best} was measured faster for such calls here"]
+            lost = best not in (None, name)
+            return [f"{best} was measured faster for such calls here"] if lost else []
 
         return why
 
