@@ -75,7 +75,8 @@ def off_rewrites(networks: Networks, inputs: Inputs, steps: int) -> dict[str, st
     """Rewrites that the engine doesn't use for this model, and why."""
     engine, run = engine_loop(networks, inputs, min(steps, 1), graph="off")
     run()
-    return {row.name: row.why for row in engine.explain()["rewrites"] if not row.on}
+    rows = (row for row in engine.explain()["rewrites"] if row.name in REWRITES)
+    return {row.name: row.why for row in rows if not row.on}
 
 
 def _cost(networks: Networks, images: int, rewrites: tuple[str, ...]) -> dict[str, int]:

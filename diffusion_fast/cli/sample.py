@@ -199,7 +199,8 @@ def sample(
     ] = None,
     graph: Annotated[str | None, typer.Option(help="CUDA graphs: auto, loop, step or off.")] = None,
     rewrites: Annotated[
-        str | None, typer.Option(help="Exact rewrites of the U-Net: all, none or names.")
+        str | None,
+        typer.Option(help="Rewrites of the U-Net: all (exact), none or names; all,int8 is lossy."),
     ] = None,
     variant: Annotated[str | None, typer.Option(help="Which weights, such as fp16.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,

@@ -51,7 +51,8 @@ class Engine:
             none; ``"off"``: none. A capture serves every prompt, seed, guidance scale, sampler and
             number of steps. A callable that is no ``nn.Module`` is captured only when asked for by
             name, because nobody sees its weights change.
-        rewrites: the exact rewrites of a U-Net to use: ``"all"``, ``"none"`` or their names.
+        rewrites: the rewrites of a U-Net to use: ``"all"``, which are exact, ``"none"`` or their
+            names. A lossy one is used by name only: ``["all", "int8"]`` adds it to all others.
         max_steps: how many model calls :meth:`configure` may ask for without new buffers; by
             default 100, and always those of the table.
         verify: read all weights before each run, to see every single element that is written in

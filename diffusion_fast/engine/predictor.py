@@ -17,7 +17,7 @@ from .buffers import Clock
 from .order import Order, contexts_of
 from .rewrites.controlled import prepare
 from .rewrites.derived import Executor, eagerly
-from .rewrites.plan import REWRITES, Bypassed, OpCall, RewriteReport
+from .rewrites.plan import LOSSY, REWRITES, Bypassed, OpCall, RewriteReport
 
 
 class Predictor(Protocol):
@@ -127,7 +127,8 @@ class PlainPredictor:
         return ()
 
     def explain(self) -> Sequence[RewriteReport]:
-        return [RewriteReport(name, False, self.why) for name in REWRITES] if self.why else []
+        names = (*REWRITES, *LOSSY) if self.why else ()
+        return [RewriteReport(name, False, self.why) for name in names]
 
 
 def predictor_for(
@@ -137,8 +138,8 @@ def predictor_for(
 
     Args:
         model: as :class:`~diffusion_fast.Engine` takes it.
-        rewrites: the exact rewrites of a U-Net to use: ``"all"``, ``"none"`` or names. A U-Net with
-            hooks on anything but its layers has none for ``"all"``, and they say why.
+        rewrites: the rewrites of a U-Net to use: ``"all"`` exact ones, ``"none"`` or names. A U-Net
+            with hooks on anything but its layers has none for ``"all"``, and they say why.
         batch: number of images, without the halves of guidance.
         halves: how many halves of guidance run in one call, 1 or 2.
         max_rows: largest number of rows of the tables to come.

@@ -58,7 +58,7 @@ class StableDiffusion:
     Args:
         parts: the networks and the schedule.
         graph: how to capture CUDA graphs, see :class:`~diffusion_fast.Engine`.
-        rewrites: which exact rewrites of the U-Net to use, see there.
+        rewrites: which rewrites of the U-Net to use, see there.
 
     Examples:
         >>> pipe = df.StableDiffusion.from_pretrained("tiny")  # random weights
@@ -119,7 +119,7 @@ class StableDiffusion:
             zero_terminal_snr: scale the noise schedule so that its last timestep is pure noise (Lin
                 et al. 2023, arXiv:2305.08891), or don't; None for what the model says.
             graph: how to capture CUDA graphs, see :class:`~diffusion_fast.Engine`.
-            rewrites: which exact rewrites of the U-Net to use, see there; the VAE's decoder uses
+            rewrites: which rewrites of the U-Net to use, see there; the VAE's decoder uses
                 those of them that apply to it.
 
         Raises:

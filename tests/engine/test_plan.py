@@ -11,12 +11,13 @@ from prepared import LIKE_SDXL, TEXT_TIME, at, conditions, images, prepared, une
 from diffusion_fast import DiffusionSchedule, Engine
 from diffusion_fast.engine.rewrites import plan
 from diffusion_fast.engine.rewrites.controlled import prepare
-from diffusion_fast.engine.rewrites.plan import CONTROL, IMAGES, REWRITES, make_plan
+from diffusion_fast.engine.rewrites.plan import CONTROL, IMAGES, LOSSY, REWRITES, make_plan
 from diffusion_fast.models import UNet2DCondition
 
-# What needs networks beside the U-Net, and why it is off without them.
+# What needs networks beside the U-Net or its own name, and why it is off without.
 ABSENT = dict.fromkeys(CONTROL, "no ControlNet, no T2I-Adapter")
 ABSENT |= dict.fromkeys(IMAGES, "the model has no IP-Adapter")
+ABSENT |= dict.fromkeys(LOSSY, "lossy, and not asked for by name")
 
 
 def decisions(model: UNet2DCondition, rewrites: Any = "all", **sizes: int) -> dict[str, str]:
@@ -126,7 +127,7 @@ def test_a_model_with_hooks_on_blocks_runs_as_it_is_and_says_so(name: str) -> No
     )
     assert torch.equal(drawn(engine), drawn(plain))
     rows = engine.explain()["rewrites"]
-    assert [row.name for row in rows] == list(REWRITES)
+    assert [row.name for row in rows] == [*REWRITES, *LOSSY]
     assert not any(row.on for row in rows)
     assert f"a hook on {name or 'UNet2DCondition'!r}" in rows[0].why
     with pytest.raises(ValueError, match="model: expected one without hooks on its blocks"):
@@ -135,7 +136,7 @@ def test_a_model_with_hooks_on_blocks_runs_as_it_is_and_says_so(name: str) -> No
 
 def test_explain_before_the_first_call() -> None:
     rows = prepare(unet(), batch=1, halves=2, max_rows=3).explain()
-    assert [row.name for row in rows] == list(REWRITES)
+    assert [row.name for row in rows] == [*REWRITES, *LOSSY]
     assert all(row.launches is row.bytes is row.flops is None for row in rows)
     off = {row.name for row in rows if not row.on}
     assert off == {"split_skips", "folded_layer_norm", *ABSENT}

@@ -21,7 +21,7 @@ from ...models.controlnet import ControlNet
 from ...models.ip_adapter import IPAdapter
 from ...models.t2i_adapter import T2IAdapter
 from ..buffers import Clock
-from .plan import REWRITES, Rewritable, RewritePlan, RewriteReport, unet_of
+from .plan import LOSSY, REWRITES, Rewritable, RewritePlan, RewriteReport, unet_of
 
 DEVICE = torch.device("meta")
 
@@ -243,9 +243,8 @@ def calls(
     """
     with DEVICE:
         model = UNet2DCondition(config)
-    plan = RewritePlan(
-        batch, halves, 1, dtype, DEVICE, {name: "" for name in REWRITES if name not in on}
-    )
+    off = {name: "" for name in REWRITES if name not in on}
+    plan = RewritePlan(batch, halves, 1, dtype, DEVICE, off, on & LOSSY.keys())
     watch = Calls()
     DryRun(model, dtype, halves * batch, size, 1).watched(lambda twin: build(twin, plan), watch)
     return watch.found
@@ -260,6 +259,8 @@ def explain(
     images: Sequence[tuple[int, int]] = (),
 ) -> list[RewriteReport]:
     """What each rewrite saves: the cost of a step without it, less that of a step with all.
+
+    What is lossy costs as many operations, of another kind: it is left out of the count.
 
     Args:
         plan: the rewrites that are on, and the sizes they were planned for.
@@ -279,9 +280,10 @@ def explain(
         return run.step(lambda twin: build(twin, part)).total
 
     now, reports = cost_of(plan.on) if run else None, []
-    for name, rewrite in REWRITES.items():
-        on, saved = name in plan.on, Cost() if now else None
-        if on and now:
+    for name, rewrite in (REWRITES | LOSSY).items():
+        exact = name in REWRITES
+        on, saved = name in plan.on, Cost() if now and exact else None
+        if on and now and exact:
             saved = cost_of(plan.on - {name}) - now
         why = rewrite.does if on else plan.off[name]
         reports.append(RewriteReport(name, on, why, *(astuple(saved) if saved else ())))

@@ -49,7 +49,10 @@ class Leaf(nn.Module):
     Attributes:
         joins: whether a residual or a gate is part of the op.
         packs: whether the next call lays the weight out anew, for inputs of its size.
+        compute: the op, and what packs a weight for it.
     """
+
+    compute: tuple[Callable[..., Any], Callable[..., Any]]
 
     def __init__(self, source: Source, derived: bool = False, **window: Any) -> None:
         super().__init__()
@@ -92,28 +95,32 @@ class Product(Leaf):
     y = r (x W'^T - mean s) + b', see :func:`.folding.with_layer_norm`.
     """
 
+    compute = ops.linear, ops.pack_linear
+    folds = False  # a layer norm
+
     def forward(self, x: Any, residual: Tensor | None = None, geglu: bool = False) -> Any:
         weight, bias, sums = self.weights
+        run, packer = self.compute
         norm = None
         if isinstance(x, tuple):
             x, mean, rstd = x
             norm = mean, rstd, cast("Tensor", sums)
         if self.packs:
             rows = math.prod(x.shape[:-1])
-            pack = partial(ops.pack_linear, rows=rows, geglu=geglu)
+            pack = partial(packer, rows=rows, geglu=geglu)
             self.packs, self._pack, self._packed = False, pack, pack(weight)
-        return ops.linear(
-            x, weight, bias, residual=residual, geglu=geglu, norm=norm, packed=self._packed
-        )
+        return run(x, weight, bias, residual=residual, geglu=geglu, norm=norm, packed=self._packed)
 
     def fold(self, norm: plain.LayerNorm) -> None:
         """Apply a layer norm too, to what :class:`RowStatistics` hands over."""
         self.source = made_by(lambda own: folding.with_layer_norm(own, norm), self.source)
-        self.derived = True
+        self.derived = self.folds = True
 
 
 class Convolution(Leaf):
     """conv(cat(x, x2)) + b, with a number for each image and channel and a residual added."""
+
+    compute = ops.conv2d, ops.pack_conv2d
 
     def forward(
         self,
@@ -124,11 +131,12 @@ class Convolution(Leaf):
         add: Tensor | None = None,
     ) -> Tensor:
         weight, own, _ = self.weights
+        run, packer = self.compute
         if self.packs:
             size = (x.shape[0], weight.shape[1], *x.shape[2:])
-            pack: Any = partial(ops.pack_conv2d, size=size, **self.window)
+            pack: Any = partial(packer, size=size, **self.window)
             self.packs, self._pack, self._packed = False, pack, pack(weight)
-        return ops.conv2d(
+        return run(
             x,
             weight,
             own if bias is None else bias,

@@ -1,7 +1,7 @@
-"""The exact rewrites: which of them a network uses, why, and what they save.
+"""The rewrites: which of them a network uses, why, and what they save.
 
-Each rewrite leaves the mathematics alone and changes what is computed when, how often, or in how
-many passes. Most are swaps of leaves (:mod:`.leaves`); the others are done by what calls the
+Each but the lossy one leaves the mathematics alone and changes what is computed when, how often, or
+in how many passes. Most are swaps of leaves (:mod:`.leaves`); the others are done by what calls the
 network (:mod:`.prepare`). To add one is a line of :data:`REWRITES`, and a file for its swap.
 """
 
@@ -19,7 +19,9 @@ from ...models.blocks import ResBlock, hooked
 from ...models.controlled import ControlledUNet
 from ...models.controlnet import ControlNet
 from ...ops import checks
+from ...ops.int8 import supports as int8_supports
 from . import leaves
+from .int8 import quantized
 
 Rewritable = UNet2DCondition | ControlledUNet
 OpCall = tuple[str, tuple[Any, ...]]  # an op's name and its arguments
@@ -74,6 +76,14 @@ REWRITES = {
     "control_prefix": Rewrite("ControlNets for one half of guidance until their cross-attention"),
     "control_residuals": Rewrite("residuals scaled and added in one pass, where a skip is read"),
 }
+# What is used where it is asked for by name, and only there: "all" are the exact ones.
+LOSSY = {
+    "int8": Rewrite(
+        "LOSSY: transformer blocks' products and residual blocks' convolutions in int8, rounded at"
+        " every call",
+        quantized,
+    )
+}
 CONTROL = tuple(name for name in REWRITES if name.startswith("control_"))  # of a ControlledUNet
 IMAGES = ("cached_images", "joined_contexts")  # of a U-Net with IP-Adapters
 TABLE_LIMIT = 2**28  # bytes of a time table; a larger one is not worth its memory
@@ -84,10 +94,11 @@ class RewriteReport:
     """What a rewrite did, and what it saves in each step at the size of the last call.
 
     Attributes:
-        name: the rewrite's name among :data:`REWRITES`.
+        name: the rewrite's name among :data:`REWRITES` or :data:`LOSSY`.
         on: whether it is used.
         why: what it does, or why it is not used.
-        launches: saved passes over memory and products; None where the size is not known yet.
+        launches: saved passes over memory and products; None where the size is not known yet, and
+            for a lossy rewrite, which saves time and none of these.
         bytes: saved bytes, read and written.
         flops: saved operations of products, convolutions and attention.
     """
@@ -110,6 +121,7 @@ class RewritePlan:
         max_rows: the most rows of the sampler's tables to come.
         dtype, device: those of the model's parameters.
         off: why each rewrite that is not used is not, by name.
+        lossy: those of :data:`LOSSY` that are used.
     """
 
     batch: int
@@ -118,11 +130,12 @@ class RewritePlan:
     dtype: torch.dtype
     device: torch.device
     off: dict[str, str]
+    lossy: frozenset[str] = frozenset()
 
     @property
     def on(self) -> frozenset[str]:
         """The rewrites that are used."""
-        return frozenset(REWRITES) - self.off.keys()
+        return frozenset(REWRITES) - self.off.keys() | self.lossy
 
     def check_rows(self, timesteps: Tensor) -> None:
         checks.tensor("timesteps", timesteps)
@@ -168,39 +181,51 @@ def make_plan(
         max_rows: the most rows of the sampler's tables to come.
         rewrites: ``"all"`` that apply to this model, batch, device and dtype and pay there,
             ``"none"``, or names among :data:`REWRITES`: those that apply are then used whether they
-            pay or not.
+            pay or not. ``"all"`` may be one of several names; :data:`LOSSY` ones are used by name
+            only.
 
     Raises:
-        ValueError: an unknown name, or a size below 1.
+        ValueError: an unknown name, a size below 1, or a lossy rewrite that this model or machine
+            can't have.
         Bypassed: a model with forward hooks on anything but its layers.
     """
     for argument, value in (("batch", batch), ("halves", halves), ("max_rows", max_rows)):
         checks.positive_int(argument, value)
-    asked = asked_for(rewrites, REWRITES)
+    names = [rewrites] if isinstance(rewrites, str) else list(rewrites)
+    asked = asked_for(names, REWRITES, LOSSY)
     place = bypassed(model)
     if place is not None:
         raise Bypassed(place)
     off = {name: "not asked for" for name in REWRITES if name not in asked}
+    lossy = asked & LOSSY.keys()
+    off |= {name: "lossy, and not asked for by name" for name in LOSSY if name not in lossy}
     off |= _inapplicable(model, batch, halves, max_rows)
     weight = unet_of(model).conv_in.weight
-    if rewrites == "all":
-        off = _unprofitable(weight.device) | off
-    return RewritePlan(batch, halves, max_rows, weight.dtype, weight.device, off)
+    if "int8" in lossy and (why := int8_supports(weight.device, weight.dtype)):
+        checks.fail("rewrites", "'int8' for a model in float32 on a CPU with VNNI only", why[0])
+    if "all" in names:
+        unprofitable = _unprofitable(weight.device).items()
+        off = {name: why for name, why in unprofitable if name not in names} | off
+    return RewritePlan(batch, halves, max_rows, weight.dtype, weight.device, off, lossy)
 
 
-def asked_for(rewrites: str | Iterable[str], known: Iterable[str]) -> frozenset[str]:
-    """The names that ``rewrites`` asks for: ``"all"`` that are known, ``"none"``, or some of them.
+def asked_for(
+    rewrites: str | Iterable[str], exact: Iterable[str], lossy: Iterable[str] = ()
+) -> frozenset[str]:
+    """The names that ``rewrites`` asks for: ``"none"``, or some, ``"all"`` being the exact ones.
 
     Raises:
-        ValueError: a name that is not known.
+        ValueError: a name that is not known, or ``"none"`` beside others.
     """
-    known = tuple(known)
+    exact = tuple(exact)
     names = [rewrites] if isinstance(rewrites, str) else list(rewrites)
-    if names in (["all"], ["none"]):
-        return frozenset(known if names == ["all"] else ())
+    if names == ["none"]:
+        return frozenset()
     for name in names:
-        checks.one_of("rewrites", name, (*known, "all", "none"))
-    return frozenset(names)
+        checks.one_of("rewrites", name, (*exact, *lossy, "all", "none"))
+    if "none" in names:
+        checks.fail("rewrites", "'none' alone", names)
+    return frozenset((*names, *exact) if "all" in names else names) - {"all"}
 
 
 def unet_of(model: Rewritable) -> UNet2DCondition:

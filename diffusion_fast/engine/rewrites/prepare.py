@@ -24,7 +24,7 @@ from ..order import Order, contexts_of
 from . import cost
 from .derived import Derived, Executor, eagerly
 from .leaves import Leaf, modules, plain_leaves
-from .plan import REWRITES, OpCall, RewritePlan, RewriteReport, check_placement
+from .plan import LOSSY, REWRITES, OpCall, RewritePlan, RewriteReport, check_placement
 
 Network = TypeVar("Network", bound=nn.Module)
 Encoder = TypeVar("Encoder", bound=UNetEncoder)
@@ -43,7 +43,7 @@ def rewritten(model: Network, on: Collection[str]) -> tuple[Network, list[Leaf]]
         vars(block)["_modules"] = {name: copies.get(child, child) for name, child in children}
     network: Network = copies[model]
     plain_leaves(network)
-    for name, rewrite in REWRITES.items():
+    for name, rewrite in (REWRITES | LOSSY).items():
         if name in on and rewrite.swap is not None:
             rewrite.swap(network)
     _called_directly(network, model)
