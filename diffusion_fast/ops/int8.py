@@ -127,9 +127,8 @@ def linear(
         inputs = rounded(item)
         value = _product(inputs, each[0])
         if geglu:
-            torch.mul(value, _product(inputs, each[1], "gelu"), out=y[i])
-        else:
-            _write(y[i], value, residual if residual is None else residual[i])
+            value.mul_(_product(inputs, each[1], "gelu"))
+        _write(y[i], value, residual if residual is None else residual[i])
     return y
 
 
