@@ -31,7 +31,8 @@ def test_all_leaves_out_what_does_not_pay() -> None:
     assert all("on a CPU" in why for name, why in off.items() if name not in ABSENT)
     with torch.device("meta"):  # any other device reads both sources where they lie
         off = decisions(UNet2DCondition(unet().config))
-    assert off.keys() == {"folded_layer_norm", *ABSENT}
+    assert off.keys() == {"folded_layer_norm", "recorded_step", *ABSENT}
+    assert off["recorded_step"] == "for CPUs alone: on a GPU a graph holds the step"
     assert off["joined_contexts"] == ABSENT["joined_contexts"]
     assert "not measured" in off["folded_layer_norm"]
 

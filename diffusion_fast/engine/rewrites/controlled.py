@@ -168,7 +168,7 @@ class PreparedControlled:
             x = x[self.plan.batch :]
         x = control.seen(x[:, : control.model.config.in_channels])
         hint, guess = widened(hint, len(x)), self.model.guess_mode
-        return control.network.residuals(x, *control.conditions(clock), hint, guess)
+        return control.run(x, *control.conditions(clock), hint, guess)
 
     @torch.no_grad()
     def refresh(self) -> None:

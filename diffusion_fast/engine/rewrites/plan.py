@@ -71,6 +71,7 @@ REWRITES = {
         leaves.packed_weights,
     ),
     "removed_no_ops": Rewrite("no dropout, no pass that only pads", leaves.removed_no_ops),
+    "recorded_step": Rewrite("operators of a step called again, without the blocks' Python"),
     "control_hint": Rewrite("what ControlNets and T2I-Adapters make of a hint alone once per run"),
     "control_context": Rewrite("keys and values of ControlNets once per prompt"),
     "control_prefix": Rewrite("ControlNets for one half of guidance until their cross-attention"),
@@ -256,12 +257,22 @@ def _inapplicable(model: Rewritable, batch: int, halves: int, max_rows: int) -> 
     elif model.guess_mode:
         off["control_prefix"] = "guess mode runs them for one half of guidance alone"
     weight = unet.conv_in.weight
-    widths = [block.time_width for block in model.modules() if isinstance(block, ResBlock)]
+    if weight.device.type != "cpu":
+        off["recorded_step"] = "for CPUs alone: on a GPU a graph holds the step"
+    elif not repeats(model):
+        off["recorded_step"] = "a layer is more than its weights: its Python may matter"
     images = halves * batch if config.time_per_image else 1
-    size = max_rows * images * sum(widths) * weight.element_size()
+    size = time_table_bytes(model, max_rows * images)
     if size > TABLE_LIMIT:
         off["time_table"] = f"{size / 2**20:.0f} MB, more than {TABLE_LIMIT >> 20} MB"
     return off
+
+
+def time_table_bytes(model: nn.Module, rows: int) -> int:
+    """The size of a table of what all residual blocks of a model take from the time."""
+    blocks = [block for block in model.modules() if isinstance(block, ResBlock)]
+    item = blocks[0].conv1.weight.element_size()
+    return rows * sum(block.time_width for block in blocks) * item
 
 
 def _unprofitable(device: torch.device) -> dict[str, str]:
@@ -277,6 +288,15 @@ def _unprofitable(device: torch.device) -> dict[str, str]:
         "folded_layer_norm": "whether it pays on a GPU was not measured; it can be asked for by"
         " name",
     }
+
+
+def repeats(model: nn.Module) -> bool:
+    """Whether the same inputs leave the same behind: no layer is more than its weights."""
+    parts = list(model.modules())
+    return not hooked(*parts) and all(type(one).__module__.startswith(_KNOWN) for one in parts)
+
+
+_KNOWN = ("torch.nn.", __name__.partition(".")[0] + ".")
 
 
 def bypassed(model: nn.Module) -> str | None:

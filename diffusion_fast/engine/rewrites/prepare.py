@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from ...conditioning import Context, PerRow
 from ...kernels.layout import channels_last
 from ...models import UNet2DCondition
-from ...models.blocks import Composite, GroupNorm, LayerNorm, ResBlock, hooked
+from ...models.blocks import Composite, GroupNorm, LayerNorm, ResBlock
+from ...models.controlnet import ControlNet
 from ...models.unet import ContextProjections, Residuals, TimeProjections, UNetEncoder
 from ...ops import checks
 from ..buffers import Clock
@@ -24,7 +25,8 @@ from ..order import Order, contexts_of
 from . import cost
 from .derived import Derived, Executor, eagerly
 from .leaves import Leaf, modules, plain_leaves
-from .plan import LOSSY, REWRITES, OpCall, RewritePlan, RewriteReport, check_placement
+from .plan import LOSSY, REWRITES, OpCall, RewritePlan, RewriteReport, check_placement, repeats
+from .recorded import recorded
 
 Network = TypeVar("Network", bound=nn.Module)
 Encoder = TypeVar("Encoder", bound=UNetEncoder)
@@ -147,11 +149,8 @@ class PreparedNetwork(Generic[Encoder]):
         self._order = Order(plan.max_rows, weight.device)
         # Of this run: context, its keys and values, lengths, additions, images.
         self.given: Any = None
-        # The same inputs leave the same behind, unless a layer is more than its weights.
-        parts = list(model.modules())
-        self._repeats = not (plan.device.type == "meta" or hooked(*parts)) and all(
-            type(module).__module__.startswith(_KNOWN) for module in parts
-        )
+        self._repeats = plan.device.type != "meta" and repeats(model)
+        self._record()
         self._of_contexts, self._of_times = Derived(), Derived()
         self.tokens = 0  # of the context
         # Images and tokens of each IP-Adapter.
@@ -250,6 +249,12 @@ class PreparedNetwork(Generic[Encoder]):
     def _project(self, context: Tensor) -> ContextProjections:
         return self.model.project_context(self.model.embed_context(context))
 
+    def _record(self) -> None:
+        """Have ``run`` compute a step, as the weights are now."""
+        network: Any = self.network
+        half = isinstance(network, ControlNet)
+        self.run = recorded(network.residuals if half else network.denoise, self.plan)
+
     def seen(self, x: Tensor) -> Tensor:
         """What the blocks read of x [halves * B, C, H, W]: with ``shared_prefix`` the first half.
 
@@ -287,6 +292,7 @@ class PreparedNetwork(Generic[Encoder]):
         Raises:
             ValueError: the model was moved or cast: that takes a new plan.
         """
+        self._record()
         check_placement("model", self.model.conv_in.weight, self.plan.dtype, self.plan.device)
         for derived in (self._of_contexts, self._of_times):
             derived.forget()
@@ -321,7 +327,7 @@ class PreparedUNet(PreparedNetwork[UNet2DCondition]):
         self.model.check_image(x)
         self.size = (x.shape[2], x.shape[3])
         x = self.seen(x)
-        return self.network.denoise(x, *self.conditions(clock), residuals, features)
+        return self.run(x, *self.conditions(clock), residuals, features)
 
     def calls(self, size: Sequence[int]) -> Iterator[OpCall]:
         """The op calls of a step for x [halves * B, C, *size], see :func:`.cost.calls`."""
@@ -338,6 +344,3 @@ class PreparedUNet(PreparedNetwork[UNet2DCondition]):
         if key not in self._explained:
             self._explained[key] = cost.explain(self.plan, self.model, PreparedUNet, *key)
         return self._explained[key]
-
-
-_KNOWN = ("torch.nn.", __name__.partition(".")[0] + ".")

@@ -19,8 +19,9 @@ from ...kernels.layout import channels_last
 from ...models import UNet2DCondition
 from ...models.unet import ContextProjections
 from ...ops import checks
-from .plan import TABLE_LIMIT, check_placement, make_plan
+from .plan import TABLE_LIMIT, check_placement, make_plan, time_table_bytes
 from .prepare import TimeTable, rewritten
+from .recorded import recorded
 
 ADDITIONS = ("text_embeds", "time_ids", "timestep_cond")  # of a context, to the time embedding
 
@@ -91,11 +92,12 @@ class RowsUNet:
         self.plan = make_plan(model, batch=images, halves=2, max_rows=1, rewrites=rewrites)
         self.network, self._leaves = rewritten(model, self.plan.on)
         self.pooled = model.config.addition_embed_type is not None
-        self.times = TimeTable(self.network, times, 1)
-        size = sum(table.nbytes for block in self.times.tables for table in block)
+        size = time_table_bytes(model, times)
         if size > TABLE_LIMIT:
             expected = f"a table of times of at most {TABLE_LIMIT >> 20} MiB"
             checks.fail("slots, max_steps", expected, f"{size >> 20} MiB for {times} rows")
+        self.times = TimeTable(self.network, times, 1)
+        self._denoise = recorded(self.network.denoise, self.plan)
         self._shared = model.shared_blocks()
 
     @torch.no_grad()
@@ -148,7 +150,7 @@ class RowsUNet:
             ]
             for tables, of_block in zip(self.times.tables, self._shared, strict=True)
         ]
-        return self.network.denoise(x, time, rows.kv, rows.lengths, image=image)
+        return self._denoise(x, time, rows.kv, rows.lengths, (), (), image)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -158,6 +160,7 @@ class RowsUNet:
             ValueError: the model was moved or cast: that takes a new network.
         """
         check_placement("model", self.model.conv_in.weight, self.plan.dtype, self.plan.device)
+        self._denoise = recorded(self.network.denoise, self.plan)
         for leaf in self._leaves:
             leaf.refresh()
 

@@ -190,6 +190,11 @@ class Op:
             self._found[key] = found
         return found
 
+    def resolved(self, *args: Any) -> tuple[tuple[Any, ...], Callable[..., Any]]:
+        """All arguments of a call of the registered operator, and what computes it."""
+        args = (*args, *self._defaults[len(args) :])
+        return args, self.resolve(None, args).run
+
     def forget(self) -> None:
         """Ask again, as in a new process: for tests, which change what machines answer."""
         self._found.clear()

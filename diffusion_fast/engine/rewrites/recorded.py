@@ -1,0 +1,174 @@
+"""A function of tensors without its Python: the operators that it called are called again.
+
+What a CUDA graph does for a GPU, for a small network on a CPU: there most of a step is Python that
+walks over blocks, looks at arguments and finds the kernel of each op, each time with the same
+answers.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ...ops.dispatch import known_ops
+from ..graphs.policy import surroundings
+from .plan import RewritePlan
+
+MOST = 32  # kinds of arguments whose operators are kept
+_CPU = torch.device("cpu")
+# Whose memory something writes that PyTorch doesn't see.
+_UNWRITTEN = [
+    getattr(torch.ops.aten, name)
+    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+]
+_watchers = torch._C._len_torch_dispatch_stack
+
+
+def recorded(function: Callable[..., Any], plan: RewritePlan) -> Callable[..., Any]:
+    """The function, as a :class:`Recorded` one where a plan says so."""
+    return Recorded(function) if "recorded_step" in plan.on else function
+
+
+class Recorded:
+    """A function whose operators are recorded at the second call of a kind, then called alone.
+
+    Arguments are of one kind that agree in shapes, strides and dtypes of their tensors, in which of
+    these are the same, and in all that stands beside them. What else the function reads must stay
+    as it is, but for the numbers in tensors. What reads one of these on the host, draws random
+    numbers, or writes memory past PyTorch's operators is never recorded. With gradients, under
+    autocast, and where something watches PyTorch's operators the function is called as it is.
+
+    Args:
+        function: takes nested lists and tuples of tensors and hashable values, and returns such.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self._replays: OrderedDict[Hashable, Callable[..., Any] | None] = OrderedDict()
+
+    def __call__(self, *args: Any) -> Any:
+        if _watchers() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return self.function(*args)
+        tensors: dict[int, Tensor] = {}
+        kind = (_kind(args, tensors), surroundings(_CPU))
+        if kind not in self._replays:  # the first time, when weights are packed and kernels found
+            self._keep(kind, None)
+            return self.function(*args)
+        replay = self._replays[kind]
+        if replay is None:
+            with _Tape(tensors.values()) as tape:
+                result = self.function(*args)
+            self._keep(kind, tape.replay(result) or self.function)
+            return result
+        return self.function(*args) if replay is self.function else replay(*tensors.values())
+
+    def _keep(self, kind: Hashable, replay: Callable[..., Any] | None) -> None:
+        self._replays[kind] = replay
+        if len(self._replays) > MOST:
+            self._replays.popitem(last=False)
+
+
+def _kind(value: Any, tensors: dict[int, Tensor]) -> Hashable:
+    """The kind of nested arguments; adds their tensors, each once, by their identities."""
+    if isinstance(value, Tensor):
+        place = len(tensors)
+        if tensors.setdefault(id(value), value) is value and len(tensors) == place:
+            return list(tensors).index(id(value))
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (list, tuple)):
+        return (value.__class__, *[_kind(one, tensors) for one in value])
+    return value.__class__, value
+
+
+class _Tape(TorchDispatchMode):
+    """Writes down the calls of PyTorch's operators, as a function of some tensors.
+
+    Args:
+        inputs: the tensors that the function is to take.
+    """
+
+    def __init__(self, inputs: Collection[Tensor]) -> None:
+        super().__init__()
+        self._refused = False  # whether something can't be done again so
+        self._names: Any = WeakIdKeyDictionary()  # of tensors
+        self._lines: list[tuple[str, list[str]]] = []  # a line, and what it reads
+        self._known: dict[str, Any] = {}  # what lines name beside tensors that they make
+        self._ours = {op.torch_op: op for op in known_ops.values()}
+        self._inputs = [f"x{i}" for i in range(len(inputs))]
+        for name, one in zip(self._inputs, inputs, strict=True):
+            self._names[one] = name
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        made = result if isinstance(result, (list, tuple)) else [result]
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        if random or func.overloadpacket in _UNWRITTEN or not all(map(torch.is_tensor, made)):
+            self._refused = True
+        elif not self._refused:
+            self._write(func, args, kwargs, result, made)
+        return result
+
+    def _write(self, func: Any, args: Any, kwargs: Any, result: Any, made: Any) -> None:
+        called = func
+        if func in self._ours:
+            args, called = self._ours[func].resolved(*args)
+        reads: list[str] = []
+        given = [self._text(one, reads) for one in args]
+        given += [f"{name}={self._text(one, reads)}" for name, one in kwargs.items()]
+        number = len(self._lines)
+        names = [self._names.get(one, f"t{number}_{i}") for i, one in enumerate(made)]
+        for name, one in zip(names, made, strict=True):
+            self._names[one] = name
+        left = names[0] if isinstance(result, Tensor) else f"[{', '.join(names)}]"
+        self._known[f"f{number}"] = called
+        self._lines.append((f"{left} = f{number}({', '.join(given)})", [*reads, *names]))
+
+    def _text(self, value: Any, reads: list[str]) -> str:
+        """How a line names a value."""
+        if isinstance(value, Tensor):
+            name = self._names.get(value)
+            if name is None:  # the function's own, such as a weight
+                name = self._names[value] = self._named(value)
+            if name[0] == "t":
+                reads.append(name)
+            return str(name)
+        if isinstance(value, (list, tuple)):
+            before = len(reads)
+            parts = [self._text(one, reads) for one in value]
+            if len(reads) == before and not any(part[0] == "x" for part in parts):
+                return self._named(value)
+            return f"[{', '.join(parts)}]" if isinstance(value, list) else f"({', '.join(parts)},)"
+        return self._named(value)
+
+    def _named(self, value: Any) -> str:
+        name = f"k{len(self._known)}"
+        self._known[name] = value
+        return name
+
+    def replay(self, result: Any) -> Callable[..., Any] | None:
+        """A function of the inputs that gives what the recorded one gave; None where none can."""
+        if self._refused:
+            return None
+        returned: list[str] = []
+        end = f"return {self._text(result, returned)}"
+        last = {name: number for number, (_, names) in enumerate(self._lines) for name in names}
+        body = []
+        for number, (line, names) in enumerate(self._lines):
+            over = [n for n in dict.fromkeys(names) if last[n] == number and n not in returned]
+            body.append(line + "".join(f"; {name} = None" for name in over if name[0] == "t"))
+        # As defaults, all of them are local names.
+        known = [f"{name}={name}" for name in self._known]
+        head = f"def replay({', '.join([*self._inputs, *known])}):"
+        space: dict[str, Any] = dict(self._known)
+        exec("\n    ".join([head, *body, end]), space)
+        made: Callable[..., Any] = space["replay"]
+        return made
