@@ -68,9 +68,10 @@ OF_CEILING, OF_TINT, OF_NAMES = 0.5, 2.0, 0.8
 
 PAGE = """# A style in twenty pictures
 
-Made by `{command}` on {date} ({processor}, {threads}). For each of the seeds {seeds} a LoRA of the
-[emoji model](../emoji/README.md) learned the style of Noto Emoji before 2017 from twenty pictures,
-"NAME, {style} style". Then {count} other names were drawn with and without it from the same noise.
+Made by `{command}` on {date} ({processor}; cores: {threads}). For each of
+the seeds {seeds} a LoRA of the [emoji model](../emoji/README.md) learned the style of Noto Emoji
+before 2017 from twenty pictures, "NAME, {style} style". Then {count} other names were drawn with
+and without it from the same noise.
 Settings are tried with another twenty and other names.
 
 "Style" is the share of the pictures that a classifier of {styles} reads as {style}, "name" the

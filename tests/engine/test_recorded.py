@@ -59,7 +59,7 @@ def mixed(x: Tensor, several: list[Tensor], scale: float = 2.0, more: Any = None
     y[:, 1:3] -= 1
     if more is not None:
         y = y + more
-    return [y, (several[1] + y).T, x]
+    return [y, ((several[1] + y).T, [x, WEIGHT, None])]
 
 
 def arguments(rows: int = 3) -> tuple[Any, ...]:

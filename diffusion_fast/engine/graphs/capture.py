@@ -201,14 +201,19 @@ def settle(warm_up: Callable[[], None]) -> None:
         warm_up()
 
 
+def draws(func: Any) -> bool:
+    """Whether an operator of PyTorch draws random numbers."""
+    # Attention has the tag for its dropout, which eval mode turns off.
+    return torch.Tag.nondeterministic_seeded in func.tags and "attention" not in func.name()
+
+
 class NoRandomNumbers(TorchDispatchMode):
     """Raises where PyTorch's random numbers are drawn."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        # Attention has the tag for its dropout, which eval mode turns off.
-        if torch.Tag.nondeterministic_seeded in func.tags and "attention" not in func.name():
+        if draws(func):
             raise RuntimeError(
                 f"the model draws random numbers ({func}), which a graph can't do anew at each step"
             )

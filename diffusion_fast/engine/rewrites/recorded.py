@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...ops.dispatch import known_ops
+from ..graphs.capture import draws
 from ..graphs.policy import surroundings
 from .plan import RewritePlan
 
@@ -45,7 +46,7 @@ class Recorded:
     autocast, and where something watches PyTorch's operators the function is called as it is.
 
     Args:
-        function: takes nested lists and tuples of tensors and hashable values, and returns such.
+        function: takes nested lists and tuples of tensors, numbers and None, and returns such.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -83,6 +84,8 @@ def _kind(value: Any, tensors: dict[int, Tensor]) -> Hashable:
         return value.shape, value.stride(), value.dtype
     if isinstance(value, (list, tuple)):
         return (value.__class__, *[_kind(one, tensors) for one in value])
+    if value is not None and not isinstance(value, (bool, int, float)):
+        raise TypeError(f"expected tensors, numbers or None, got {type(value).__name__}")
     return value.__class__, value
 
 
@@ -110,8 +113,8 @@ class _Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         made = result if isinstance(result, (list, tuple)) else [result]
-        random = torch.Tag.nondeterministic_seeded in func.tags
-        if random or func.overloadpacket in _UNWRITTEN or not all(map(torch.is_tensor, made)):
+        past = func.overloadpacket in _UNWRITTEN
+        if past or draws(func) or not all(isinstance(one, Tensor) for one in made):
             self._refused = True
         elif not self._refused:
             self._write(func, args, kwargs, result, made)
@@ -138,13 +141,13 @@ class _Tape(TorchDispatchMode):
             name = self._names.get(value)
             if name is None:  # the function's own, such as a weight
                 name = self._names[value] = self._named(value)
-            if name[0] == "t":
+            if name[0] != "k":
                 reads.append(name)
             return str(name)
         if isinstance(value, (list, tuple)):
             before = len(reads)
             parts = [self._text(one, reads) for one in value]
-            if len(reads) == before and not any(part[0] == "x" for part in parts):
+            if len(reads) == before:
                 return self._named(value)
             return f"[{', '.join(parts)}]" if isinstance(value, list) else f"({', '.join(parts)},)"
         return self._named(value)
