@@ -270,7 +270,7 @@ def test_when_the_loop_dies_every_request_learns_it(exact: StableDiffusion) -> N
     def fail(*_: Any, **more: Any) -> None:
         raise MemoryError("the device is gone")
 
-    batcher._shared.network.network.denoise = fail  # type: ignore[method-assign,assignment]
+    batcher._shared.network.run = fail
     pending = batcher.submit_all([request(0)] * 5)
     for one in pending:
         with pytest.raises(BatcherClosed, match="thread ended: MemoryError"):

@@ -97,7 +97,7 @@ class RowsUNet:
             expected = f"a table of times of at most {TABLE_LIMIT >> 20} MiB"
             checks.fail("slots, max_steps", expected, f"{size >> 20} MiB for {times} rows")
         self.times = TimeTable(self.network, times, 1)
-        self._denoise = recorded(self.network.denoise, self.plan)
+        self.run = recorded(self.network.denoise, self.plan)
         self._shared = model.shared_blocks()
 
     @torch.no_grad()
@@ -150,7 +150,7 @@ class RowsUNet:
             ]
             for tables, of_block in zip(self.times.tables, self._shared, strict=True)
         ]
-        return self._denoise(x, time, rows.kv, rows.lengths, (), (), image)  # type: ignore[no-any-return]
+        return self.run(x, time, rows.kv, rows.lengths, (), (), image)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -160,7 +160,7 @@ class RowsUNet:
             ValueError: the model was moved or cast: that takes a new network.
         """
         check_placement("model", self.model.conv_in.weight, self.plan.dtype, self.plan.device)
-        self._denoise = recorded(self.network.denoise, self.plan)
+        self.run = recorded(self.network.denoise, self.plan)
         for leaf in self._leaves:
             leaf.refresh()
 
