@@ -22,6 +22,9 @@ from ..graphs.policy import surroundings
 from .plan import RewritePlan
 
 MOST = 32  # kinds of arguments whose operators are kept
+# Calls of a kind before the one that is recorded: in the first weights are packed and kernels are
+# found, and so few steps are not worth a recording.
+PLAIN = 2
 _CPU = torch.device("cpu")
 # Whose memory something writes that PyTorch doesn't see.
 _UNWRITTEN = [
@@ -37,7 +40,7 @@ def recorded(function: Callable[..., Any], plan: RewritePlan) -> Callable[..., A
 
 
 class Recorded:
-    """A function whose operators are recorded at the second call of a kind, then called alone.
+    """A function whose operators are recorded at the third call of a kind, then called alone.
 
     Arguments are of one kind that agree in shapes, strides and dtypes of their tensors, in which of
     these are the same, and in all that stands beside them. What else the function reads must stay
@@ -51,26 +54,28 @@ class Recorded:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self._replays: OrderedDict[Hashable, Callable[..., Any] | None] = OrderedDict()
+        # Of each kind what computes it; how often it was called until then; None: nothing can.
+        self._replays: OrderedDict[Hashable, Callable[..., Any] | int | None] = OrderedDict()
 
     def __call__(self, *args: Any) -> Any:
         if _watchers() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return self.function(*args)
         tensors: dict[int, Tensor] = {}
         kind = (_kind(args, tensors), surroundings(_CPU))
-        if kind not in self._replays:  # the first time, when weights are packed and kernels found
-            self._keep(kind, None)
-            return self.function(*args)
-        replay = self._replays[kind]
-        if replay is None:
+        found = self._replays.get(kind, 0)
+        if callable(found):
+            return found(*tensors.values())
+        if found == PLAIN:
             with _Tape(tensors.values()) as tape:
                 result = self.function(*args)
-            self._keep(kind, tape.replay(result) or self.function)
+            self._keep(kind, tape.replay(result))
             return result
-        return self.function(*args) if replay is self.function else replay(*tensors.values())
+        if found is not None:
+            self._keep(kind, found + 1)
+        return self.function(*args)
 
-    def _keep(self, kind: Hashable, replay: Callable[..., Any] | None) -> None:
-        self._replays[kind] = replay
+    def _keep(self, kind: Hashable, found: Callable[..., Any] | int | None) -> None:
+        self._replays[kind] = found
         if len(self._replays) > MOST:
             self._replays.popitem(last=False)
 
