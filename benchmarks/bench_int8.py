@@ -109,7 +109,9 @@ def pictures(prompts: Sequence[str] = PROMPTS, **options: Any) -> tuple[Tensor, 
     drawn = []
     for how in WAYS.values():
         pipe = df.StableDiffusion.from_pretrained("emoji", rewrites=how, dtype=torch.float32)
-        drawn.append(pipe(list(prompts), seed=1, output="tensor", **options).images)
+        images = pipe(list(prompts), seed=1, output="tensor", **options).images
+        assert isinstance(images, Tensor)
+        drawn.append(images)
     both = torch.stack(drawn)
     error = (both[1] - both[0]).square().mean((1, 2, 3))
     return both, (10 * torch.log10(4 / error)).tolist()  # they reach from -1 to 1

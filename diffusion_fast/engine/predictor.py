@@ -127,8 +127,9 @@ class PlainPredictor:
         return ()
 
     def explain(self) -> Sequence[RewriteReport]:
-        names = (*REWRITES, *LOSSY) if self.why else ()
-        return [RewriteReport(name, False, self.why) for name in names]
+        if not self.why:
+            return []
+        return [RewriteReport(name, False, self.why) for name in (*REWRITES, *LOSSY)]
 
 
 def predictor_for(

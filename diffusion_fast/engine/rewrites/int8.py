@@ -20,7 +20,7 @@ def quantized(network: nn.Module) -> None:
         for product in modules(block, Product):
             if not product.folds:
                 product.compute, product.packs = (int8.linear, int8.pack_linear), True
-    for block in modules(network, plain.ResBlock):
-        for conv in (block.conv1, block.conv2):
+    for resnet in modules(network, plain.ResBlock):
+        for conv in (resnet.conv1, resnet.conv2):
             if isinstance(conv, Convolution):
                 conv.compute, conv.packs = (int8.conv2d, int8.pack_conv2d), True

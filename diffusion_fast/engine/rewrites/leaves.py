@@ -27,6 +27,7 @@ from . import folding
 from .folding import Weights
 
 Source = Callable[[], tuple[Any, ...]]  # Weights, or the first of them, as the model has them now
+Compute = tuple[Callable[..., Any], Callable[..., Any]]
 Kind = TypeVar("Kind", bound=nn.Module)
 LAYERS = (nn.Linear, plain.Linear, plain.Conv2d)  # all in their weight and bias
 NO_WEIGHTS = Weights(torch.empty(0))
@@ -52,7 +53,7 @@ class Leaf(nn.Module):
         compute: the op, and what packs a weight for it.
     """
 
-    compute: tuple[Callable[..., Any], Callable[..., Any]]
+    compute: Compute
 
     def __init__(self, source: Source, derived: bool = False, **window: Any) -> None:
         super().__init__()
@@ -95,7 +96,7 @@ class Product(Leaf):
     y = r (x W'^T - mean s) + b', see :func:`.folding.with_layer_norm`.
     """
 
-    compute = ops.linear, ops.pack_linear
+    compute: Compute = ops.linear, ops.pack_linear
     folds = False  # a layer norm
 
     def forward(self, x: Any, residual: Tensor | None = None, geglu: bool = False) -> Any:
@@ -120,7 +121,7 @@ class Product(Leaf):
 class Convolution(Leaf):
     """conv(cat(x, x2)) + b, with a number for each image and channel and a residual added."""
 
-    compute = ops.conv2d, ops.pack_conv2d
+    compute: Compute = ops.conv2d, ops.pack_conv2d
 
     def forward(
         self,
