@@ -37,14 +37,14 @@ struct Sums {
   static constexpr double kLog2E = 1.4426950408889634;  // scores are powers of two
   static constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-  long dim, row;       // of a query's channels: how many, and in `rows`
-  Buffer<float> sums;  // [D in whole vectors][queries]
-  Buffer<float> rows;  // [queries][row]: as they come or go
-  bool empty;          // whether nothing is summed yet
+  long row;                                           // of a query's channels
+  Buffer<float> sums;                                 // [D in whole vectors][queries]
+  Buffer<float> rows;                                 // [queries][row]: as they come or go
+  bool empty;                                         // whether nothing is summed yet
   alignas(64) float most[kQueries], total[kQueries];  // the largest score, the sum of weights
 
   explicit Sums(const Attention& a)
-      : dim(a.dim), row(rounded_up(a.dim, kLanes)), sums(row * kQueries), rows(kQueries * row) {}
+      : row(rounded_up(a.dim, kLanes)), sums(row * kQueries), rows(kQueries * row) {}
 
   void clear() {
     std::fill(most, most + kQueries, kNone);
@@ -61,7 +61,7 @@ struct Sums {
     if (!empty && !same(before, now)) {
       const Vec factor = power_of_two(before - from);
       store(total + at, load(total + at, Full{}) * factor, Full{});
-      for (float* sum = &sums[at]; sum < &sums[at] + dim * kQueries; sum += kQueries)
+      for (float* sum = &sums[at]; sum < sums.data() + sums.size(); sum += kQueries)
         store(sum, load(sum, Full{}) * factor, Full{});
     }
     store(most + at, now, Full{});
@@ -71,6 +71,7 @@ struct Sums {
   // Writes them by the sums of their weights; or with the weights of a part adds them, weighted.
   template <class T>
   void write(const Attention& a, long count, const float* weights, T* out) {
+    const long dim = a.dim;
     if (empty) std::fill(sums.begin(), sums.end(), 0.f);
     transpose(sums.data(), kQueries, dim, count, rows.data(), row);
     for (long r = 0; r < count; ++r, out += a.heads * dim) {
