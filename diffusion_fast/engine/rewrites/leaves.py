@@ -50,10 +50,10 @@ class Leaf(nn.Module):
     Attributes:
         joins: whether a residual or a gate is part of the op.
         packs: whether the next call lays the weight out anew, for inputs of its size.
-        compute: the op, and what packs a weight for it.
+        compute: what is computed in the place of the op, and what packs a weight for it.
     """
 
-    compute: Compute
+    compute: Compute | None = None
 
     def __init__(self, source: Source, derived: bool = False, **window: Any) -> None:
         super().__init__()
@@ -96,12 +96,11 @@ class Product(Leaf):
     y = r (x W'^T - mean s) + b', see :func:`.folding.with_layer_norm`.
     """
 
-    compute: Compute = ops.linear, ops.pack_linear
     folds = False  # a layer norm
 
     def forward(self, x: Any, residual: Tensor | None = None, geglu: bool = False) -> Any:
         weight, bias, sums = self.weights
-        run, packer = self.compute
+        run, packer = self.compute or (ops.linear, ops.pack_linear)
         norm = None
         if isinstance(x, tuple):
             x, mean, rstd = x
@@ -121,8 +120,6 @@ class Product(Leaf):
 class Convolution(Leaf):
     """conv(cat(x, x2)) + b, with a number for each image and channel and a residual added."""
 
-    compute: Compute = ops.conv2d, ops.pack_conv2d
-
     def forward(
         self,
         x: Tensor,
@@ -132,7 +129,7 @@ class Convolution(Leaf):
         add: Tensor | None = None,
     ) -> Tensor:
         weight, own, _ = self.weights
-        run, packer = self.compute
+        run, packer = self.compute or (ops.conv2d, ops.pack_conv2d)
         if self.packs:
             size = (x.shape[0], weight.shape[1], *x.shape[2:])
             pack: Any = partial(packer, size=size, **self.window)
