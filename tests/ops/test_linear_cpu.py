@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -59,10 +60,11 @@ def check(x: Tensor, weight: Tensor, geglu: bool = False, **more: Tensor | None)
 def test_any_call(
     rows: tuple[int, ...], inner: int, out: int, geglu: bool, names: set[str], sliced: bool
 ) -> None:
+    # Of a few sums none may cancel, with which the rule would compare errors.
+    draw = torch.randn if math.prod(rows) * out >= 16 else torch.rand
+
     def make(*size: int) -> Tensor:
-        if sliced:
-            return torch.randn(*size[:-1], 2 * size[-1] + 1)[..., 1::2]
-        return torch.randn(*size)
+        return draw(*size[:-1], 2 * size[-1] + 1)[..., 1::2] if sliced else draw(*size)
 
     wide = out * (1 + geglu)
     more = {"bias": make(wide), "residual": make(*rows, out)}
