@@ -150,7 +150,7 @@ class RowsUNet:
             ]
             for tables, of_block in zip(self.times.tables, self._shared, strict=True)
         ]
-        return self.run(x, time, rows.kv, rows.lengths, (), (), image)  # type: ignore[no-any-return]
+        return self.run(x, time, rows.kv, rows.lengths, (), (), image)
 
     @torch.no_grad()
     def refresh(self) -> None:
