@@ -41,9 +41,21 @@ def _term(coefficient, value):
 
 
 @triton.jit
-def _guided(output, image, batch, c, s, valid, guidance, DTYPE: tl.constexpr, HALVES: tl.constexpr):
+def _guided(
+    m_ptr,
+    strides,
+    cond_ptr,
+    uncond_ptr,
+    image,
+    batch,
+    c,
+    s,
+    valid,
+    guidance,
+    DTYPE: tl.constexpr,
+    HALVES: tl.constexpr,
+):
     """(guided, conditional, unconditional) output at channel c and place s of an image."""
-    m_ptr, strides, cond_ptr, uncond_ptr = output
     place = c.to(tl.int64) * strides[1] + s.to(tl.int64) * strides[2]
     if cond_ptr is not None:
         row, other = tl.load(cond_ptr + image), tl.load(uncond_ptr + image)
@@ -59,14 +71,6 @@ def _guided(output, image, batch, c, s, valid, guidance, DTYPE: tl.constexpr, HA
     else:
         m, cond = first, first
     return m, cond, first
-
-
-@triton.jit
-def _of(ptr, image, EACH: tl.constexpr):
-    """Where an image's own number is, of one for each; or the one for all."""
-    if ptr is not None and EACH:
-        ptr += image
-    return ptr
 
 
 @triton.jit
@@ -97,9 +101,12 @@ def _deviations(
     BLOCK: tl.constexpr,
 ):
     """Count, mean, squared deviations of guided and conditional output, [B, PARTS, 2, 3]."""
+    # Triton 3.6 can't hand a tuple with a None in it on to a function.
+    m_ptr, strides, cond_ptr, uncond_ptr = output
     image = (tl.program_id(0) // PARTS).to(tl.int64)
     part = tl.program_id(0) % PARTS
-    step_ptr = _of(step_ptr, image, EACH)
+    if EACH and step_ptr is not None:
+        step_ptr += image
     g = _row(table_ptr, step_ptr, guidance, COLUMNS, GUIDANCE, DTYPE)
     count = tl.zeros((), DTYPE)
     mean = tl.zeros((), DTYPE)
@@ -111,7 +118,9 @@ def _deviations(
         index = start + tl.arange(0, BLOCK)
         valid = index < last
         c, s = index // space, index % space
-        m, cond, _ = _guided(output, image, batch, c, s, valid, g, DTYPE, 2)
+        m, cond, _ = _guided(
+            m_ptr, strides, cond_ptr, uncond_ptr, image, batch, c, s, valid, g, DTYPE, 2
+        )
         n = tl.full((), tl.minimum(last - start, BLOCK), DTYPE)
         share = n / (count + n)
         tile_mean = tl.sum(m, 0) / n
@@ -213,6 +222,7 @@ def _sampler_step(
     BLOCK: tl.constexpr,
 ):
     x_ptr, y_ptr, h1_ptr, h2_ptr, h3_ptr, z_ptr = state
+    m_ptr, strides, cond_ptr, uncond_ptr = output
     image = (tl.program_id(0) // chunks).to(tl.int64)
     size = channels * space
     index = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
@@ -222,14 +232,17 @@ def _sampler_step(
     else:
         c, s = index // space, index % space
     here = image * size + index
-    step_ptr = _of(step_ptr, image, EACH)
+    if EACH and step_ptr is not None:
+        step_ptr += image
     if step_ptr is None:
         step = tl.full((), host_step, tl.int64)
     else:
         step = tl.load(step_ptr)
 
     g = _row(table_ptr, step_ptr, guidance, COLUMNS, GUIDANCE, DTYPE)
-    m, _, u = _guided(output, image, batch, c, s, valid, g, DTYPE, HALVES)
+    m, _, u = _guided(
+        m_ptr, strides, cond_ptr, uncond_ptr, image, batch, c, s, valid, g, DTYPE, HALVES
+    )
     if parts_ptr is not None:
         rescale = _row(table_ptr, step_ptr, rescale, COLUMNS, RESCALE, DTYPE)
         m = m * _factor(parts_ptr, image, rescale, PARTS)
