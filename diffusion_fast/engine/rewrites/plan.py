@@ -7,6 +7,7 @@ network (:mod:`.prepare`). To add one is a line of :data:`REWRITES`, and a file 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -133,7 +134,7 @@ class RewritePlan:
     off: dict[str, str]
     lossy: frozenset[str] = frozenset()
 
-    @property
+    @functools.cached_property
     def on(self) -> frozenset[str]:
         """The rewrites that are used."""
         return frozenset(REWRITES) - self.off.keys() | self.lossy
