@@ -42,8 +42,9 @@ import diffusion_fast as df
 from benchmarks.lib.environment import environment
 from benchmarks.lib.replicas import throughput
 from diffusion_fast import ops
-from diffusion_fast.engine.batch import Batch, Job, Seat, Slots
+from diffusion_fast.engine.batch import Batch
 from diffusion_fast.engine.rewrites.rows import Rows, side_by_side
+from diffusion_fast.engine.slots import Job, Seat, Slots
 from diffusion_fast.samplers import make_table
 from diffusion_fast.samplers.table import StepTable
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..edits import Edit, Watch
-from ..engine.batch import Batch, Seat, Slots
+from ..engine.batch import Batch
+from ..engine.slots import Seat, Slots
 from ..ops import checks
 from .pending import InBatch, Pending
 from .request import checked, job, result
@@ -72,7 +73,7 @@ class Batcher:
         max_bytes: the most memory that pictures in waiting requests take.
         graph: ``"auto"`` for CUDA graphs where there can be any, or ``"off"``.
         rows: the numbers of rows of the model's batch to use; see
-            :class:`~diffusion_fast.engine.batch.Slots`.
+            :class:`~diffusion_fast.engine.slots.Slots`.
 
     Attributes:
         statistics: what it did so far.

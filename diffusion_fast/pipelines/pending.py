@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from ..engine.batch import Seat
+from ..engine.slots import Seat
 from .request import Request
 from .result import Result
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..engine.batch import Job
+from ..engine.slots import Job
 from ..ops import checks
 from ..samplers import SamplerOptions, table_of
 from ..samplers.table import StepTable

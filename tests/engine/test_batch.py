@@ -14,7 +14,8 @@ from tape import TapeCapturer, tape
 from torch import Tensor
 
 from diffusion_fast import DiffusionSchedule, Engine, ops
-from diffusion_fast.engine.batch import Batch, Job, Seat, Slots
+from diffusion_fast.engine.batch import Batch
+from diffusion_fast.engine.slots import Job, Seat, Slots
 from diffusion_fast.models import UNet2DCondition
 from diffusion_fast.ops import checks
 from diffusion_fast.samplers import make_table

@@ -12,7 +12,8 @@ from tape import TapeCapturer, captured, tape
 from torch import Tensor, nn
 
 import diffusion_fast as df
-from diffusion_fast.engine.batch import Batch, Job, Slots
+from diffusion_fast.engine.batch import Batch
+from diffusion_fast.engine.slots import Job, Slots
 from diffusion_fast.models import UNet2DCondition
 from diffusion_fast.samplers import make_table
 
