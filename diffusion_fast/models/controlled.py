@@ -13,7 +13,8 @@ from .blocks import Composite, Residual
 from .config import UNetConfig
 from .controlnet import ControlNet
 from .t2i_adapter import T2IAdapter
-from .unet import Residuals, UNet2DCondition
+from .unet import UNet2DCondition
+from .unet_encoder import Residuals
 
 Control = ControlNet | T2IAdapter
 SHARED = ("text_embeds", "time_ids", "context_lengths")  # conditions that ControlNets take too

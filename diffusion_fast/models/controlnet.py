@@ -16,7 +16,8 @@ from .blocks import Composite, Conv2d
 from .checkpoints import save_model
 from .controlnet_config import HINT_CHANNELS, KIND, MID_BLOCKS, ControlNetConfig
 from .controlnet_file import find_controlnet
-from .unet import ContextProjections, TimeProjections, UNet2DCondition, UNetEncoder
+from .unet import UNet2DCondition
+from .unet_encoder import ContextProjections, TimeProjections, UNetEncoder
 
 GUESS = 0.1  # of the finest residual in guess mode; the coarsest has 1
 

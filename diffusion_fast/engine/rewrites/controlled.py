@@ -14,7 +14,7 @@ from ...models import UNet2DCondition
 from ...models.blocks import Residual, widened
 from ...models.controlled import SHARED, ControlledUNet, by_place
 from ...models.controlnet import ControlNet
-from ...models.unet import Residuals
+from ...models.unet_encoder import Residuals
 from ...ops import checks
 from ..buffers import Clock
 from ..order import contexts_of

@@ -17,7 +17,7 @@ from ...kernels.layout import channels_last
 from ...models import UNet2DCondition
 from ...models.blocks import Composite, GroupNorm, LayerNorm, ResBlock
 from ...models.controlnet import ControlNet
-from ...models.unet import ContextProjections, Residuals, TimeProjections, UNetEncoder
+from ...models.unet_encoder import ContextProjections, Residuals, TimeProjections, UNetEncoder
 from ...ops import checks
 from ..buffers import Clock
 from ..graphs.policy import surroundings

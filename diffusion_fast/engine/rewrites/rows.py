@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from ...conditioning import Context
 from ...kernels.layout import channels_last
 from ...models import UNet2DCondition
-from ...models.unet import ContextProjections
+from ...models.unet_encoder import ContextProjections
 from ...ops import checks
 from .plan import TABLE_LIMIT, check_placement, make_plan, time_table_bytes
 from .prepare import TimeTable, rewritten

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...edits import Edit, Watch
 from ...models import UNet2DCondition
 from ...models.blocks import Attention
-from ...models.unet import ContextProjections
+from ...models.unet_encoder import ContextProjections
 
 LIMIT = 4  # batches of prompts; regions of other sizes come in batches of their own
 

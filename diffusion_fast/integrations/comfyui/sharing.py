@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...models.unet import TimeProjections, UNet2DCondition
+from ...models.unet import UNet2DCondition
+from ...models.unet_encoder import TimeProjections
 
 
 def compared(

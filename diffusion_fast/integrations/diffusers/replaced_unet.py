@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ...engine.rewrites.leaves import joined_contexts
 from ...models.blocks import KeyValue, beside_text
 from ...models.config import UNetConfig
-from ...models.unet import ContextProjections, UNet2DCondition
+from ...models.unet import UNet2DCondition
+from ...models.unet_encoder import ContextProjections
 from .replacement import Replacement
 
 
