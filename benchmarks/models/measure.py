@@ -29,6 +29,7 @@ from ..lib.traffic import max_error
 Call = Callable[[], Tensor]
 LEAST_ROUNDS, MOST_ROUNDS = 5, 100
 SAMPLE_SECONDS = 0.01
+PAUSE_SECONDS = 0.05  # before each turn on a CPU, where threads of the turn before it still spin
 ENERGY_SECONDS = 1.0
 
 
@@ -140,6 +141,8 @@ def _take_turns(ready: dict[str, _Ready], budget: float, timer: Callable[[], flo
         for name in order[done % len(order) :] + order[: done % len(order)]:
             one = ready[name]
             synchronize()
+            if not GPU:
+                time.sleep(PAUSE_SECONDS)
             begin = timer()
             for _ in range(one.number):
                 one.call()
