@@ -16,7 +16,7 @@ from ..conditioning import Context, Model, PerStep, join_steps
 from ..cores import warn_of_threads
 from ..edits import Edit, Watch
 from ..ops import Philox, checks
-from ..ops.cpu import contest
+from ..ops.cpu import contest, threads
 from ..ops.cpu import library as cpu_kernels
 from ..samplers import SamplerOptions, table_of
 from ..schedule import DiffusionSchedule
@@ -198,11 +198,12 @@ class Engine:
                 philox=isinstance(generator, Philox),
                 by_step=self._by_step(callback, preview),
             )
-            run = prepared.begin(way, start, preview is not None)
-            rows = _track(range(len(self.table)), self.table.sampler, self.progress)
-            seen = callback is not None or preview is not None
-            denoise(run, rows, self._at_ends(run, callback, preview) if seen else None)
-            return run.result()
+            with loop.threads():
+                run = prepared.begin(way, start, preview is not None)
+                rows = _track(range(len(self.table)), self.table.sampler, self.progress)
+                seen = callback is not None or preview is not None
+                denoise(run, rows, self._at_ends(run, callback, preview) if seen else None)
+                return run.result()
 
     def refresh(self) -> None:
         """Take the weights as they are now.
@@ -220,7 +221,8 @@ class Engine:
         """What a run of this engine does: table, halves of guidance, dtypes, graph, backends.
 
         ``"rewrites"`` has a row for each rewrite of the last run's predictor, ``"products"`` how
-        many of a step's products and convolutions go which way on a CPU.
+        many of a step's products and convolutions go which way on a CPU, ``"threads"`` how many
+        share a step there.
         """
         step = ops.explain("sampler_step")
         device, model_dtype, dtype = self._placement()
@@ -232,6 +234,7 @@ class Engine:
             "graph": f"{self._graphs.last.mode} ({self._graphs.last.why})",
             "sampler_step": step.backend,
             "products": _products(last),
+            "threads": _threads(last),
             "rewrites": list(last.predictor.explain()) if last is not None else [],
         }
 
@@ -363,6 +366,15 @@ def _products(loop: Loop | None) -> str:
     if loop is None or loop.buffers.layout.device.type != "cpu":
         return "nothing was measured"
     return contest.told(loop.predictor.calls(loop.buffers.layout.shape[2:]))
+
+
+def _threads(loop: Loop | None) -> str:
+    """How many threads share a step of a loop on a CPU."""
+    most = threads.most()
+    if loop is None or loop.buffers.layout.device.type != "cpu":
+        return "not decided"
+    count = loop.shared_by(most)
+    return f"{count} of {most}" + ", measured to be faster" * (count < most)
 
 
 def _track(rows: range, label: str, enabled: bool) -> Iterable[int]:

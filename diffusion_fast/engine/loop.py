@@ -6,6 +6,7 @@ a table and a context, which gives a :class:`Run` from a starting noise, which i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 from .. import ops
 from ..conditioning import Context, PerRow
 from ..ops import Philox, checks
+from ..ops.cpu import contest, threads
 from ..samplers.table import StepTable
 from .buffers import Buffers, Clock, Generators, Layout, Noise, noise_source
 from .graphs.policy import Capturable, Way
@@ -197,6 +199,7 @@ class Loop:
         self.buffers, self.predictor = Buffers(layout), predictor
         self.clock = Clock(layout.device)
         self._rows: Rows | None = None  # of the last table
+        self._shared_by: dict[int, int] = {}  # threads of a step, by how many PyTorch has
 
     def prepare(
         self,
@@ -215,6 +218,24 @@ class Loop:
         self.predictor.prepare(context, rows.timesteps, execute)
         whole = isinstance(self.predictor, PlainPredictor) and rows.timesteps.dtype
         return Prepared(self, rows, context, (signature(context), whole))
+
+    def threads(self) -> contextlib.AbstractContextManager[None]:
+        """On a CPU, so many threads as its steps are the fastest with; found when it is prepared.
+
+        Steps of a model that nobody knows are left alone.
+        """
+        most, layout = threads.most(), self.buffers.layout
+        if layout.device.type != "cpu":
+            return contextlib.nullcontext()
+        if most not in self._shared_by:
+            calls = self.predictor.calls(layout.shape[2:])
+            self.clock.start()
+            self._shared_by[most] = contest.threads_for(calls, self.predicted)
+        return threads.using(self._shared_by[most])
+
+    def shared_by(self, most: int) -> int:
+        """How many of so many threads share a step on a CPU; all of them until it was measured."""
+        return self._shared_by.get(most, most)
 
     def predicted(self) -> Tensor:
         """The model's output [halves * B, C, ...] at the clock's row, checked."""

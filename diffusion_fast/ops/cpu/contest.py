@@ -24,13 +24,18 @@ from ...hardware import cpu_flags, processor
 from ...kernels.measurements import adopt, file_of, lookup, remember, results
 from ..dispatch import Op
 from ..dispatch.backend import BACKENDS, requested
-from . import library
+from ..dispatch.measured import shape_of
+from . import library, threads
 
 ROUNDS, LEAST_ROUNDS = 9, 2
 ENOUGH = 0.1  # seconds for a kind, after which the least number of rounds will do
 LOST = 2.0  # a way that takes so much longer than the best one has no further round
 GAIN = 0.95  # a way that is not first must take at most so much of the first one's time
 MANY = 8  # kinds from which a line says that they are measured
+
+# Of a step of a network, see :func:`threads_for`.
+LONG, LARGE = 0.05, 10**10  # seconds, and multiply-adds, in which there is work for all threads
+WARM = 3  # calls before those that count: the third one is recorded, which is slow
 
 Kind = tuple[object, ...]
 Ways = Mapping[str, Callable[..., Any]]
@@ -183,6 +188,60 @@ def told(calls: Calls) -> str:
     return ", ".join(parts) or "nothing was measured"
 
 
+def threads_for(calls: Calls, step: Callable[[], object]) -> int:
+    """The number of threads with which a step takes the least time, PyTorch's at most.
+
+    In a small network an op is done in microseconds, in which threads can't even begin together.
+    Measured once for each set of calls, machine and number of PyTorch's threads.
+
+    Args:
+        calls: the step's, as :func:`prepare` takes them; without products all threads are used.
+        step: what is measured; it is called several times.
+    """
+    most, calls = threads.most(), list(calls)
+    if library.machine() or most == 1 or not 0 < _multiply_adds(calls) < LARGE:
+        return most
+    text = repr([(name, shape_of(args)) for name, args in calls])
+    key = f"threads {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    found = lookup(_file(), key)
+    if found is None or not found.isdecimal() or not 1 <= int(found) <= most:
+        found = str(_fastest(step, most))
+        remember(_file(), key, found)
+    return int(found)
+
+
+def _multiply_adds(calls: Calls) -> int:
+    """Those of the products and convolutions, whose second argument is a weight [N, K, ...]."""
+    products = [args[:2] for name, args in calls if name in ("linear", "conv2d")]
+    return sum(x.numel() // weight.shape[1] * weight.numel() for x, weight in products)
+
+
+def _fastest(step: Callable[[], object], most: int) -> int:
+    """The number of threads that is the fastest: all of them, or half as many, and so on."""
+    count = best = most
+    least = _seconds(step, most)
+    while count > 1 and least < LONG:
+        count //= 2
+        seconds = _seconds(step, count)
+        if seconds > GAIN * least:
+            break
+        best, least = count, seconds
+    return best
+
+
+def _seconds(step: Callable[[], object], count: int) -> float:
+    """The least time of a step by so many threads."""
+    times, began = [], time.perf_counter()
+    with threads.using(count):
+        for turn in range(WARM + ROUNDS):
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+            if turn >= WARM and time.perf_counter() - began > ENOUGH:
+                break
+    return min(times)
+
+
 def _of(contest: Contest, calls: Calls) -> list[tuple[Any, ...]]:
     return [args for name, args in calls if name == contest.op.name]
 
@@ -206,7 +265,7 @@ def take(saved: Mapping[str, Any]) -> None:
 
 
 def _file() -> Path:
-    machine = f"{processor()['processor']}-{_features()}-{torch.get_num_threads()}threads"
+    machine = f"{processor()['processor']}-{_features()}-{threads.most()}threads"
     return file_of(machine, _version())
 
 
