@@ -137,8 +137,8 @@ def _decoupled_attention(
             length = tl.load(lengths_ptr + batch).to(tl.int32)
             seen = tl.where(part == 0, tl.minimum(length, count), count)
         found, norm = _attend(
-            q, k_ptr, v_ptr, k_strides[1], v_strides[1], column, seen, of_powers, DTYPE, WIDE, WIDEN,
-            DIM, UNIT, M, N, K,
+            q, k_ptr, v_ptr, k_strides[1], v_strides[1], column, seen, of_powers, DTYPE, WIDE,
+            WIDEN, DIM, UNIT, M, N, K,
         )  # fmt: skip
         at = weights_ptr + (part - 1) * weights_strides[1] + row * weights_strides[2]
         weight = tl.load(at, mask=(row < queries) & (part > 0), other=1.0).to(DTYPE)
@@ -161,19 +161,19 @@ class Config(NamedTuple):
 def config(dtype: torch.dtype, width: int) -> Config:
     """By the head's width, a power of two.
 
-    A program holds the query, two sums of its size and a block's scores in registers, and two
-    blocks of keys and values in shared memory, for the loads of one behind the products of the
-    other. These sizes spill nothing but in float32 and float64 above 128, and fit in the 99 KB of a
-    consumer GPU.
+    Of shared memory a consumer GPU has 99 KB: queries are there on Hopper, and two blocks of keys
+    and values, so that one is loaded while the other is multiplied. Two sums of the queries' size
+    lie in registers, as does a block of scores, of which none are spilled but in float32 above 128.
+    Short blocks suit a text of 77 keys, of which 96 are computed, and an image of 4 or 16.
     """
     if dtype == torch.float64:
         return Config(16, 16, 4 if width <= 128 else 8, 1)
-    if dtype == torch.float32:  # in three parts, which lie in registers too
-        if width <= 64:
-            return Config(32, 32, 4, 2)
-        return Config(16, 32, 4, 2) if width <= 128 else Config(16, 16, 8, 2)
-    # 64 queries are the least that Hopper's products of a group of warps take.
-    return Config(64, 32, 4, 2) if width <= 128 else Config(64, 32, 8, 2)
+    if dtype == torch.float32:  # a product's three parts take registers too
+        return Config(32, 32, 4, 2) if width <= 64 else Config(16, 16, 4 if width <= 128 else 8, 2)
+    # 64 queries are the least that Hopper multiplies by a group of warps.
+    if width <= 64:
+        return Config(128, 32, 8, 2)
+    return Config(64, 32 if width <= 128 else 16, 8, 2)
 
 
 def decoupled_attention(
