@@ -161,10 +161,10 @@ class Config(NamedTuple):
 def config(dtype: torch.dtype, width: int) -> Config:
     """By the head's width, a power of two.
 
-    Of shared memory a consumer GPU has 99 KB: queries are there on Hopper, and two blocks of keys
-    and values, so that one is loaded while the other is multiplied. Two sums of the queries' size
-    lie in registers, as does a block of scores, of which none are spilled but in float32 above 128.
-    Short blocks suit a text of 77 keys, of which 96 are computed, and an image of 4 or 16.
+    A consumer GPU has 99 KB of shared memory: for the queries, and for two blocks of keys and
+    values, so that one is loaded while the other is multiplied. In registers lie two sums of the
+    queries' size and a block of scores; up to sm_90 they spill in float32 above 128 only. Short
+    blocks suit few keys: of a text's 77 they compute 80 or 96, of an image's 4 or 16 as many or 32.
     """
     if dtype == torch.float64:
         return Config(16, 16, 4 if width <= 128 else 8, 1)
