@@ -163,8 +163,8 @@ def config(dtype: torch.dtype, width: int) -> Config:
 
     A consumer GPU has 99 KB of shared memory: for the queries, and for two blocks of keys and
     values, so that one is loaded while the other is multiplied. In registers lie two sums of the
-    queries' size and a block of scores; up to sm_90 they spill in float32 above 128 only. Short
-    blocks suit few keys: of a text's 77 they compute 80 or 96, of an image's 4 or 16 as many or 32.
+    queries' size and a block of scores, which in half precision spill on neither sm_80 nor sm_90.
+    Short blocks suit few keys: 80 or 96 are computed of a text's 77, 16 or 32 of an image's 4.
     """
     if dtype == torch.float64:
         return Config(16, 16, 4 if width <= 128 else 8, 1)

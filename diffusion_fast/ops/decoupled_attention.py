@@ -104,7 +104,7 @@ def reference(
     scale: float,
     key_lengths: Tensor | None,
 ) -> Tensor:
-    """A call of attention for each context, by whatever backend that has, and sums of results."""
+    """A call of attention for each context, by whatever backend that has."""
     (k, *keys), (v, *values) = k.split(list(parts), 1), v.split(list(parts), 1)
     out = attention(q, k, v, scale=scale, key_lengths=key_lengths)
     factors = weights.to(q.dtype).unbind(1)  # [B or 1, Sq or 1] each
