@@ -77,8 +77,8 @@ def _attend(
 
 @triton.jit
 def _of_part(counts, part):
-    """counts[part]: not a loop for each part, whose registers would add up."""
-    found = counts[0] + 0 * part
+    """counts[part]. A loop for each part, unrolled, would spill registers where they are many."""
+    found = counts[0] + 0 * part  # a value of the program's also where the number is a constant
     for i in tl.static_range(1, len(counts)):
         found = tl.where(part == i, counts[i], found)
     return found
@@ -143,6 +143,8 @@ def _decoupled_attention(
         at = weights_ptr + (part - 1) * weights_strides[1] + row * weights_strides[2]
         weight = tl.load(at, mask=(row < queries) & (part > 0), other=1.0).to(DTYPE)
         total += found * (weight / norm)[:, None]
+        if WIDE:
+            count = count.to(tl.int64)
         k_ptr += count * k_strides[1] * UNIT
         v_ptr += count * v_strides[1] * UNIT
     place = batch * out_strides[0] + head * out_strides[2] + row * out_strides[1]
