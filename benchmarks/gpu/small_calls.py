@@ -55,6 +55,10 @@ def calls(device: str) -> Iterator[tuple[str, Call]]:
     yield "linear parts", lambda: ops.linear(randn(7, 2560), randn(22, 2560), randn(22))
     image, window = randn(2, 12, 7, 9, last=True), randn(10, 12, 3, 3, last=True)
     yield "conv2d", lambda: ops.conv2d(image, window, randn(10), padding=1)
+    q, keys, weights = randn(2, 7, 3, 13), randn(2, 40, 3, 13), randn(2, 2, 7)
+    seen = torch.tensor([33, 1], device=device)
+    contexts = (q, keys, keys, (33, 4, 3), weights)
+    yield "decoupled_attention", lambda: ops.decoupled_attention(*contexts, key_lengths=seen)
 
 
 def _norm(x: Tensor, x2: Tensor, weight: Tensor, bias: Tensor, add: Tensor) -> Tensor:

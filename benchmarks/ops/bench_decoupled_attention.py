@@ -12,22 +12,20 @@ from torch.nn import functional as F
 from diffusion_fast import ops
 
 from ..lib.traffic import nbytes
+from . import shapes
 from .harness import VARIANTS, Case, Problem, run
 
-TEXT = 77
-# SD1.5 at 512x512, both halves of guidance: (queries, head dim), and tokens of the image.
-LEVELS = ((4096, 40), (1024, 80), (256, 160))
-IMAGES = {"plain": 4, "plus": 16}
+TEXT = shapes.TEXT
 
 
-def build(queries: int, dim: int, tokens: int, device: str) -> Problem:
+def build(queries: int, heads: int, dim: int, tokens: int, device: str) -> Problem:
     def made(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=torch.bfloat16)
 
     q, k, v = (
-        made(2, queries, 8, dim),
-        made(2, TEXT + tokens, 8, dim),
-        made(2, TEXT + tokens, 8, dim),
+        made(2, queries, heads, dim),
+        made(2, TEXT + tokens, heads, dim),
+        made(2, TEXT + tokens, heads, dim),
     )
     weights = torch.full((1, 1, 1), 0.6, device=device, dtype=torch.bfloat16)
 
@@ -48,9 +46,9 @@ def build(queries: int, dim: int, tokens: int, device: str) -> Problem:
 
 
 CASES = [
-    Case(f"{name} {queries}x{dim}", build, (queries, dim, tokens), (64, 40, tokens))
-    for name, tokens in IMAGES.items()
-    for queries, dim in LEVELS
+    Case(f"{model} {queries}x{dim} {tokens}", build, (queries, *rest), (64, 2, 40, tokens))
+    for model, queries, *rest in shapes.CONTEXTS
+    for _, dim, tokens in [rest]
 ]
 
 

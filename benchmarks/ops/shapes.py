@@ -39,6 +39,20 @@ GEGLU = (
     ("sdxl", 2048, 5120),
 )
 
+# Attention to a text and an image: (model, queries, heads, head dim, tokens of the image), of which
+# the plain IP-Adapter has 4 and the one with a resampler 16.
+TEXT = 77
+CONTEXTS = (
+    ("sd15", 4096, 8, 40, 4),
+    ("sd15", 1024, 8, 80, 4),
+    ("sd15", 256, 8, 160, 4),
+    ("sd15", 4096, 8, 40, 16),
+    ("sd15", 1024, 8, 80, 16),
+    ("sd15", 256, 8, 160, 16),
+    ("sdxl", 4096, 10, 64, 4),
+    ("sdxl", 1024, 20, 64, 16),
+)
+
 # Latents: (model, batch, H = W). The large batches are where bandwidth can be measured.
 LATENTS = (("sd15", 2, 64), ("sd15", 256, 64), ("sdxl", 2, 128), ("sdxl", 256, 128))
 

@@ -40,6 +40,7 @@ USE = ("registers", "shared", "local", "blocks")
 FIELDS = (*KEY, *USE, *machine_code.COLUMNS, "fault")
 
 WIDE = 16  # bytes, the most that a thread moves at once
+PRODUCTS = ("_product", "_decoupled_attention")
 NORMS = ("group_norm_silu", "layer_norm", "row_statistics")
 # Of these, the kernels that walk over a tile of the image, and whether they write one.
 WALKS = {
@@ -77,7 +78,7 @@ def fault(op: str, one: Launch, row: dict[str, Any]) -> str:
     """What the program does in a slow way although its shape allows the fast one; nothing: ""."""
     size = itemsize(one)
     # Those with descriptors have 64 rows in any case.
-    tall = one.kernel == "_persistent" or (one.kernel == "_product" and one.options["M"] >= 64)
+    tall = one.kernel == "_persistent" or (one.kernel in PRODUCTS and one.options["M"] >= 64)
     if tall and size == 2 and row["arch"] == 90 and not row["hgmma"]:
         return "no HGMMA"
     if one.kernel == "_persistent" and not row["tma"]:

@@ -10,6 +10,7 @@ import torch
 from diffusion_fast.kernels import (
     add_noise,
     conv2d,
+    decoupled_attention,
     geglu,
     group_norm_silu,
     group_norm_silu_backward,
@@ -32,7 +33,8 @@ def cases() -> Iterator[Case]:
     """(op, name of the case, a call of its launchers)."""
     for dtype in (BF16, F16, F64):  # of float32 there are enough at the models' shapes
         kind = str(dtype)[6:]
-        for op, name, call in [*_rows(dtype), *_products(dtype), *_norms(dtype), *_latents(dtype)]:
+        every = (_rows, _products, _norms, _latents, _contexts)
+        for op, name, call in [case for cases in every for case in cases(dtype)]:
             yield op, f"{name} {kind}", call
     for dtype in (F32, F64):
         yield from _steps(dtype)
@@ -110,6 +112,22 @@ def _latents(dtype: torch.dtype) -> Iterator[Case]:
     yield "weighted_mse", name, partial(weighted_mse.weighted_mse, x, x, weight)
     backward = partial(weighted_mse.weighted_mse_backward, weight[0], x, x, weight)
     yield "weighted_mse", name, backward
+
+
+def _contexts(dtype: torch.dtype) -> Iterator[Case]:
+    lengths = torch.empty(2, dtype=torch.int32, device="meta")
+    for queries, heads, dim, parts, seen in (
+        (1, 1, 1, (1,), None),
+        (7, 3, 13, (5, 1, 3), lengths),
+        (70, 2, 160, (77, 16, 4), lengths.long()),
+        (70, 2, 256, (3,) * 16, None),
+    ):
+        q = meta(2, queries, heads, dim, dtype=dtype)
+        k = meta(1 if seen is None else 2, sum(parts), heads, dim, dtype=dtype)
+        weights = meta(2, len(parts) - 1, queries, dtype=dtype)
+        name = f"{queries}x{dim} {'+'.join(map(str, parts))}"
+        run = partial(decoupled_attention.decoupled_attention, q, k, k, parts, weights, 0.5, seen)
+        yield "decoupled_attention", name, run
 
 
 def _steps(dtype: torch.dtype) -> Iterator[Case]:

@@ -11,6 +11,7 @@ import torch
 from diffusion_fast.kernels import (
     add_noise,
     conv2d,
+    decoupled_attention,
     geglu,
     group_norm_silu,
     group_norm_silu_backward,
@@ -40,6 +41,7 @@ def cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
     yield from _row_cases(quick)
     yield from _latent_cases(quick)
     yield from _product_cases(quick)
+    yield from _context_cases(quick)
 
 
 def _norm_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
@@ -204,3 +206,13 @@ def _product_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]
         args = (x, weight, meta(out), stride, [window // 2] * 4, x2, meta(2, out), residual, None)
         name = f"{model} {side}x{side} {first}+{second} to {out} {window}x{window} /{stride}"
         yield "conv2d", name, partial(conv2d.conv2d, *args)
+
+
+def _context_cases(quick: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    chosen = [(case, BF16) for case in (shapes.CONTEXTS[:3] if quick else shapes.CONTEXTS)]
+    for (model, queries, heads, dim, tokens), dtype in [*chosen, (shapes.CONTEXTS[0], F32)]:
+        q = meta(2, queries, heads, dim, dtype=dtype)
+        k = meta(2, shapes.TEXT + tokens, heads, dim, dtype=dtype)
+        args = (q, k, k, (shapes.TEXT, tokens), meta(1, 1, 1, dtype=dtype), dim**-0.5, None)
+        name = f"{model} {queries}x{dim} {shapes.TEXT}+{tokens} {str(dtype)[6:]}"
+        yield "decoupled_attention", name, partial(decoupled_attention.decoupled_attention, *args)

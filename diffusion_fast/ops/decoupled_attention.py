@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from .attention import CONTEST, attention, check_inputs
 from .cpu import attention as on_cpu
 from .cpu import library as cpu
-from .dispatch import Op, autocast, checks
+from .dispatch import Op, autocast, checks, triton
 from .dispatch.backend import requested
 
 
@@ -130,7 +131,7 @@ _OP = Op(
 def _supports(
     q: Tensor, k: Tensor, v: Tensor, parts: Sequence[int], weights: Tensor, *_: Any
 ) -> list[str]:
-    """Why this call is not for the kernel; empty if it is."""
+    """Why this call is not for a kernel; empty if it is."""
     needed = checks.needs_gradient(q, k, v, weights)
     return ["a gradient is needed"] if needed else []
 
@@ -144,8 +145,27 @@ def _slower(
     return CONTEST.slower(cpu.NAME)(q, k, v, scale, None)
 
 
+def _kernels() -> ModuleType:
+    from ..kernels import decoupled_attention
+
+    return decoupled_attention
+
+
+def _fits(
+    q: Tensor, k: Tensor, v: Tensor, parts: Sequence[int], weights: Tensor, *_: Any
+) -> list[str]:
+    """Why this call is not for the kernel of Triton, whose programs are bounded."""
+    why = _supports(q, k, v, parts, weights)
+    if q.shape[-1] > 256:
+        why.append(f"a head dim of {q.shape[-1]}, more than 256")
+    if len(parts) > 16:
+        why.append(f"{len(parts)} contexts, more than 16")
+    return why
+
+
 CONTEST.decides(_OP)
 cpu.add(_OP, lambda: on_cpu.in_parts, _supports, _slower)
+triton.add(_OP, _kernels, _fits, measured=True)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -33,8 +33,15 @@ def test_all_leaves_out_what_does_not_pay() -> None:
         off = decisions(UNet2DCondition(unet().config))
     assert off.keys() == {"folded_layer_norm", "recorded_step", *ABSENT}
     assert off["recorded_step"] == "for CPUs alone: on a GPU a graph holds the step"
-    assert off["joined_contexts"] == ABSENT["joined_contexts"]
     assert "not measured" in off["folded_layer_norm"]
+
+
+def test_text_and_images_in_one_call_on_every_device() -> None:
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            model = UNet2DCondition(unet().config)
+        model.ip_adapters.append(torch.nn.Identity())
+        assert not decisions(model).keys() & set(IMAGES)
 
 
 def test_by_name_it_is_used_all_the_same() -> None:

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 KERNELS = {
     "add_noise": {"_rotate"},
     "conv2d": {"_product", "_reduce"},
+    "decoupled_attention": {"_decoupled_attention"},
     "geglu": {"_geglu", "_gradient"},
     "group_norm_silu": {"_statistics", "_normalize", "_sums", "_gradient", "_parameters"},
     "layer_norm": {"_layer_norm", "_gradient", "_add_stripes"},
@@ -86,6 +87,16 @@ def test_norms_of_the_models_read_16_bytes_at_once(kernel: str) -> None:
         assert not int(row["load4"]), row
 
 
+def test_heads_of_any_width_are_read_and_written_16_bytes_at_once() -> None:
+    """Those of 40 channels too, whose offsets are multiples of 8."""
+    rows = [row for row in audit.read() if row["kernel"] == "_decoupled_attention"]
+    assert {row["arch"] for row in rows} == {"80", "90", "100", "120"}
+    for row in rows:
+        assert int(row["copy16"]) >= 4, row
+        assert int(row["store16"]) >= 4, row
+        assert not int(row["copy4"]) + int(row["store8"]) + int(row["store4"]), row
+
+
 def test_nothing_spills_on_hopper() -> None:
     assert [row for row in audit.read() if row["arch"] == "90" and int(row["spills"])] == []
 
@@ -123,6 +134,12 @@ NORM = {"S": 32, "R": 128}  # 4096 elements: 4 accesses of 16 bytes for each of 
         ("linear", launch_of("_product", torch.bfloat16, **PRODUCT), row_of(arch=80), ""),
         ("linear", launch_of("_product", torch.float32, **PRODUCT), row_of(hmma=8), ""),
         ("linear", launch_of("_product", torch.bfloat16, **PRODUCT | {"M": 32}), row_of(), ""),
+        (
+            "decoupled_attention",
+            launch_of("_decoupled_attention", torch.bfloat16, **PRODUCT),
+            row_of(hmma=8),
+            "no HGMMA",
+        ),
         (
             "group_norm_silu",
             launch_of("_statistics", torch.bfloat16, **NORM),

@@ -239,7 +239,7 @@ def test_tuning_measures_and_keeps(tmp_path: object) -> None:
 
 
 def products() -> dict[str, Callable[[], Tensor]]:
-    """Calls of linear and conv2d, with their sums whole and in parts."""
+    """Calls of linear and conv2d, with their sums whole and in parts, and of several contexts."""
     torch.manual_seed(2)
 
     def randn(*size: int) -> Tensor:
@@ -248,15 +248,17 @@ def products() -> dict[str, Callable[[], Tensor]]:
 
     x, w, wide, b = randn(2048, 640), randn(640, 640), randn(5120, 640), randn(5120)
     small, window = randn(2, 1280, 8, 8), randn(1280, 1280, 3, 3)
+    q, keys, weights = x.view(2, 1024, 8, 80), w[:162].view(2, 81, 8, 80), b[:1].view(1, 1, 1)
     return {
         "linear": lambda: ops.linear(x, w, b[:640], residual=x),
         "linear geglu": lambda: ops.linear(x, wide, b, geglu=True),
         "conv2d": lambda: ops.conv2d(small, window, b[:1280], padding=1, residual=small),
+        "decoupled_attention": lambda: ops.decoupled_attention(q, keys, keys, (77, 4), weights),
     }
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
-@pytest.mark.parametrize("name", ["linear", "linear geglu", "conv2d"])
+@pytest.mark.parametrize("name", ["linear", "linear geglu", "conv2d", "decoupled_attention"])
 def test_products_repeat_and_replay_bit_for_bit(name: str, backend: str) -> None:
     call = products()[name]
     with ops.use_backend(backend), torch.no_grad():
@@ -271,11 +273,12 @@ def test_products_repeat_and_replay_bit_for_bit(name: str, backend: str) -> None
             assert same_bits(y, expected)
 
 
-def test_the_faster_product_is_kept_on_disk() -> None:
+@pytest.mark.parametrize("op", ["conv2d", "decoupled_attention"])
+def test_the_faster_product_is_kept_on_disk(op: str) -> None:
     file = tuning.cache_file(torch.device("cuda", torch.cuda.current_device()))
     for cache in (measurements.chosen, measurements.loaded, measured._answers):
         cache.clear()
     with torch.no_grad():
-        products()["conv2d"]()
-    assert "backend of conv2d" in file.read_text()
-    assert ops.explain("conv2d").last_ran in ("triton", "reference")
+        products()[op]()
+    assert f"backend of {op}" in file.read_text()
+    assert ops.explain(op).last_ran in ("triton", "reference")

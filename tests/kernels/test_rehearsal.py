@@ -29,6 +29,7 @@ GROUPS = (
     ("group_norm_silu",),
     ("layer_norm", "row_statistics", "geglu", "residual"),
     ("add_noise", "weighted_mse", "sampler_step"),
+    ("decoupled_attention",),
 )
 
 

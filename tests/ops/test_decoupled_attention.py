@@ -15,7 +15,10 @@ from torch import Tensor
 
 from diffusion_fast import ops
 from diffusion_fast.ops.cpu import library
+from diffusion_fast.ops.dispatch import known_ops, measured, triton
 
+# Whether Triton's kernels run here on tensors of the CPU.
+INTERPRETED = not triton.machine() and not torch.cuda.is_available()
 OP = torch.ops.diffusion_fast.decoupled_attention.default
 
 
@@ -57,7 +60,7 @@ def cast(call: list[Any], dtype: torch.dtype) -> list[Any]:
     lengths=st.booleans(),
     shared=st.booleans(),
     everywhere=st.booleans(),
-    backend=st.sampled_from(["auto", "reference", "cpu"]),
+    backend=st.sampled_from(["auto", "reference", "cpu", "triton"]),
 )
 def test_any_call(
     parts: list[int],
@@ -72,6 +75,8 @@ def test_any_call(
 ) -> None:
     if backend == "cpu" and (dtype == torch.float64 or library.machine()):
         backend = "auto"
+    if backend == "triton" and (dtype == torch.bfloat16 or not INTERPRETED):
+        backend = "auto"  # the interpreter truncates to bfloat16, which tests/kernels allows for
     call = cast(drawn(parts, batch, queries, dim), dtype)
     if shared:
         call[1:3] = [one[:1] for one in call[1:3]]
@@ -125,6 +130,26 @@ def test_what_the_kernel_leaves_alone() -> None:
         call[4].requires_grad_()
         with pytest.raises(ops.BackendError, match="a gradient is needed"):
             ops.decoupled_attention(*call)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("why", [[], [measured.SLOWER]], ids=["faster", "slower"])
+def test_the_clock_decides_on_a_gpu(why: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the tensors were on one: the kernel runs where it was measured to be faster."""
+    call = drawn((5, 4))
+    truth = plain(*cast(call, torch.float64))
+    monkeypatch.setattr(triton, "tensors_fit", lambda op, args: [])
+    monkeypatch.setattr(measured, "known", lambda *_: None)
+    monkeypatch.setattr(measured, "ask", lambda *_: why)
+    known_ops["decoupled_attention"].forget()
+    try:
+        later = ops.explain("decoupled_attention", *call)
+        result = ops.decoupled_attention(*call)
+    finally:
+        known_ops["decoupled_attention"].forget()
+    assert later.backend == "decided at the first call"
+    assert (ops.explain("decoupled_attention").last_ran == "triton") == (not why)
+    assert_close(result, truth, plain(*call))
 
 
 @pytest.mark.parametrize("everywhere", [False, True])

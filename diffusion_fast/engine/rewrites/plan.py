@@ -285,7 +285,6 @@ def _unprofitable(device: torch.device) -> dict[str, str]:
             " was measured to take longer than the norm does",
         }
     return {
-        "joined_contexts": "on a GPU each context has a call of its own: no kernel takes several",
         "folded_layer_norm": "whether it pays on a GPU was not measured; it can be asked for by"
         " name",
     }

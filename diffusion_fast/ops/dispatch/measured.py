@@ -1,7 +1,8 @@
-"""Triton or PyTorch's own: measured once for each shape on each GPU, and kept on disk.
+"""Triton or the reference: measured once for each shape on each GPU, and kept on disk.
 
-cuBLAS and cuDNN are hard to beat at some shapes and easy at others, so that for products "auto"
-asks the clock. In a process the same call always gets the same answer.
+The libraries behind a reference (cuBLAS, cuDNN, flash attention) are hard to beat at some shapes
+and easy at others, so that for products and attention "auto" asks the clock. In a process the same
+call always gets the same answer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .backend import Reasons
 
 _answers: dict[tuple[Any, ...], Reasons] = {}
 
-SLOWER = "PyTorch's own was measured faster at this shape"
+SLOWER = "the reference was measured faster at this shape"
 CAPTURED = "it was first called in a capture, where nothing can be measured"
 GRADIENT = "a gradient is needed, and PyTorch's own has the cheaper backward pass"
 

@@ -65,7 +65,7 @@ def add(
             the op's arguments.
         supports: why a call is out of the kernel's reach, beyond device and dtype.
         measured: whether "auto" takes the kernel only where it was measured to be faster than
-            PyTorch's own.
+            the op's reference.
     """
 
     def load() -> Callable[..., Any]:
