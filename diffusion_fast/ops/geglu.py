@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cpu import geglu as on_cpu
+from .cpu import library as cpu
 from .dispatch import Op, checks, triton
 
 
@@ -86,3 +88,5 @@ def _kernels() -> ModuleType:
 
 for _op in (_OP, _BACKWARD):
     triton.add(_op, _kernels)
+cpu.add(_OP, lambda: on_cpu.forward, slower=on_cpu.slower)
+cpu.add(_BACKWARD, lambda: on_cpu.backward, cpu.first_order)
