@@ -13,7 +13,7 @@ import diffusion_fast as df
 from diffusion_fast.engine.buffers import Clock
 from diffusion_fast.engine.rewrites.controlled import prepare
 from diffusion_fast.engine.rewrites.plan import Rewritable
-from diffusion_fast.ops.cpu import contest
+from diffusion_fast.ops.cpu import contest, threads
 from diffusion_fast.pipelines.parts import Parts
 from diffusion_fast.pipelines.stable_diffusion import StableDiffusion
 
@@ -132,10 +132,22 @@ def engine_step(model: Rewritable, x: Tensor, t: Tensor, given: dict[str, Any]) 
     """A U-Net's call with all rewrites, x being both halves of guidance."""
     network = prepare(model, batch=len(x) // 2, halves=2, max_rows=1)
     network.prepare(given, t.reshape(1))
-    if not GPU:
-        contest.prepare(network.calls(x.shape[2:]))
     clock = Clock(x.device)
-    return replayed(lambda: network(x, clock)) if GPU else lambda: network(x, clock)
+
+    def step() -> Tensor:
+        return network(x, clock)
+
+    if GPU:
+        return replayed(step)
+    calls = list(network.calls(x.shape[2:]))
+    contest.prepare(calls)
+    count = contest.threads_for(calls, step)
+
+    def shared() -> Tensor:
+        with threads.using(count):
+            return step()
+
+    return shared
 
 
 def step_input(networks: Networks, images: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
