@@ -76,6 +76,12 @@ def test_fewer_threads_inside_only_and_for_this_thread_alone() -> None:
     assert (torch.get_num_threads(), threads.most()) == (4, 4)
 
 
+def test_a_number_that_is_set_inside_stays() -> None:
+    with threads.using(2):
+        torch.set_num_threads(3)
+    assert (torch.get_num_threads(), threads.most()) == (3, 3)
+
+
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [

@@ -24,7 +24,6 @@ from ...hardware import cpu_flags, processor
 from ...kernels.measurements import adopt, file_of, lookup, remember, results
 from ..dispatch import Op
 from ..dispatch.backend import BACKENDS, requested
-from ..dispatch.measured import shape_of
 from . import library, threads
 
 ROUNDS, LEAST_ROUNDS = 9, 2
@@ -201,7 +200,8 @@ def threads_for(calls: Calls, step: Callable[[], object]) -> int:
     most, calls = threads.most(), list(calls)
     if library.machine() or most == 1 or not 0 < _multiply_adds(calls) < LARGE:
         return most
-    text = repr([(name, shape_of(args)) for name, args in calls])
+    tensors = [(name, [a for a in args if isinstance(a, torch.Tensor)]) for name, args in calls]
+    text = repr([(name, [(a.shape, a.dtype) for a in found]) for name, found in tensors])
     key = f"threads {hashlib.sha256(text.encode()).hexdigest()[:16]}"
     found = lookup(_file(), key)
     if found is None or not found.isdecimal() or not 1 <= int(found) <= most:

@@ -34,5 +34,6 @@ def using(count: int) -> Iterator[None]:
     try:
         yield
     finally:
-        library.kernels.set_threads(before)
+        if torch.get_num_threads() == count:  # otherwise somebody has set another number for good
+            library.kernels.set_threads(before)
         _here.most = outside
