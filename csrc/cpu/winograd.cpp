@@ -7,6 +7,7 @@
 #include "winograd.h"
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "buffer.h"
@@ -145,33 +146,60 @@ void run(const Winograd& w) {
 
 extern "C" __attribute__((visibility("default"))) void winograd(const Winograd* w) { run(*w); }
 
-// G g G^T, [16] times panels of columns [panel][C][width], a width being the vectors that the
-// panel's columns take; columns past O, up to a whole line, are zero. In float64 until it is
-// rounded.
+namespace {
+
+typedef double Doubles __attribute__((vector_size(8 * kLanes)));
+typedef float Windows[9][kLanes];
+constexpr long kWindows = 8;  // channels whose windows are read at once, along the memory
+
+// Those of `count` outputs, one in each lane, for channels [begin, end); the other lanes are zero.
+void read(const float* weight, long channels, long count, long begin, long end, Windows* to) {
+  std::memset(to, 0, (end - begin) * sizeof(Windows));
+  for (long lane = 0; lane < count; ++lane)
+    for (long c = begin; c < end; ++c)
+      for (int n = 0; n < 9; ++n) to[c - begin][n][lane] = weight[(lane * channels + c) * 9 + n];
+}
+
+// G g G^T of a window in each lane, to 16 planes; in float64 until it is rounded.
+void transform(const Windows& windows, float* to, long plane) {
+  Doubles t[4][3];
+  for (int n = 0; n < 3; ++n) {
+    Doubles g[3];
+    for (int m = 0; m < 3; ++m)
+      g[m] = __builtin_convertvector(load(windows[3 * m + n], Full{}), Doubles);
+    t[0][n] = g[0], t[1][n] = (g[0] + g[1] + g[2]) / 2, t[2][n] = (g[0] - g[1] + g[2]) / 2;
+    t[3][n] = g[2];
+  }
+  for (int m = 0; m < 4; ++m) {
+    const Doubles u0 = t[m][0], u1 = t[m][1], u2 = t[m][2];
+    const Doubles out[4] = {u0, (u0 + u1 + u2) / 2, (u0 - u1 + u2) / 2, u2};
+    for (int n = 0; n < 4; ++n)
+      store(to + (4 * m + n) * plane, __builtin_convertvector(out[n], Vec), Full{});
+  }
+}
+
+}  // namespace
+
+// [16] times panels of columns [panel][C][width], a width being the vectors that the panel's
+// columns take; columns past O, up to a whole line, are zero.
 extern "C" __attribute__((visibility("default"))) void winograd_pack(const float* weight,
                                                                      float* packed, int64_t outputs,
                                                                      int64_t channels,
                                                                      int32_t threads) {
   const long padded = rounded_up(outputs, kLine), panels = (padded + kPanel - 1) / kPanel;
+  const long blocks = (channels + kWindows - 1) / kWindows;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (long i = 0; i < panels * channels; ++i) {
-    const long panel = i / channels * kPanel, c = i % channels;
+  for (long unit = 0; unit < panels * blocks; ++unit) {
+    const long panel = unit / blocks * kPanel, begin = unit % blocks * kWindows;
+    const long end = std::min(begin + kWindows, long(channels));
     const long width = vectors_of(padded - panel) * kLanes;
-    float* to = packed + panel * channels + c * width;
-    for (long j = 0; j < width; ++j) {
-      double t[4][3] = {};
-      if (panel + j < outputs) {
-        const float* g = weight + ((panel + j) * channels + c) * 9;
-        for (int n = 0; n < 3; ++n) {
-          const double g0 = g[n], g1 = g[3 + n], g2 = g[6 + n];
-          t[0][n] = g0, t[1][n] = (g0 + g1 + g2) / 2, t[2][n] = (g0 - g1 + g2) / 2, t[3][n] = g2;
-        }
-      }
-      for (int m = 0; m < 4; ++m) {
-        const double u0 = t[m][0], u1 = t[m][1], u2 = t[m][2];
-        const double out[4] = {u0, (u0 + u1 + u2) / 2, (u0 - u1 + u2) / 2, u2};
-        for (int n = 0; n < 4; ++n) to[(4 * m + n) * channels * padded + j] = float(out[n]);
-      }
+    float* to = packed + panel * channels;
+    Windows windows[kWindows];
+    for (long j = 0; j < width; j += kLanes) {
+      const long output = panel + j, count = std::min<long>(kLanes, outputs - output);
+      read(weight + output * channels * 9, channels, count, begin, end, windows);
+      for (long c = begin; c < end; ++c)
+        transform(windows[c - begin], to + c * width + j, channels * padded);
     }
   }
 }

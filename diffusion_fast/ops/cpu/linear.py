@@ -13,7 +13,7 @@ from torch import Tensor
 from ..dispatch import checks
 from . import library
 
-LINE = 16  # columns are filled up to a multiple of it
+LINE = 16  # columns of a packed weight are filled up to a multiple of it
 
 # ``Linear`` of csrc/cpu/linear.h.
 _ARGUMENTS = struct.Struct("@5P 3q 2i")
@@ -39,7 +39,7 @@ def pack(weight: Tensor, geglu: bool) -> Tensor:
 
 
 def is_packed(packed: Sequence[Tensor]) -> bool:
-    """Whether a packed weight is one of :func:`pack`."""
+    """Whether a packed weight is laid out for a kernel of csrc/cpu."""
     return len(packed) == 1 and not packed[0].is_mkldnn and packed[0].dim() == 3
 
 

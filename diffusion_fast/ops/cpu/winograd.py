@@ -15,11 +15,10 @@ from torch import Tensor
 
 from ..dispatch import checks
 from . import library
+from .linear import LINE, is_packed
 
 _POINTER, _INT, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _LAST = torch.channels_last
-LINE = 16  # output channels are filled up to a multiple of it
-
 
 # ``Winograd`` of csrc/cpu/winograd.h.
 _ARGUMENTS = struct.Struct("@6P 10q i")
@@ -44,11 +43,6 @@ def pack(weight: Tensor) -> Tensor:
         *pointers, _INT(out), _INT(channels), _FLAG(torch.get_num_threads())
     )
     return packed
-
-
-def is_packed(packed: Sequence[Tensor]) -> bool:
-    """Whether a packed weight is one of :func:`pack`."""
-    return len(packed) == 1 and not packed[0].is_mkldnn and packed[0].dim() == 3
 
 
 def supports(
