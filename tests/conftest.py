@@ -56,7 +56,7 @@ def _kernels() -> None:
 
     library.settle()
     patch = pytest.MonkeyPatch()
-    patch.setattr(contest, "prepare", lambda calls=(): library.settle())
+    patch.setattr(contest, "prepare", lambda work=None: library.settle())
     patch.setattr(contest, "lookup", lambda *_: None)
 
 

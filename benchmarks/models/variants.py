@@ -139,9 +139,9 @@ def engine_step(model: Rewritable, x: Tensor, t: Tensor, given: dict[str, Any]) 
 
     if GPU:
         return replayed(step)
-    calls = list(network.calls(x.shape[2:]))
-    contest.prepare(calls)
-    count = contest.threads_for(calls, step)
+    work = network.work(x.shape[2:])
+    contest.prepare(work)
+    count = contest.threads_for(work, step)
 
     def shared() -> Tensor:
         with threads.using(count):

@@ -268,9 +268,7 @@ class Engine:
     ) -> Callable[[int], None]:
         """What is to be done after each row: the callbacks, where a step ends."""
 
-        def after(row: int) -> None:
-            if not run.rows.ends[row]:
-                return
+        def seen(row: int) -> None:
             if preview is not None:
                 preview(*run.rows.step_of(row), run.prediction())
             if callback is not None:
@@ -286,6 +284,11 @@ class Engine:
                         "callback: expected one that changes nothing of the model but the values of"
                         " its weights, got other tensors, modules, hooks or settings"
                     )
+
+        def after(row: int) -> None:
+            if run.rows.ends[row]:
+                with threads.using(threads.most()):
+                    seen(row)
 
         return after
 
@@ -332,7 +335,7 @@ class Engine:
         if loop is None:
             loop = Loop(layout, self._predictor_for(layout))
             if device.type == "cpu":  # before the first step, none of which waits or measures
-                contest.prepare(loop.predictor.calls(shape[2:]))
+                contest.prepare(loop.predictor.work(shape[2:]))
             self._loops[layout] = loop
             if len(self._loops) > LOOPS:
                 self._give_up(next(iter(self._loops)))
@@ -365,7 +368,7 @@ def _products(loop: Loop | None) -> str:
     """Which ways the products of a loop go, as they were measured on a CPU."""
     if loop is None or loop.buffers.layout.device.type != "cpu":
         return "nothing was measured"
-    return contest.told(loop.predictor.calls(loop.buffers.layout.shape[2:]))
+    return contest.told(loop.predictor.work(loop.buffers.layout.shape[2:]))
 
 
 def _threads(loop: Loop | None) -> str:

@@ -220,17 +220,20 @@ class Loop:
         return Prepared(self, rows, context, (signature(context), whole))
 
     def threads(self) -> contextlib.AbstractContextManager[None]:
-        """On a CPU, so many threads as its steps are the fastest with; found when it is prepared.
+        """On a CPU as many threads as its steps are the fastest with, measured at the first run.
 
-        Steps of a model that nobody knows are left alone.
+        The loop has to be prepared.
         """
         most, layout = threads.most(), self.buffers.layout
-        if layout.device.type != "cpu":
+        if layout.device.type != "cpu" or not self.predictor.repeatable:
             return contextlib.nullcontext()
         if most not in self._shared_by:
-            calls = self.predictor.calls(layout.shape[2:])
+            work = self.predictor.work(layout.shape[2:])
+            contest.prepare(work)  # another number of threads is another machine
             self.clock.start()
-            self._shared_by[most] = contest.threads_for(calls, self.predicted)
+            self.buffers.x.zero_()
+            self.buffers.write_input()
+            self._shared_by[most] = contest.threads_for(work, self.predicted)
         return threads.using(self._shared_by[most])
 
     def shared_by(self, most: int) -> int:

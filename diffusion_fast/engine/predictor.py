@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,11 +13,12 @@ from ..conditioning import Context, Model, PerRow, bind, form
 from ..models import UNet2DCondition
 from ..models.controlled import ControlledUNet
 from ..ops import checks
+from ..ops.cpu.contest import NO_WORK, Work
 from .buffers import Clock
 from .order import Order, contexts_of
 from .rewrites.controlled import prepare
 from .rewrites.derived import Executor, eagerly
-from .rewrites.plan import LOSSY, REWRITES, Bypassed, OpCall, RewriteReport
+from .rewrites.plan import LOSSY, REWRITES, Bypassed, RewriteReport
 
 
 class Predictor(Protocol):
@@ -45,12 +46,17 @@ class Predictor(Protocol):
         """The model's output [halves * B, C, ...] for its input at the clock's row."""
         ...
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether a step does nothing but compute, so that it may be called to be timed."""
+        ...
+
     def refresh(self) -> None:
         """After the weights' values changed: derived tensors are computed again, in place."""
         ...
 
-    def calls(self, size: Sequence[int]) -> Iterable[OpCall]:
-        """The op calls of a step, as far as they are known: names, and arguments without data.
+    def work(self, size: Sequence[int]) -> Work:
+        """The op calls of a step, as far as they are known.
 
         Args:
             size: of x behind its channels.
@@ -74,6 +80,8 @@ class PlainPredictor:
         why: reason for using no rewrite, for :meth:`explain`; None where there is nothing to
             rewrite.
     """
+
+    repeatable = False  # nobody knows what a model does beside
 
     def __init__(self, model: Model, *, batch: int, max_rows: int, why: str | None = None) -> None:
         self.model, self.batch, self.max_rows, self.why = model, batch, max_rows, why
@@ -122,9 +130,9 @@ class PlainPredictor:
     def refresh(self) -> None:
         """Nothing is derived from the weights."""
 
-    def calls(self, size: Sequence[int]) -> Iterable[OpCall]:
+    def work(self, size: Sequence[int]) -> Work:
         """Nobody knows what a model calls."""
-        return ()
+        return NO_WORK
 
     def explain(self) -> Sequence[RewriteReport]:
         if not self.why:

@@ -163,7 +163,7 @@ def test_its_shapes_are_measured_before_its_first_call_of_a_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[list[Any]] = []
-    monkeypatch.setattr(contest, "prepare", lambda calls: asked.append(list(calls)))
+    monkeypatch.setattr(contest, "prepare", lambda work: asked.append(list(work.calls())))
     model = autoencoder()
     decode = PreparedDecoder(model)
     for size, times in (((5, 6), 1), ((5, 6), 1), ((4, 4), 2)):

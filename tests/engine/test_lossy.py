@@ -107,8 +107,8 @@ def test_explain_says_that_it_is_lossy() -> None:
     assert last.why.startswith("LOSSY: ")
     assert last.launches is last.bytes is last.flops is None
     assert rows == exact.explain()[:-1]  # what the others save is counted without it
-    names = [name for name, _ in network.calls((8, 8))]
-    others = [name for name, _ in exact.calls((8, 8))]
+    names = [name for name, _ in network.work((8, 8)).calls()]
+    others = [name for name, _ in exact.work((8, 8)).calls()]
     assert 0 < names.count("linear") < others.count("linear")
     assert 0 < names.count("conv2d") < others.count("conv2d")
 

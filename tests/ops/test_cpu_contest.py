@@ -144,3 +144,34 @@ def test_the_random_numbers_of_a_program_are_left_alone() -> None:
     state = torch.get_rng_state()
     PREPARE()
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_calls_of_a_network_are_looked_for_once() -> None:
+    found: list[str] = []
+
+    def calls() -> list[tuple[str, tuple[object, ...]]]:
+        found.append("once")
+        return []
+
+    for name, times in (("", 2), ("a network", 1), ("another", 1)):
+        found.clear()
+        for _ in range(2):
+            PREPARE(contest.Work(name, calls))
+            forget()  # in another process the name is on disk
+        assert len(found) == times
+
+
+def test_a_network_whose_results_are_incomplete_is_looked_at_again() -> None:
+    found: list[str] = []
+    work = contest.Work("a network", lambda: found.append("once") or ())
+    PREPARE(work)
+    (file,) = (library.cache_folder() / "tuning").iterdir()
+    results = json.loads(file.read_text())
+    lost = next(key for key in results if key.startswith("attention "))
+    for kept in ({key: v for key, v in results.items() if key != lost}, results | {lost: "nobody"}):
+        file.write_text(json.dumps(kept))
+        forget()
+        found.clear()
+        PREPARE(work)
+        assert found == ["once"]
+        assert json.loads(file.read_text())[lost] == results[lost]

@@ -183,5 +183,6 @@ def test_an_engine_measures_before_its_first_step_and_never_again(
 
 def test_a_network_without_large_products_has_nothing_measured() -> None:
     tiny = "linear", (torch.ones(2, 8), torch.ones(4, 8), None, None, False, None, None, None, ())
-    PREPARE([tiny])
-    assert contest.told([tiny]) == "nothing was measured"
+    work = contest.Work("", lambda: [tiny])
+    PREPARE(work)
+    assert contest.told(work) == "nothing was measured"

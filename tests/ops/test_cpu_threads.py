@@ -12,11 +12,13 @@ import torch
 from compilers import needs_cpu_kernels
 
 import diffusion_fast as df
+from diffusion_fast.engine.loop import Loop
 from diffusion_fast.kernels import measurements
 from diffusion_fast.ops.cpu import contest, library, threads
 
 pytestmark = needs_cpu_kernels
 CALLS = [("linear", (torch.empty(8, 64, device="meta"), torch.empty(32, 64, device="meta")))]
+WORK = contest.Work("a network", lambda: CALLS)
 
 
 @pytest.fixture(autouse=True)
@@ -94,52 +96,93 @@ def test_a_number_that_is_set_inside_stays() -> None:
 def test_the_fastest_number_is_taken(
     seconds: dict[int, float], expected: int, step: MakeStep
 ) -> None:
-    assert contest.threads_for(CALLS, step(seconds)) == expected
+    assert contest.threads_for(WORK, step(seconds)) == expected
 
 
 def test_it_is_measured_once(step: MakeStep) -> None:
     measured = step({4: 0.004, 2: 0.001, 1: 0.002})
-    assert contest.threads_for(CALLS, measured) == 2
+    assert contest.threads_for(WORK, measured) == 2
     calls = measured.calls
     forget()  # in another process it is on disk
-    assert contest.threads_for(CALLS, measured) == 2
+    assert contest.threads_for(WORK, measured) == 2
     assert measured.calls == calls
-    assert contest.threads_for(CALLS * 2, measured) == 2
+    assert contest.threads_for(contest.Work("another", lambda: CALLS), measured) == 2
     assert measured.calls > calls
 
 
 @pytest.mark.parametrize("kept", ["", "two", "0", "5"])
 def test_a_number_that_is_none_is_measured_again(kept: str, step: MakeStep) -> None:
-    assert contest.threads_for(CALLS, step({4: 0.004, 2: 0.001, 1: 0.002})) == 2
+    assert contest.threads_for(WORK, step({4: 0.004, 2: 0.001, 1: 0.002})) == 2
     (file,) = {file for file, _ in measurements.chosen}
     ((key, _),) = measurements.results(file).items()
     measurements.remember(file, key, kept)
-    assert contest.threads_for(CALLS, step({4: 0.004, 2: 0.003, 1: 0.002})) == 1
+    assert contest.threads_for(WORK, step({4: 0.004, 2: 0.003, 1: 0.002})) == 1
 
 
 def test_where_the_work_is_much_or_unknown_nothing_is_measured(step: MakeStep) -> None:
     large = torch.empty(2**14, 2**10, device="meta"), torch.empty(2**10, 2**10, device="meta")
     for calls in ([], [("attention", large)], [("linear", large)]):
-        measured = step({})
-        assert contest.threads_for(calls, measured) == 4
-        assert measured.calls == 0
+        for name in ("", f"of {calls}"):
+            measured = step({})
+            assert contest.threads_for(contest.Work(name, lambda c=calls: c), measured) == 4
+            assert measured.calls == 0
 
 
 def test_an_engine_takes_that_many_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, seen = df.UNet2DCondition(df.UNetConfig.preset("digits")), set()
-    label = torch.tensor([3])
+    model, label = df.UNet2DCondition(df.UNetConfig.preset("digits")), torch.tensor([3])
+    in_steps: list[int] = []
+    in_callbacks: list[int] = []
+    predicted = Loop.predicted
 
-    def sampled() -> torch.Tensor:
+    def step(self: Loop) -> torch.Tensor:
+        in_steps.append(torch.get_num_threads())
+        return predicted(self)
+
+    def callback(*_: object) -> None:
+        in_callbacks.append(torch.get_num_threads())
+
+    monkeypatch.setattr(Loop, "predicted", step)
+    results = []
+    for count, told in ((4, "4 of 4"), (1, "1 of 4, measured to be faster")):
+        monkeypatch.setattr(contest, "threads_for", lambda work, step, count=count: count)
         engine = df.Engine(model, df.DiffusionSchedule(), sampler="ddim", steps=3)
-        before = engine.explain()["threads"]
-        x = engine.sample((1, 1, 8, 8), label, x_T=torch.ones(1, 1, 8, 8))
-        assert before == "not decided"
-        seen.add(engine.explain()["threads"])
-        return x
-
-    monkeypatch.setattr(contest, "threads_for", lambda calls, step: 4)
-    expected = sampled()
-    monkeypatch.setattr(contest, "threads_for", lambda calls, step: 1)
-    assert torch.allclose(sampled(), expected, atol=1e-5)
-    assert seen == {"4 of 4", "1 of 4, measured to be faster"}
+        assert engine.explain()["threads"] == "not decided"
+        x_T = torch.ones(1, 1, 8, 8)
+        results.append(engine.sample((1, 1, 8, 8), label, x_T=x_T, callback=callback))
+        assert engine.explain()["threads"] == told
+    assert in_steps == [4] * 3 + [1] * 3
+    assert in_callbacks == [4] * 6
+    assert torch.allclose(*results, atol=1e-5)
     assert torch.get_num_threads() == 4
+
+
+def test_mkl_takes_fewer_threads_too() -> None:
+    """Its number is its own once PyTorch's was set."""
+    x = torch.randn(2048, 2048)
+
+    def cores() -> float:
+        wall, used = time.perf_counter(), time.process_time()
+        for _ in range(3):
+            x @ x
+        return (time.process_time() - used) / (time.perf_counter() - wall)
+
+    with threads.using(1):
+        assert cores() < 1.2
+
+
+def test_a_backend_that_is_asked_for_is_not_measured(step: MakeStep) -> None:
+    measured = step({})
+    with df.use_backend("reference"):
+        assert contest.threads_for(WORK, measured) == 4
+    with df.use_backend(linear="reference"):
+        assert contest.threads_for(WORK, measured) == 4
+    assert measured.calls == 0
+
+
+def test_what_has_hooks_is_not_called_to_be_timed() -> None:
+    model, calls = df.UNet2DCondition(df.UNetConfig.preset("digits")), []
+    model.conv_out.register_forward_hook(lambda *_: calls.append(torch.get_num_threads()))
+    engine = df.Engine(model, df.DiffusionSchedule(), sampler="ddim", steps=3)
+    engine.sample((1, 1, 8, 8), torch.tensor([3]))
+    assert calls == [4, 4, 4]
+    assert engine.explain()["threads"] == "4 of 4"

@@ -1,4 +1,4 @@
-"""Which of Triton and PyTorch's own is taken for a product: a clock that is made up decides."""
+"""Which of Triton and the reference is taken for a call: a clock that is made up decides."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +16,12 @@ from ...models.controlled import SHARED, ControlledUNet, by_place
 from ...models.controlnet import ControlNet
 from ...models.unet_encoder import Residuals
 from ...ops import checks
+from ...ops.cpu.contest import Work
 from ..buffers import Clock
 from ..order import contexts_of
 from . import cost
 from .derived import Executor, Kept, eagerly
-from .plan import OpCall, Rewritable, RewritePlan, RewriteReport, make_plan
+from .plan import Rewritable, RewritePlan, RewriteReport, make_plan
 from .prepare import PreparedNetwork, PreparedUNet
 
 HINT_NAMES = ("hints", "scales", "windows")
@@ -181,10 +182,15 @@ class PreparedControlled:
             if network is not None:
                 network.refresh()
 
-    def calls(self, size: Sequence[int]) -> Iterator[OpCall]:
-        """As :meth:`PreparedUNet.calls <.prepare.PreparedUNet.calls>`: of the U-Net alone, whose
+    @property
+    def repeatable(self) -> bool:
+        """See :class:`~diffusion_fast.engine.predictor.Predictor`."""
+        return self.plan.repeatable
+
+    def work(self, size: Sequence[int]) -> Work:
+        """As :meth:`PreparedUNet.work <.prepare.PreparedUNet.work>`: of the U-Net alone, whose
         first half a ControlNet shares."""
-        return self.unet.calls(size)
+        return self.unet.work(size)
 
     def explain(self) -> list[RewriteReport]:
         """As :meth:`PreparedUNet.explain <.prepare.PreparedUNet.explain>`."""

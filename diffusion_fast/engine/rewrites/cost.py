@@ -7,21 +7,25 @@ The network runs once on the meta device, where tensors have shapes and no data,
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ...kernels import layout
 from ...models import UNet2DCondition, UNetConfig
 from ...models.controlled import Control, ControlledUNet
 from ...models.controlnet import ControlNet
 from ...models.ip_adapter import IPAdapter
 from ...models.t2i_adapter import T2IAdapter
+from ...ops.cpu.contest import Work
 from ..buffers import Clock
-from .plan import LOSSY, REWRITES, Rewritable, RewritePlan, RewriteReport, unet_of
+from .plan import LOSSY, REWRITES, OpCall, Rewritable, RewritePlan, RewriteReport, unet_of
 
 DEVICE = torch.device("meta")
 
@@ -219,6 +223,28 @@ class DryRun:
             predictor.prepare(self._context, torch.empty(1))
             with watch:
                 predictor(self._x, clock)
+
+
+def named(found: Callable[[], list[OpCall]], *parts: object) -> Work:
+    """Op calls that a machine has to find once.
+
+    Args:
+        found: finds them.
+        parts: what decides them beside the code, by their texts.
+    """
+    texts = [repr(sorted(part) if isinstance(part, frozenset) else part) for part in parts]
+    return Work(" ".join([*texts, _code()]), found)
+
+
+@functools.cache
+def _code() -> str:
+    """Of the files that decide which ops a network calls with which arguments."""
+    digest, package = hashlib.sha256(), Path(__file__).parents[2]
+    folders = (package / name for name in ("models", "engine", "ops"))
+    files = (path for folder in folders for path in sorted(folder.rglob("*.py")))
+    for path in (*files, Path(layout.__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 @functools.lru_cache(maxsize=64)

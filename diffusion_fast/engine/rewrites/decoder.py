@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class PreparedDecoder:
         """
         self.vae.check_latents(latents)
         if latents.device.type == "cpu" and latents.shape not in self._measured:
-            contest.prepare(self.calls(latents.shape))
+            contest.prepare(self.work(latents.shape))
             self._measured.add(latents.shape)
         return self._decoded(latents)
 
@@ -62,15 +62,20 @@ class PreparedDecoder:
             x = channels_last(x)
         return self.network(x).to(latents.dtype)
 
-    @torch.no_grad()
-    def calls(self, shape: Sequence[int]) -> Iterator[OpCall]:
-        """The op calls for latents of a shape, with tensors on the meta device as arguments."""
-        watch, dtype = cost.Calls(), self._decoder.conv_in.weight.dtype
-        with cost.DEVICE:
-            decoder = PreparedDecoder(type(self.vae)(self.vae.config).to(dtype).eval(), self.on)
-            with watch:
-                decoder._decoded(torch.empty(tuple(shape), dtype=dtype))
-        yield from watch.found
+    def work(self, shape: Sequence[int]) -> contest.Work:
+        """The op calls for latents of a shape."""
+        dtype, vae = self._decoder.conv_in.weight.dtype, type(self.vae)
+
+        @torch.no_grad()
+        def calls() -> list[OpCall]:
+            watch = cost.Calls()
+            with cost.DEVICE:
+                decoder = PreparedDecoder(vae(self.vae.config).to(dtype).eval(), self.on)
+                with watch:
+                    decoder._decoded(torch.empty(tuple(shape), dtype=dtype))
+            return watch.found
+
+        return cost.named(calls, vae.__name__, self.vae.config, self.on, dtype, tuple(shape))
 
     @torch.no_grad()
     def refresh(self) -> None:

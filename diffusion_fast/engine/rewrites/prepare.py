@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -19,13 +19,14 @@ from ...models.blocks import Composite, GroupNorm, LayerNorm, ResBlock
 from ...models.controlnet import ControlNet
 from ...models.unet_encoder import ContextProjections, Residuals, TimeProjections, UNetEncoder
 from ...ops import checks
+from ...ops.cpu.contest import Work
 from ..buffers import Clock
 from ..graphs.policy import surroundings
 from ..order import Order, contexts_of
 from . import cost
 from .derived import Derived, Executor, eagerly
 from .leaves import Leaf, modules, plain_leaves
-from .plan import LOSSY, REWRITES, OpCall, RewritePlan, RewriteReport, check_placement, repeats
+from .plan import LOSSY, REWRITES, RewritePlan, RewriteReport, check_placement, repeats
 from .recorded import recorded
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -329,11 +330,17 @@ class PreparedUNet(PreparedNetwork[UNet2DCondition]):
         x = self.seen(x)
         return self.run(x, *self.conditions(clock), residuals, features)
 
-    def calls(self, size: Sequence[int]) -> Iterator[OpCall]:
+    @property
+    def repeatable(self) -> bool:
+        """See :class:`~diffusion_fast.engine.predictor.Predictor`."""
+        return self.plan.repeatable
+
+    def work(self, size: Sequence[int]) -> Work:
         """The op calls of a step for x [halves * B, C, *size], see :func:`.cost.calls`."""
-        plan = self.plan
+        plan, config = self.plan, self.model.config
         sizes = plan.dtype, plan.batch, plan.halves, (size[0], size[1])
-        yield from cost.calls(self.model.config, PreparedUNet, frozenset(plan.on), *sizes)
+        found = functools.partial(cost.calls, config, PreparedUNet, plan.on, *sizes)
+        return cost.named(found, config, plan.on, *sizes)
 
     def explain(self) -> list[RewriteReport]:
         """A report of each rewrite, see :class:`RewriteReport`.

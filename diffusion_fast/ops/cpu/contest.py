@@ -2,9 +2,9 @@
 
 A contest is about kinds of calls, and makes up a call of each. There all ways take turns, and the
 least time of each counts. An engine measures before its first step (:func:`prepare`), once for a
-machine, its number of threads and these versions: some kinds always, and those of its network's
-calls. No op ever measures. A process that finds results on disk uses them from its first call on;
-without any, the order of :data:`~..dispatch.backend.BACKENDS` decides.
+machine, its number of threads and these versions: some kinds always, and those of the calls of its
+network (:class:`Work`). No op ever measures. A process that finds results on disk uses them from
+its first call on; without any, the order of :data:`~..dispatch.backend.BACKENDS` decides.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from ...hardware import cpu_flags, processor
 from ...kernels.measurements import adopt, file_of, lookup, remember, results
 from ..dispatch import Op
-from ..dispatch.backend import BACKENDS, requested
+from ..dispatch.backend import BACKENDS, by_name, requested
 from . import library, threads
 
 ROUNDS, LEAST_ROUNDS = 9, 2
@@ -34,13 +35,35 @@ MANY = 8  # kinds from which a line says that they are measured
 
 # Of a step of a network, see :func:`threads_for`.
 LONG, LARGE = 0.05, 10**10  # seconds, and multiply-adds, in which there is work for all threads
-WARM = 3  # calls before those that count: the third one is recorded, which is slow
+WARM = 3  # calls before those that count: the third one is recorded
 
 Kind = tuple[object, ...]
 Ways = Mapping[str, Callable[..., Any]]
 Calls = Iterable[tuple[str, tuple[Any, ...]]]  # an op's name and its arguments
 
 _contests: list[Contest] = []
+
+
+@dataclass(frozen=True)
+class Work:
+    """The op calls of a network's step.
+
+    Attributes:
+        name: all that decides them, by which results on disk are known to be complete; empty where
+            there is no such name.
+        calls: finds them: names of ops, and arguments of which no data is read. That is as much
+            Python as a step.
+    """
+
+    name: str = ""
+    calls: Callable[[], Calls] = tuple
+
+    def key(self, of: str) -> str:
+        """The name of a result about it."""
+        return f"{of} {hashlib.sha256(self.name.encode()).hexdigest()[:16]}"
+
+
+NO_WORK = Work()
 
 
 class Contest:
@@ -70,12 +93,18 @@ class Contest:
         self.ways, self.names, self.always = ways or self._backends, names, tuple(always)
         _contests.append(self)
 
+    def key(self, kind: Kind) -> str:
+        """The name of a kind's result."""
+        return f"{self.op.name} {kind}"
+
     def order(self, kind: Kind | None) -> list[str]:
         """The names of the ways to a kind, the fastest first; empty where nothing is known."""
-        found = None
-        if kind is not None and not library.machine():
-            found = lookup(_file(), f"{self.op.name} {kind}")
-        order = [] if found is None else found.split()
+        known = kind is not None and not library.machine()
+        return self.order_at(self.key(kind)) if known else []
+
+    def order_at(self, key: str) -> list[str]:
+        """The same by the name of the result."""
+        order = (lookup(_file(), key) or "").split()
         return order if all(name in self.names for name in order) else []
 
     def slower(self, name: str, among: Sequence[str] | None = None) -> Callable[..., list[str]]:
@@ -118,7 +147,7 @@ class Contest:
     def measure(self, kinds: Iterable[Kind]) -> None:
         """Take the times of these kinds, and decide about this op's calls anew."""
         for kind in kinds:
-            remember(_file(), f"{self.op.name} {kind}", " ".join(self._measured(kind)))
+            remember(_file(), self.key(kind), " ".join(self._measured(kind)))
             self.forget()
 
     def _measured(self, kind: Kind) -> list[str]:
@@ -158,28 +187,41 @@ def packed_call(
 
 
 @torch.no_grad()
-def prepare(calls: Calls = ()) -> None:
-    """Have the kernels compiled, and take all times that are missing.
-
-    Args:
-        calls: what a network calls: names of ops, and their arguments, of which no data is read.
-    """
-    if library.settle():
+def prepare(work: Work = NO_WORK) -> None:
+    """Have the kernels compiled, and take all times that are missing for a network."""
+    if library.settle() or (work.name and _complete(lookup(_file(), work.key("measured")))):
         return
-    calls = list(calls)
+    calls = list(work.calls())
     found = [(contest, contest.missing(_of(contest, calls))) for contest in _contests]
     count = sum(len(kinds) for contest, kinds in found if not contest.always)
     if count >= MANY:
         told = f"diffusion_fast: measuring the ways to {count} products on this CPU, once"
         print(told, file=sys.stderr, flush=True)
-    for contest, kinds in found:
-        contest.measure(kinds)
+    with threads.using(threads.most()):
+        for contest, kinds in found:
+            contest.measure(kinds)
+    if work.name:
+        keys = [
+            contest.key(kind)
+            for contest in _contests
+            for kind in dict.fromkeys((*contest.always, *contest.kinds_of(_of(contest, calls))))
+        ]
+        remember(_file(), work.key("measured"), "\n".join(keys))
+
+
+def _complete(keys: str | None) -> bool:
+    """Whether all results of these names are there, a line for each."""
+    contests = {contest.op.name: contest for contest in _contests}
+    parts = [(key, key.partition(" ")[0]) for key in (keys or "").splitlines()]
+    return bool(parts) and all(
+        name in contests and contests[name].order_at(key) for key, name in parts
+    )
 
 
 @torch.no_grad()
-def told(calls: Calls) -> str:
+def told(work: Work) -> str:
     """How many of a network's products go which way, where that was measured."""
-    calls, parts = list(calls), []
+    calls, parts = list(work.calls()), []
     for contest in _contests:
         orders = [contest.order(kind) for kind in contest.kinds_of(_of(contest, calls))]
         counts = Counter(order[0] for order in orders if order)
@@ -187,25 +229,25 @@ def told(calls: Calls) -> str:
     return ", ".join(parts) or "nothing was measured"
 
 
-def threads_for(calls: Calls, step: Callable[[], object]) -> int:
+def threads_for(work: Work, step: Callable[[], object]) -> int:
     """The number of threads with which a step takes the least time, PyTorch's at most.
 
     In a small network an op is done in microseconds, in which threads can't even begin together.
-    Measured once for each set of calls, machine and number of PyTorch's threads.
+    Measured once for each network, machine and number of PyTorch's threads.
 
     Args:
-        calls: the step's, as :func:`prepare` takes them; without products all threads are used.
+        work: the step's calls; where it has no name, all threads are used. So they are where a
+            backend is asked for by name.
         step: what is measured; it is called several times.
     """
-    most, calls = threads.most(), list(calls)
-    if library.machine() or most == 1 or not 0 < _multiply_adds(calls) < LARGE:
+    most = threads.most()
+    if library.machine() or most == 1 or not work.name or by_name():
         return most
-    tensors = [(name, [a for a in args if isinstance(a, torch.Tensor)]) for name, args in calls]
-    text = repr([(name, [(a.shape, a.dtype) for a in found]) for name, found in tensors])
-    key = f"threads {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    key = work.key("threads")
     found = lookup(_file(), key)
     if found is None or not found.isdecimal() or not 1 <= int(found) <= most:
-        found = str(_fastest(step, most))
+        small = 0 < _multiply_adds(work.calls()) < LARGE
+        found = str(_fastest(step, most) if small else most)
         remember(_file(), key, found)
     return int(found)
 
@@ -231,14 +273,15 @@ def _fastest(step: Callable[[], object], most: int) -> int:
 
 def _seconds(step: Callable[[], object], count: int) -> float:
     """The least time of a step by so many threads."""
-    times, began = [], time.perf_counter()
+    times: list[float] = []
     with threads.using(count):
-        for turn in range(WARM + ROUNDS):
+        for _ in range(WARM):
+            step()
+        began = time.perf_counter()
+        while len(times) < ROUNDS and time.perf_counter() - began < ENOUGH:
             start = time.perf_counter()
             step()
             times.append(time.perf_counter() - start)
-            if turn >= WARM and time.perf_counter() - began > ENOUGH:
-                break
     return min(times)
 
 

@@ -141,6 +141,11 @@ def use_backend(backend: str | None = None, **per_op: str) -> Iterator[None]:
         overrides = before
 
 
+def by_name() -> bool:
+    """Whether the backend of any op is asked for by name."""
+    return overrides.everywhere != "auto" or bool(overrides.per_op)
+
+
 def requested(op: str) -> str:
     """The backend asked for by ``use_backend`` or DIFFUSION_FAST_BACKEND; usually ``"auto"``."""
     return dict(overrides.per_op).get(op, overrides.everywhere)
