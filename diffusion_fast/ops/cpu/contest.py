@@ -99,8 +99,9 @@ class Contest:
 
     def order(self, kind: Kind | None) -> list[str]:
         """The names of the ways to a kind, the fastest first; empty where nothing is known."""
-        known = kind is not None and not library.machine()
-        return self.order_at(self.key(kind)) if known else []
+        if kind is None or library.machine():
+            return []
+        return self.order_at(self.key(kind))
 
     def order_at(self, key: str) -> list[str]:
         """The same by the name of the result."""
