@@ -101,11 +101,7 @@ class Contest:
         """The names of the ways to a kind, the fastest first; empty where nothing is known."""
         if kind is None or library.machine():
             return []
-        return self.order_at(self.key(kind))
-
-    def order_at(self, key: str) -> list[str]:
-        """The same by the name of the result."""
-        order = (lookup(_file(), key) or "").split()
+        order = (lookup(_file(), self.key(kind)) or "").split()
         return order if all(name in self.names for name in order) else []
 
     def slower(self, name: str, among: Sequence[str] | None = None) -> Callable[..., list[str]]:
@@ -212,11 +208,11 @@ def prepare(work: Work = NO_WORK) -> None:
 
 def _complete(keys: str | None) -> bool:
     """Whether all results of these names are there, a line for each."""
-    contests = {contest.op.name: contest for contest in _contests}
-    parts = [(key, key.partition(" ")[0]) for key in (keys or "").splitlines()]
-    return bool(parts) and all(
-        name in contests and contests[name].order_at(key) for key, name in parts
-    )
+    if not keys:
+        return False
+    known, names = results(_file()), {contest.op.name: set(contest.names) for contest in _contests}
+    parts = [(known.get(key, ""), key.partition(" ")[0]) for key in keys.splitlines()]
+    return all(order and names.get(op, set()).issuperset(order.split()) for order, op in parts)
 
 
 @torch.no_grad()
@@ -309,8 +305,7 @@ def take(saved: Mapping[str, Any]) -> None:
 
 
 def _file() -> Path:
-    machine = f"{processor()['processor']}-{_features()}-{threads.most()}threads"
-    return file_of(machine, _version())
+    return file_of(f"{machine()}-{threads.most()}threads", _version())
 
 
 @functools.cache
@@ -319,7 +314,7 @@ def _version() -> str:
 
 
 @functools.cache
-def _features() -> str:
-    """The CPU's features: of the same model, machines may have some switched off."""
+def machine() -> str:
+    """The CPU's model, and its features: machines of one model may have some switched off."""
     features = f"{library.level()} {' '.join(sorted(cpu_flags()))}"
-    return hashlib.sha256(features.encode()).hexdigest()[:8]
+    return f"{processor()['processor']}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
