@@ -35,11 +35,19 @@ def run(model: Path | str, data: Any, out: Path, **changes: Any) -> Finetuning:
 
 
 def randomize(network: torch.nn.Module, seed: int = 0) -> None:
-    """Weights at which no gradient is zero: LoRA begins with zeros."""
+    """Weights at which no gradient is zero, as LoRA's are at the start, or nearly so.
+
+    Activations keep their size. Small ones would make scores of attention nearly equal, and the
+    gradients of queries and keys rounding for the greater part.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        for name, parameter in network.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(drawn * parameter[0].numel() ** -0.5)
+            else:
+                parameter.copy_(0.1 * drawn + float("norm" in name and name.endswith("weight")))
 
 
 def gradients(network: torch.nn.Module) -> dict[str, Tensor]:
