@@ -132,10 +132,9 @@ class Contest:
         for op in self._decided:
             op.forget()
 
-    def missing(self, calls: Iterable[tuple[Any, ...]] = ()) -> list[Kind]:
-        """The kinds that are to be measured for calls of the op, given by its arguments."""
-        kinds = dict.fromkeys((*self.always, *self.kinds_of(calls)))
-        return [kind for kind in kinds if not self.order(kind)]
+    def wanted(self, calls: Iterable[tuple[Any, ...]]) -> list[Kind]:
+        """The kinds that are to be known for calls of the op, given by its arguments."""
+        return list(dict.fromkeys((*self.always, *self.kinds_of(calls))))
 
     def kinds_of(self, calls: Iterable[tuple[Any, ...]]) -> list[Kind]:
         """The kinds of calls, without those that it isn't about."""
@@ -189,20 +188,17 @@ def prepare(work: Work = NO_WORK) -> None:
     if library.settle() or (work.name and _complete(lookup(_file(), work.key("measured")))):
         return
     calls = list(work.calls())
-    found = [(contest, contest.missing(_of(contest, calls))) for contest in _contests]
-    count = sum(len(kinds) for contest, kinds in found if not contest.always)
+    wanted = [(contest, contest.wanted(_of(contest, calls))) for contest in _contests]
+    missing = [(one, [kind for kind in kinds if not one.order(kind)]) for one, kinds in wanted]
+    count = sum(len(kinds) for contest, kinds in missing if not contest.always)
     if count >= MANY:
         told = f"diffusion_fast: measuring the ways to {count} products on this CPU, once"
         print(told, file=sys.stderr, flush=True)
     with threads.using(threads.most()):
-        for contest, kinds in found:
+        for contest, kinds in missing:
             contest.measure(kinds)
     if work.name:
-        keys = [
-            contest.key(kind)
-            for contest in _contests
-            for kind in dict.fromkeys((*contest.always, *contest.kinds_of(_of(contest, calls))))
-        ]
+        keys = [contest.key(kind) for contest, kinds in wanted for kind in kinds]
         remember(_file(), work.key("measured"), "\n".join(keys))
 
 
