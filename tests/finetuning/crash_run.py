@@ -1,4 +1,4 @@
-"""A run that is killed: python crash_run.py MODEL IMAGES OUT STEP."""
+"""A run, killed at a step or taken up to its end: crash_run.py MODEL IMAGES OUT [STEP]."""
 
 from __future__ import annotations
 
@@ -31,14 +31,16 @@ OPTIONS: dict[str, Any] = {
 if __name__ == "__main__":
     torch.set_num_threads(1)
     contest.lookup = lambda *_: None  # as in the tests' own process: nothing measured decides
-    model, images, out, step = sys.argv[1:]
-    made = run(Path(model), Path(images), Path(out), **OPTIONS)
+    torch.manual_seed(os.getpid())  # whatever a new process starts with
+    model, images, out, *steps = sys.argv[1:]
+    resume = (Path(out) / "checkpoints").exists()
+    made = run(Path(model), Path(images), Path(out), **OPTIONS, resume=resume)
     calls = 0
 
     def kill(*_: Any) -> None:
         global calls
         calls += 1
-        if calls == int(step):
+        if calls in map(int, steps):
             os.kill(os.getpid(), signal.SIGKILL)
 
     made.network.register_forward_hook(kill)
