@@ -30,7 +30,7 @@ OPTIONS: dict[str, Any] = {
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    contest.lookup = lambda *_: None  # as in the tests' own process: nothing measured decides
+    contest.known = dict  # as in the tests' own process: nothing measured decides
     model, images, out, step = sys.argv[1:]
     made = run(Path(model), Path(images), Path(out), **OPTIONS)
     calls = 0
