@@ -104,20 +104,11 @@ def _check(
     residual: Any,
     packed: Any,
 ) -> None:
-    checks.floating("x", x)
+    checks.together({"x": x, "weight": weight}, bias=bias, x2=x2, add=add, residual=residual)
     if x.dim() != 4:
         checks.fail("x", "shape [B, C, H, W]", list(x.shape))
     checks.positive_int("stride", stride)
     pads_of(pads)
-    for name, value in (
-        ("weight", weight),
-        ("bias", bias),
-        ("x2", x2),
-        ("add", add),
-        ("residual", residual),
-    ):
-        if value is not None:
-            checks.beside(name, value, x)
     batch, channels, height, width = x.shape
     if x2 is not None:
         if x2.dim() != 4:
@@ -129,12 +120,11 @@ def _check(
     size = _output_size(x, weight, stride, pads)
     if size[2] < 1 or size[3] < 1:
         checks.fail("x", f"at least the window {list(weight.shape[2:])}", list(x.shape))
-    if bias is not None and bias.shape != (weight.shape[0],):
-        checks.shape("bias", bias, (weight.shape[0],), "[O]")
-    if add is not None:
-        checks.shape("add", add, (batch, weight.shape[0]), "[B, O]")
-    if residual is not None:
-        checks.shape("residual", residual, size, "[B, O, H', W']")
+    checks.shapes(
+        ("bias", bias, size[1:2], "[O]"),
+        ("add", add, size[:2], "[B, O]"),
+        ("residual", residual, size, "[B, O, H', W']"),
+    )
 
 
 def _output_size(

@@ -91,21 +91,16 @@ def _check(
     sums: Any,
     packed: Any,
 ) -> None:
-    checks.floating("x", x)
+    checks.together({"x": x, "weight": weight}, bias=bias, residual=residual)
     if x.dim() < 1:
         checks.fail("x", "shape [..., K]", list(x.shape))
-    for name, value in (("weight", weight), ("bias", bias), ("residual", residual)):
-        if value is not None:
-            checks.beside(name, value, x)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         checks.fail("weight", f"shape [N, K] with K = {x.shape[-1]}", list(weight.shape))
     out = weight.shape[0]
-    if bias is not None and bias.shape != (out,):
-        checks.shape("bias", bias, (out,), "[N]")
     if geglu and out % 2:
         checks.fail("weight", "an even number of rows with geglu", list(weight.shape))
-    if residual is not None:
-        checks.shape("residual", residual, (*x.shape[:-1], out // (2 if geglu else 1)), "[..., N]")
+    result = *x.shape[:-1], out // (2 if geglu else 1)
+    checks.shapes(("bias", bias, (out,), "[N]"), ("residual", residual, result, "[..., N]"))
     if packed and len(packed) != 1 + geglu and not on_cpu.is_packed(packed):
         checks.fail("packed", f"{1 + geglu} tensors, packed with geglu={geglu}", len(packed))
     if mean is None:
