@@ -15,8 +15,7 @@ from pathlib import Path
 
 from .cache import cache_folder
 
-chosen: dict[tuple[Path, str], str] = {}
-loaded: set[Path] = set()
+known: dict[Path, dict[str, str]] = {}  # of each file, what was found here or earlier
 
 
 @functools.cache
@@ -40,36 +39,25 @@ def _read(file: Path) -> dict[str, str]:
     if not isinstance(entries, dict) or not all(isinstance(v, str) for v in entries.values()):
         told = f"{file}: expected tuning results, got something else; what lacks is measured again"
         warnings.warn(told, stacklevel=2)
-    known = entries.items() if isinstance(entries, dict) else ()
-    return {k: v for k, v in known if isinstance(v, str)}
-
-
-def lookup(file: Path, key: str) -> str | None:
-    """What was found, in this process or an earlier one; None: nothing."""
-    if file not in loaded:
-        loaded.add(file)
-        for name, config in _read(file).items():
-            chosen.setdefault((file, name), config)
-    return chosen.get((file, key))
+    valid = entries.items() if isinstance(entries, dict) else ()
+    return {k: v for k, v in valid if isinstance(v, str)}
 
 
 def results(file: Path) -> dict[str, str]:
-    """All that was found, in this process or an earlier one."""
-    lookup(file, "")  # reads the file
-    return {key: config for (of, key), config in chosen.items() if of == file}
+    """All that was found, by its key, in this process or an earlier one."""
+    if file not in known:
+        known[file] = _read(file)
+    return known[file]
 
 
 def adopt(file: Path, found: dict[str, str]) -> None:
     """Take these results in the place of a file's, which stays as it is, in this process."""
-    loaded.add(file)
-    for key in results(file):
-        del chosen[file, key]
-    chosen.update({(file, key): config for key, config in found.items()})
+    known[file] = dict(found)
 
 
 def remember(file: Path, key: str, config: str) -> None:
     """In memory, and on disk beside what other processes wrote meanwhile."""
-    chosen[file, key] = config
+    results(file)[key] = config
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         entries = _read(file) | {key: config}

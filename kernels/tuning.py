@@ -17,7 +17,7 @@ import torch
 import triton
 
 from . import launch
-from .measurements import file_of, lookup, remember
+from .measurements import file_of, remember, results
 
 Config = TypeVar("Config")
 
@@ -48,7 +48,7 @@ def choose(
         return configs[0]
     file, key = cache_file(device), f"{kernel} {shape_class}"
     by_name = {repr(config): config for config in configs}
-    known = lookup(file, key)
+    known = results(file).get(key)
     if known in by_name:
         return by_name[known]
     if torch.cuda.is_current_stream_capturing():
@@ -61,7 +61,7 @@ def choose(
 
 def known(kernel: str, shape_class: tuple[object, ...], device: torch.device) -> str | None:
     """The repr of what :func:`choose` found for this class of shapes; None: it must measure."""
-    return lookup(cache_file(device), f"{kernel} {shape_class}")
+    return results(cache_file(device)).get(f"{kernel} {shape_class}")
 
 
 def _measure(

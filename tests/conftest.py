@@ -57,7 +57,7 @@ def _kernels() -> None:
     library.settle()
     patch = pytest.MonkeyPatch()
     patch.setattr(contest, "prepare", lambda work=None: library.settle())
-    patch.setattr(contest, "lookup", lambda *_: None)
+    patch.setattr(contest, "known", dict)
 
 
 @pytest.fixture(autouse=True)

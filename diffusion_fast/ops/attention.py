@@ -88,12 +88,11 @@ def _check_values(
 def check_inputs(
     q: Any, k: Any, v: Any, scale: Any, bias: Any, key_lengths: Any, save_lse: bool
 ) -> None:
-    for name, value in (("q", q), ("k", k), ("v", v)):
-        checks.floating(name, value)
+    tensors = {"q": q, "k": k, "v": v}
+    checks.together(tensors)
+    for name, value in tensors.items():
         if value.dim() != 4:
             checks.fail(name, "shape [B, S, H, D]", list(value.shape))
-        checks.same_dtype(name, value, "q", q)
-        checks.same_device(name, value, "q", q)
     batch, queries, heads, dim = q.shape
     if dim == 0:
         checks.fail("q", "a head dim of at least 1", 0)

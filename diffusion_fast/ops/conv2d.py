@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -103,20 +104,11 @@ def _check(
     residual: Any,
     packed: Any,
 ) -> None:
-    checks.floating("x", x)
+    checks.together({"x": x, "weight": weight}, bias=bias, x2=x2, add=add, residual=residual)
     if x.dim() != 4:
         checks.fail("x", "shape [B, C, H, W]", list(x.shape))
     checks.positive_int("stride", stride)
     pads_of(pads)
-    for name, value in (
-        ("weight", weight),
-        ("bias", bias),
-        ("x2", x2),
-        ("add", add),
-        ("residual", residual),
-    ):
-        if value is not None:
-            checks.beside(name, value, x)
     batch, channels, height, width = x.shape
     if x2 is not None:
         if x2.dim() != 4:
@@ -128,12 +120,11 @@ def _check(
     size = _output_size(x, weight, stride, pads)
     if size[2] < 1 or size[3] < 1:
         checks.fail("x", f"at least the window {list(weight.shape[2:])}", list(x.shape))
-    if bias is not None and bias.shape != (weight.shape[0],):
-        checks.shape("bias", bias, (weight.shape[0],), "[O]")
-    if add is not None:
-        checks.shape("add", add, (batch, weight.shape[0]), "[B, O]")
-    if residual is not None:
-        checks.shape("residual", residual, size, "[B, O, H', W']")
+    checks.shapes(
+        ("bias", bias, size[1:2], "[O]"),
+        ("add", add, size[:2], "[B, O]"),
+        ("residual", residual, size, "[B, O, H', W']"),
+    )
 
 
 def _output_size(
@@ -191,27 +182,7 @@ def pack_conv2d(
         True
     """
     checks.floating("weight", weight)
-    checks.positive_int("stride", stride)
-    left, right, top, bottom = pads_of(padding)
-    if weight.dim() != 4:
-        checks.fail("weight", "shape [O, C, kh, kw]", list(weight.shape))
-    if len(size) != 4 or size[1] != weight.shape[1]:
-        checks.fail("size", f"[B, C, H, W] with C = {weight.shape[1]}", list(size))
-    if weight.shape[2:] == (1, 1):
-        return None
-    if weight.device.type == "cuda":
-        return (weight.detach().contiguous(memory_format=torch.channels_last),)
-    if not onednn.supports(weight.device.type, weight.dtype):
-        return None
-    pads = [left, right, top, bottom]
-    way = "packed"
-    if requested("conv2d") == cpu.NAME:
-        why = winograd.fits(weight, stride) or cpu.settle()
-        way = way if why else "winograd"
-    elif requested("conv2d") == "auto":
-        order = _CONTEST.order(products.conv2d_kind(weight, size, stride, pads))
-        way = order[0] if order else way
-    return _PACKERS[way](weight, size, stride, pads)
+    return _packer(weight.device.type, weight.dtype, weight.shape, size, stride, padding)(weight)
 
 
 def _packed_for_onednn(
@@ -227,8 +198,8 @@ def _packed_for_onednn(
 # How a weight is laid out for each way of the contest.
 _PACKERS: dict[str, Callable[..., onednn.Packed | None]] = {
     "packed": _packed_for_onednn,
-    "winograd": lambda weight, *_: (winograd.pack(weight),),
-    "direct": lambda *_: None,
+    "winograd": lambda weight, **_: (winograd.pack(weight),),
+    "direct": lambda *_, **__: None,
 }
 
 
@@ -270,6 +241,34 @@ _OP = Op(
     check=_check,
     policy=_cast,
 )
+
+
+@_OP.kept
+def _packer(
+    device: str,
+    dtype: torch.dtype,
+    shape: torch.Size,
+    size: tuple[int, int, int, int],
+    stride: int,
+    padding: Padding,
+) -> Callable[[Tensor], onednn.Packed | None]:
+    """What lays out weights of this shape."""
+    checks.positive_int("stride", stride)
+    pads = pads_of(padding)
+    if len(shape) != 4:
+        checks.fail("weight", "shape [O, C, kh, kw]", list(shape))
+    if len(size) != 4 or size[1] != shape[1]:
+        checks.fail("size", f"[B, C, H, W] with C = {shape[1]}", list(size))
+    if device == "cuda" and shape[2:] != (1, 1):
+        return lambda weight: (weight.detach().contiguous(memory_format=torch.channels_last),)
+    if shape[2:] == (1, 1) or not onednn.supports(device, dtype):
+        return _PACKERS["direct"]
+    asked, order = requested("conv2d"), ["packed"]
+    if asked == cpu.NAME and not winograd.fits(dtype, shape, stride) and not cpu.settle():
+        order = ["winograd"]
+    elif asked == "auto":
+        order = _CONTEST.order(products.conv2d_kind(dtype, shape, size, stride, pads)) or order
+    return functools.partial(_PACKERS[order[0]], size=size, stride=stride, pads=pads)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -416,9 +415,10 @@ def _ways(x: Tensor, weight: Tensor, bias: Any, stride: int, pads: Any, *_: Any)
     """What computes a call without a second source, by the contest's names."""
     ways: dict[str, Callable[..., Tensor]] = {}
     for name, runs in (("packed", _onednn), ("winograd", _winograd), ("direct", _onednn)):
-        if name == "winograd" and winograd.fits(weight, stride):
+        if name == "winograd" and winograd.fits(weight.dtype, weight.shape, stride):
             continue
-        ways[name] = packed_call(runs, _PACKERS[name](weight, x.shape, stride, pads))
+        packed = _PACKERS[name](weight, size=x.shape, stride=stride, pads=pads)
+        ways[name] = packed_call(runs, packed)
     return ways
 
 

@@ -100,43 +100,35 @@ def _check(
     x2: Any,
     row: Any,
 ) -> None:
-    checks.floating("x", x)
+    needed = {"x": x, "weight": weight, "bias": bias}
+    checks.together(needed, x2=x2, add=add, scale=scale, shift=shift)
     if x.dim() < 2:
         checks.fail("x", "shape [B, C, ...]", list(x.shape))
     batch, channels = x.shape[:2]
     if x2 is not None:
-        checks.tensor("x2", x2)
         if x2.dim() != x.dim():
             checks.fail("x2", f"{x.dim()} dimensions, as x has", x2.dim())
-        checks.beside("x2", x2, x, (batch, x2.shape[1], *x.shape[2:]), "[B, C2, ...]")
+        checks.shape("x2", x2, (batch, x2.shape[1], *x.shape[2:]), "[B, C2, ...]")
         channels += x2.shape[1]
     checks.positive_int("num_groups", num_groups)
     checks.not_negative("eps", eps)
     if channels % num_groups:
         checks.fail("num_groups", f"a divisor of the {channels} channels of x", num_groups)
-    checks.beside("weight", weight, x, (channels,), "[C]")
-    checks.beside("bias", bias, x, (channels,), "[C]")
-    if row is not None:
+    checks.shapes(("weight", weight, (channels,), "[C]"), ("bias", bias, (channels,), "[C]"))
+    vectors = {"add": add, "scale": scale, "shift": shift}
+    if row is None:
+        checks.shapes(*((name, v, (batch, channels), "[B, C]") for name, v in vectors.items()))
+    else:
         checks.tensor("row", row)
         if row.dtype != torch.int64:
             checks.fail("row", "dtype torch.int64", row.dtype)
         if row.shape not in ((1,), (batch,)):
             checks.fail("row", f"shape [1] or [B] = [{batch}]", list(row.shape))
         checks.same_device("row", row, "x", x)
-    for name, value in (("add", add), ("scale", scale), ("shift", shift)):
-        if value is not None and row is None:
-            checks.beside(name, value, x, (batch, channels), "[B, C]")
-        elif value is not None:
-            _check_table(name, value, batch, channels, x)
-
-
-def _check_table(name: str, value: Any, images: int, channels: int, x: Tensor) -> None:
-    checks.tensor(name, value)
-    if value.dim() != 3 or value.shape[1] not in (1, images) or value.shape[2] != channels:
-        expected = f"shape [R, B or 1, C] with B, C = {[images, channels]}"
-        checks.fail(name, expected, list(value.shape))
-    checks.same_device(name, value, "x", x)
-    checks.same_dtype(name, value, "x", x)
+        for name, v in vectors.items():
+            if v is not None and tuple(v.shape[1:]) not in ((1, channels), (batch, channels)):
+                expected = f"shape [R, B or 1, C] with B, C = {[batch, channels]}"
+                checks.fail(name, expected, list(v.shape))
 
 
 def _per_channel(value: Tensor, x: Tensor) -> Tensor:

@@ -43,11 +43,11 @@ def _under_autocast(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> auto
 
 
 def _check(x: Any, weight: Any, bias: Any, eps: float) -> None:
-    checks.floating("x", x)
+    checks.together({"x": x, "weight": weight, "bias": bias})
     if x.dim() < 1:
         checks.fail("x", "shape [..., C]", list(x.shape))
-    checks.beside("weight", weight, x, x.shape[-1:], "[C]")
-    checks.beside("bias", bias, x, x.shape[-1:], "[C]")
+    channels = x.shape[-1:]
+    checks.shapes(("weight", weight, channels, "[C]"), ("bias", bias, channels, "[C]"))
     checks.not_negative("eps", eps)
 
 

@@ -91,21 +91,16 @@ def _check(
     sums: Any,
     packed: Any,
 ) -> None:
-    checks.floating("x", x)
+    checks.together({"x": x, "weight": weight}, bias=bias, residual=residual)
     if x.dim() < 1:
         checks.fail("x", "shape [..., K]", list(x.shape))
-    for name, value in (("weight", weight), ("bias", bias), ("residual", residual)):
-        if value is not None:
-            checks.beside(name, value, x)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         checks.fail("weight", f"shape [N, K] with K = {x.shape[-1]}", list(weight.shape))
     out = weight.shape[0]
-    if bias is not None and bias.shape != (out,):
-        checks.shape("bias", bias, (out,), "[N]")
     if geglu and out % 2:
         checks.fail("weight", "an even number of rows with geglu", list(weight.shape))
-    if residual is not None:
-        checks.shape("residual", residual, (*x.shape[:-1], out // (2 if geglu else 1)), "[..., N]")
+    result = *x.shape[:-1], out // (2 if geglu else 1)
+    checks.shapes(("bias", bias, (out,), "[N]"), ("residual", residual, result, "[..., N]"))
     if packed and len(packed) != 1 + geglu and not on_cpu.is_packed(packed):
         checks.fail("packed", f"{1 + geglu} tensors, packed with geglu={geglu}", len(packed))
     if mean is None:
@@ -151,19 +146,10 @@ def pack_linear(weight: Tensor, rows: int, *, geglu: bool = False) -> onednn.Pac
         True
     """
     checks.floating("weight", weight)
-    checks.positive_int("rows", rows)
-    if weight.dim() != 2 or (geglu and weight.shape[0] % 2):
-        checks.fail("weight", "shape [N, K], N even with geglu", list(weight.shape))
-    if not onednn.supports(weight.device.type, weight.dtype):
-        return None
-    way = "packed"
-    if requested("linear") == cpu.NAME:
-        why = on_cpu.fits(weight) or cpu.settle()
-        way = way if why else "cpu"
-    elif requested("linear") == "auto":
-        order = _CONTEST.order(products.linear_kind(weight, rows, geglu))
-        way = order[0] if order else way
-    return _PACKERS[way](weight, rows, geglu)
+    return _packer(weight.device.type, weight.dtype, weight.shape, rows, geglu)(weight, rows, geglu)
+
+
+Packer = Callable[[Tensor, int, bool], onednn.Packed | None]
 
 
 def _packed_for_onednn(weight: Tensor, rows: int, geglu: bool) -> onednn.Packed:
@@ -172,7 +158,7 @@ def _packed_for_onednn(weight: Tensor, rows: int, geglu: bool) -> onednn.Packed:
 
 
 # How a weight is laid out for each way of the contest.
-_PACKERS: dict[str, Callable[[Tensor, int, bool], onednn.Packed | None]] = {
+_PACKERS: dict[str, Packer] = {
     "packed": _packed_for_onednn,
     "cpu": lambda weight, _, geglu: (on_cpu.pack(weight, geglu),),
     "onednn": lambda *_: None,
@@ -220,6 +206,22 @@ _OP = Op(
     check=_check,
     policy=_cast,
 )
+
+
+@_OP.kept
+def _packer(device: str, dtype: torch.dtype, shape: torch.Size, rows: int, geglu: bool) -> Packer:
+    """What lays out weights of this shape."""
+    checks.positive_int("rows", rows)
+    if len(shape) != 2 or (geglu and shape[0] % 2):
+        checks.fail("weight", "shape [N, K], N even with geglu", list(shape))
+    if not onednn.supports(device, dtype):
+        return _PACKERS["reference"]
+    asked, order = requested("linear"), ["packed"]
+    if asked == cpu.NAME and dtype == torch.float32 and not cpu.settle():
+        order = ["cpu"]
+    elif asked == "auto":
+        order = _CONTEST.order(products.linear_kind(dtype, shape, rows, geglu)) or order
+    return _PACKERS[order[0]]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

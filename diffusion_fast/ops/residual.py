@@ -46,15 +46,14 @@ def residual(
 
 
 def _check(x: Any, residual: Any, bias: Any, scale: Any, dim: Any) -> None:
-    checks.floating("x", x)
+    checks.together({"x": x}, residual=residual, bias=bias)
     checks.finite("scale", scale)
-    if residual is not None:
-        checks.like("residual", residual, "x", x)
+    checks.shapes(("residual", residual, x.shape, "of x"))
     if bias is not None:
         expected = f"a dimension of x {list(x.shape)}"
         if checks.whole("dim", dim, expected, -x.dim()) >= x.dim():
             checks.fail("dim", expected, dim)
-        checks.beside("bias", bias, x, (x.shape[dim],), "[C]")
+        checks.shape("bias", bias, (x.shape[dim],), "[C]")
 
 
 def reference(

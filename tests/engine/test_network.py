@@ -39,6 +39,7 @@ from diffusion_fast.engine.rewrites.prepare import PreparedUNet
 from diffusion_fast.models import UNet2DCondition, UNetConfig
 from diffusion_fast.ops.cpu import library, winograd
 from diffusion_fast.ops.cpu.contest import Contest, Kind
+from diffusion_fast.ops.dispatch import known_ops
 
 CHOICES: dict[str, str | Iterable[str]] = {
     **{name: [name] for name in REWRITES if name not in CONTROL},
@@ -164,6 +165,7 @@ def test_winograds_convolutions_in_a_whole_step(
         return ["winograd"] if fits else []
 
     monkeypatch.setattr(Contest, "order", order)
+    known_ops["conv2d"].forget()
     model = unet(block_out_channels=(64, 128), cross_attention_dim=64)
     given = conditions(model, 4)
     network, x = prepared(model, given, "all"), images(model, 2, 2, size)
@@ -177,6 +179,7 @@ def test_winograds_convolutions_in_a_whole_step(
         randomize(model)
         network.refresh()
         network.prepare(given, GRID)
+    known_ops["conv2d"].forget()
 
 
 def test_weights_that_were_replaced_are_found_by_refresh() -> None:

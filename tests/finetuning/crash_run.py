@@ -30,7 +30,7 @@ OPTIONS: dict[str, Any] = {
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    contest.lookup = lambda *_: None  # as in the tests' own process: nothing measured decides
+    contest.known = dict  # as in the tests' own process: nothing measured decides
     torch.manual_seed(os.getpid())  # whatever a new process starts with
     model, images, out, *steps = sys.argv[1:]
     resume = (Path(out) / "checkpoints").exists()

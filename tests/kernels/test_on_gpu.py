@@ -232,8 +232,7 @@ def test_a_norm_over_more_elements_than_32_bits_count(layout: torch.memory_forma
 def test_tuning_measures_and_keeps(tmp_path: object) -> None:
     call, values = cases()["group_norm_silu_fused"]
     file = tuning.cache_file(torch.device("cuda", torch.cuda.current_device()))
-    measurements.chosen.clear()
-    measurements.loaded.clear()
+    measurements.known.clear()
     call(**values)
     assert "group_norm_silu" in file.read_text()
 
@@ -276,7 +275,7 @@ def test_products_repeat_and_replay_bit_for_bit(name: str, backend: str) -> None
 @pytest.mark.parametrize("op", ["conv2d", "decoupled_attention"])
 def test_the_faster_product_is_kept_on_disk(op: str) -> None:
     file = tuning.cache_file(torch.device("cuda", torch.cuda.current_device()))
-    for cache in (measurements.chosen, measurements.loaded, measured._answers):
+    for cache in (measurements.known, measured._answers):
         cache.clear()
     with torch.no_grad():
         products()[op]()

@@ -38,8 +38,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def forget() -> None:
     """As in a new process."""
-    measurements.chosen.clear()
-    measurements.loaded.clear()
+    measurements.known.clear()
 
 
 def choose(shape_class: tuple[object, ...] = (1,), configs: tuple[str, ...] = CONFIGS) -> str:

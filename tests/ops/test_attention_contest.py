@@ -68,8 +68,7 @@ def forget() -> None:
     """As in a new process."""
     module._WAYS.forget()
     module._OP.forget()
-    measurements.chosen.clear()
-    measurements.loaded.clear()
+    measurements.known.clear()
 
 
 def way(*given: Any) -> tuple[Tensor, Tensor]:

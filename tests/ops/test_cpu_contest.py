@@ -18,7 +18,7 @@ from diffusion_fast.ops.dispatch import known_ops
 
 pytestmark = needs_cpu_kernels
 Q = torch.randn(1, 300, 2, 64)
-PREPARE = contest.prepare  # before the other tests are kept from measuring
+PREPARE, KNOWN = contest.prepare, contest.known  # before the other tests are kept from them
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str,
     """Seconds that each way takes, by its name; where nothing was ever measured."""
     library.build()  # before the cache is another
     monkeypatch.setattr(library, "settle", lambda: [])
-    monkeypatch.setattr(contest, "lookup", measurements.lookup)
+    monkeypatch.setattr(contest, "known", KNOWN)
     monkeypatch.setenv("DIFFUSION_FAST_CACHE", str(tmp_path))
     seconds, now = {"cpu": 2.0, "onednn": 3.0, "sdpa": 1.0}, [0.0]
     op = known_ops["attention"]
@@ -47,8 +47,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str,
 
 def forget() -> None:
     """As in a new process."""
-    measurements.chosen.clear()
-    measurements.loaded.clear()
+    measurements.known.clear()
     known_ops["attention"].forget()
 
 

@@ -21,7 +21,7 @@ from diffusion_fast.ops.cpu import contest, library, products
 from diffusion_fast.ops.dispatch import known_ops
 
 pytestmark = needs_cpu_kernels
-PREPARE = contest.prepare
+PREPARE, KNOWN = contest.prepare, contest.known  # as they are outside of tests
 LAST = torch.channels_last
 X, WEIGHT = torch.randn(2, 64, 12, 12).contiguous(memory_format=LAST), torch.randn(64, 64, 3, 3)
 ROWS, MATRIX = torch.randn(512, 64), torch.randn(128, 64)
@@ -31,7 +31,7 @@ ROWS, MATRIX = torch.randn(512, 64), torch.randn(128, 64)
 def _nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     library.build()  # before the cache is another
     monkeypatch.setattr(library, "settle", lambda: [])
-    monkeypatch.setattr(contest, "lookup", measurements.lookup)
+    monkeypatch.setattr(contest, "known", KNOWN)
     monkeypatch.setenv("DIFFUSION_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(contest, "ROUNDS", 1)
     yield
@@ -40,8 +40,7 @@ def _nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
 
 def forget() -> None:
     """As in a new process."""
-    measurements.chosen.clear()
-    measurements.loaded.clear()
+    measurements.known.clear()
     for name in ("linear", "conv2d", "attention"):
         known_ops[name].forget()
 
@@ -52,11 +51,11 @@ def known(op: str, kind: object, order: str) -> None:
 
 
 def conv2d_known(order: str) -> None:
-    known("conv2d", products.conv2d_kind(WEIGHT, X.shape, 1, (1, 1, 1, 1)), order)
+    known("conv2d", products.conv2d_kind(WEIGHT.dtype, WEIGHT.shape, X.shape, 1, (1, 1, 1, 1)), order)
 
 
 def linear_known(order: str) -> None:
-    known("linear", products.linear_kind(MATRIX, len(ROWS), False), order)
+    known("linear", products.linear_kind(MATRIX.dtype, MATRIX.shape, len(ROWS), False), order)
 
 
 def of_conv2d() -> tuple[str, str]:
@@ -175,8 +174,7 @@ def test_an_engine_measures_before_its_first_step_and_never_again(
     assert in_step
     in_step.clear()
     assert torch.equal(sampled(first, noise), result)
-    measurements.chosen.clear()
-    measurements.loaded.clear()
+    measurements.known.clear()
     assert torch.equal(sampled(engine(model), noise), result)  # as another process finds it
     assert len(measured) == count
 

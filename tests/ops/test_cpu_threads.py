@@ -18,6 +18,7 @@ from diffusion_fast.ops.cpu import contest, library, threads
 
 pytestmark = needs_cpu_kernels
 CALLS = [("linear", (torch.empty(8, 64, device="meta"), torch.empty(32, 64, device="meta")))]
+KNOWN = contest.known  # as it is outside of tests
 WORK = contest.Work("a network", lambda: CALLS)
 
 
@@ -25,7 +26,7 @@ WORK = contest.Work("a network", lambda: CALLS)
 def _four(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Four threads, where nothing was ever measured."""
     monkeypatch.setattr(library, "_final", True)
-    monkeypatch.setattr(contest, "lookup", measurements.lookup)
+    monkeypatch.setattr(contest, "known", KNOWN)
     monkeypatch.setenv("DIFFUSION_FAST_CACHE", str(tmp_path))
     torch.set_num_threads(4)
     yield
@@ -35,8 +36,7 @@ def _four(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 def forget() -> None:
     """As in a new process."""
-    measurements.chosen.clear()
-    measurements.loaded.clear()
+    measurements.known.clear()
 
 
 class Step:
@@ -113,7 +113,7 @@ def test_it_is_measured_once(step: MakeStep) -> None:
 @pytest.mark.parametrize("kept", ["", "two", "0", "5"])
 def test_a_number_that_is_none_is_measured_again(kept: str, step: MakeStep) -> None:
     assert contest.threads_for(WORK, step({4: 0.004, 2: 0.001, 1: 0.002})) == 2
-    (file,) = {file for file, _ in measurements.chosen}
+    (file,) = (library.cache_folder() / "tuning").iterdir()
     ((key, _),) = measurements.results(file).items()
     measurements.remember(file, key, kept)
     assert contest.threads_for(WORK, step({4: 0.004, 2: 0.003, 1: 0.002})) == 1

@@ -43,8 +43,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> dict[str, Any]:
 def forget() -> None:
     """As in a new process."""
     measured._answers.clear()
-    measurements.chosen.clear()
-    measurements.loaded.clear()
+    measurements.known.clear()
 
 
 def ask(state: dict[str, Any], *args: Any) -> list[str]:

@@ -106,7 +106,7 @@ PLACES = {
 }
 
 if __name__ == "__main__":
-    contest.lookup = lambda *_: None  # as in the tests' own process: nothing measured decides
+    contest.known = dict  # as in the tests' own process: nothing measured decides
     for name, place in PLACES.items():
         child = os.fork()
         if child == 0:

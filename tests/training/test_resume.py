@@ -94,8 +94,7 @@ def test_a_resumed_run_takes_the_ways_of_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was measured on this machine since the checkpoint decides nothing."""
-    monkeypatch.setattr(measurements, "chosen", {})
-    monkeypatch.setattr(measurements, "loaded", set())
+    monkeypatch.setattr(measurements, "known", {})
     file = tmp_path / contest.taken()["machine"]
     monkeypatch.setattr(contest, "_file", lambda: file)
     measurements.remember(file, "attention", "sdpa")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ...hardware import cpu_flags, processor
-from ...kernels.measurements import adopt, file_of, lookup, remember, results
+from ...kernels.measurements import adopt, file_of, remember, results
 from ..dispatch import Op
 from ..dispatch.backend import BACKENDS, by_name, requested
 from . import library, threads
@@ -99,9 +99,7 @@ class Contest:
 
     def order(self, kind: Kind | None) -> list[str]:
         """The names of the ways to a kind, the fastest first; empty where nothing is known."""
-        if kind is None or library.machine():
-            return []
-        order = (lookup(_file(), self.key(kind)) or "").split()
+        order = [] if kind is None else known().get(self.key(kind), "").split()
         return order if all(name in self.names for name in order) else []
 
     def slower(self, name: str, among: Sequence[str] | None = None) -> Callable[..., list[str]]:
@@ -114,9 +112,7 @@ class Contest:
 
         def why(*args: Any) -> list[str]:
             kind = self.kind_of(*args)
-            if kind is None or requested(self.op.name) != "auto" or library.machine():
-                return []
-            order = self.order(kind)
+            order = self.order(kind) if requested(self.op.name) == "auto" else []
             best = next((way for way in order if among is None or way in among), None)
             lost = best not in (None, name)
             return [f"{best} was measured faster for such calls here"] if lost else []
@@ -185,7 +181,7 @@ def packed_call(
 @torch.no_grad()
 def prepare(work: Work = NO_WORK) -> None:
     """Have the kernels compiled, and take all times that are missing for a network."""
-    if library.settle() or (work.name and _complete(lookup(_file(), work.key("measured")))):
+    if library.settle() or (work.name and _complete(known().get(work.key("measured"), ""))):
         return
     calls = list(work.calls())
     wanted = [(contest, contest.wanted(_of(contest, calls))) for contest in _contests]
@@ -202,13 +198,12 @@ def prepare(work: Work = NO_WORK) -> None:
         remember(_file(), work.key("measured"), "\n".join(keys))
 
 
-def _complete(keys: str | None) -> bool:
-    """Whether all results of these names are there, a line for each."""
-    if not keys:
-        return False
-    known, names = results(_file()), {contest.op.name: set(contest.names) for contest in _contests}
-    parts = [(known.get(key, ""), key.partition(" ")[0]) for key in keys.splitlines()]
-    return all(order and names.get(op, set()).issuperset(order.split()) for order, op in parts)
+def _complete(keys: str) -> bool:
+    """Whether all results of these names are there, a line for each; not where there is none."""
+    found, names = known(), {contest.op.name: set(contest.names) for contest in _contests}
+    parts = [(found.get(key, ""), key.partition(" ")[0]) for key in keys.splitlines()]
+    whole = (order and names.get(op, set()).issuperset(order.split()) for order, op in parts)
+    return bool(parts) and all(whole)
 
 
 @torch.no_grad()
@@ -237,8 +232,8 @@ def threads_for(work: Work, step: Callable[[], object]) -> int:
     if library.machine() or most == 1 or not work.name or by_name():
         return most
     key = work.key("threads")
-    found = lookup(_file(), key)
-    if found is None or not found.isdecimal() or not 1 <= int(found) <= most:
+    found = known().get(key, "")
+    if not found.isdecimal() or not 1 <= int(found) <= most:
         small = 0 < _multiply_adds(work.calls()) < LARGE
         found = str(_fastest(step, most) if small else most)
         remember(_file(), key, found)
@@ -284,9 +279,7 @@ def _of(contest: Contest, calls: Calls) -> list[tuple[Any, ...]]:
 
 def taken() -> dict[str, Any]:
     """The results that decide in this process, as JSON can hold them; empty without kernels."""
-    if library.machine():
-        return {}
-    return {"machine": _file().name, "ways": results(_file())}
+    return {} if library.machine() else {"machine": _file().name, "ways": dict(results(_file()))}
 
 
 def take(saved: Mapping[str, Any]) -> None:
@@ -298,6 +291,11 @@ def take(saved: Mapping[str, Any]) -> None:
         adopt(_file(), saved["ways"])
         for contest in _contests:
             contest.forget()
+
+
+def known() -> dict[str, str]:
+    """The results that decide here and now; none without kernels."""
+    return {} if library.machine() else results(_file())
 
 
 def _file() -> Path:

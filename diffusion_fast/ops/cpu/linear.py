@@ -19,11 +19,6 @@ LINE = 16  # columns of a packed weight are filled up to a multiple of it
 _ARGUMENTS = struct.Struct("@5P 3q 2i")
 
 
-def fits(weight: Tensor) -> list[str]:
-    """Why the kernel can't take a weight; empty if it can."""
-    return [] if weight.dtype == torch.float32 else [f"dtype {weight.dtype}"]
-
-
 def pack(weight: Tensor, geglu: bool) -> Tensor:
     """A weight [N, K] as the kernel reads it, [1 or with ``geglu`` 2, N', K], N' whole lines."""
     out, inner = weight.shape
@@ -55,7 +50,7 @@ def supports(
     packed: Sequence[Tensor],
 ) -> list[str]:
     """Why this call is not for the kernel; empty if it is."""
-    why = fits(weight)
+    why = [] if weight.dtype == torch.float32 else [f"dtype {weight.dtype}"]
     if not why and not is_packed(packed):
         why = ["its weight is not packed for it"]
     if not why and mean is not None:

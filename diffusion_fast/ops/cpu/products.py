@@ -6,6 +6,7 @@ the defaults.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,15 +23,17 @@ LEAST = 2**14  # multiply-adds: a microsecond
 MOST = 2**33  # of a made-up call: a tenth of a second or two; larger ones are as this much of them
 
 
+@functools.cache
 def _measured(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and supports("cpu", dtype)
 
 
-def linear_kind(weight: Tensor, rows: int, geglu: bool) -> Kind | None:
+def linear_kind(dtype: torch.dtype, shape: Sequence[int], rows: int, geglu: bool) -> Kind | None:
     """The kind of a product of x [rows, K] and a weight [N, K]; None where none is measured."""
-    if not _measured(weight.dtype) or rows * weight.numel() < LEAST:
+    out, inner = shape
+    if not _measured(dtype) or rows * out * inner < LEAST:
         return None
-    return rows, weight.shape[1], weight.shape[0], geglu
+    return rows, inner, out, geglu
 
 
 def linear_kind_of(
@@ -39,7 +42,7 @@ def linear_kind_of(
     """The same of a call of ``linear``."""
     if mean is not None or needs_gradient(x, weight, bias, residual):
         return None
-    return linear_kind(weight, math.prod(x.shape[:-1]), geglu)
+    return linear_kind(weight.dtype, weight.shape, math.prod(x.shape[:-1]), geglu)
 
 
 def linear_example(rows: int, inner: int, out: int, geglu: bool) -> tuple[Any, ...]:
@@ -51,12 +54,14 @@ def linear_example(rows: int, inner: int, out: int, geglu: bool) -> tuple[Any, .
 
 
 def conv2d_kind(
-    weight: Tensor, size: Sequence[int], stride: int, pads: Sequence[int]
+    dtype: torch.dtype, shape: Sequence[int], size: Sequence[int], stride: int, pads: Sequence[int]
 ) -> Kind | None:
-    """The kind of a convolution of [B, C, H, W] = ``size``; None where none is measured."""
-    out, _, *window = weight.shape
-    small = size[0] * math.prod(_after(size[2:], window, stride, pads)) * weight.numel() < LEAST
-    if not _measured(weight.dtype) or window == [1, 1] or small:
+    """The kind of a convolution of [B, C, H, W] = ``size`` and a weight; None where none is
+    measured.
+    """
+    out, _, *window = shape
+    pixels = size[0] * math.prod(_after(size[2:], window, stride, pads))
+    if not _measured(dtype) or window == [1, 1] or pixels * math.prod(shape) < LEAST:
         return None
     return (*size, out, *window, stride, *pads)
 
@@ -85,7 +90,8 @@ def conv2d_kind_of(
     gradient = needs_gradient(x, weight, bias, x2, add, residual)
     if gradient or format_of(x, weight) != torch.channels_last:
         return None
-    return conv2d_kind(weight, (len(x), weight.shape[1], *x.shape[2:]), stride, pads)
+    size = len(x), weight.shape[1], *x.shape[2:]
+    return conv2d_kind(weight.dtype, weight.shape, size, stride, pads)
 
 
 def conv2d_example(

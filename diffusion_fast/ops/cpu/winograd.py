@@ -24,11 +24,11 @@ _LAST = torch.channels_last
 _ARGUMENTS = struct.Struct("@6P 10q i")
 
 
-def fits(weight: Tensor, stride: int) -> list[str]:
-    """Why the algorithm can't take a weight [O, C, kh, kw]; empty if it can."""
-    if weight.dtype != torch.float32:
-        return [f"dtype {weight.dtype}"]
-    if weight.shape[2:] != (3, 3) or stride != 1:
+def fits(dtype: torch.dtype, shape: Sequence[int], stride: int) -> list[str]:
+    """Why the algorithm can't take weights [O, C, kh, kw]; empty if it can."""
+    if dtype != torch.float32:
+        return [f"dtype {dtype}"]
+    if shape[2:] != (3, 3) or stride != 1:
         return ["Winograd's algorithm is for windows of 3x3 and stride 1"]
     return []
 
@@ -57,7 +57,7 @@ def supports(
     packed: Sequence[Tensor],
 ) -> list[str]:
     """Why this call is not for the kernel; empty if it is."""
-    why = fits(weight, stride)
+    why = fits(weight.dtype, weight.shape, stride)
     if not why and not is_packed(packed):
         why = ["its weight is not packed for it"]
     if not why and checks.needs_gradient(x, weight, bias, x2, add, residual):

@@ -218,7 +218,7 @@ def hopper_fails(device: torch.device) -> str | None:
     from ...kernels import measurements, tuning  # imports triton
 
     file, key = tuning.cache_file(device), f"hopper attention {build.version()}"
-    known = measurements.lookup(file, key)
+    known = measurements.results(file).get(key)
     if known is None:
         known = _smallest_call_fails(device.index or 0)
         measurements.remember(file, key, known)

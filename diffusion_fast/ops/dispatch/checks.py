@@ -52,22 +52,23 @@ def like(argument: str, value: Any, other_argument: str, other: Tensor) -> None:
     same_device(argument, value, other_argument, other)
 
 
-def beside(
-    argument: str, value: Any, x: Tensor, expected: Sequence[int] | None = None, meaning: str = ""
-) -> None:
-    """A tensor with the dtype and on the device of ``x``, and of a shape where one is expected."""
-    if (
-        isinstance(value, Tensor)
-        and (expected is None or value.shape == torch.Size(expected))
-        and value.dtype == x.dtype
-        and value.device == x.device
-    ):
-        return  # as nearly all calls
-    tensor(argument, value)
-    if expected is not None:
-        shape(argument, value, expected, meaning)
-    same_device(argument, value, "x", x)
-    same_dtype(argument, value, "x", x)
+def together(needed: dict[str, Any], **others: Any) -> None:
+    """Tensors of one floating dtype on one device, by their names; ``others`` may be None."""
+    first, x = next(iter(needed.items()))
+    floating(first, x)
+    for name, value in (needed | others).items():
+        alike = isinstance(value, Tensor) and (value.dtype, value.device) == (x.dtype, x.device)
+        if not alike and (value is not None or name in needed):
+            tensor(name, value)
+            same_device(name, value, first, x)
+            same_dtype(name, value, first, x)
+
+
+def shapes(*expected: tuple[str, Tensor | None, Sequence[int], str]) -> None:
+    """What :func:`shape` takes, of several arguments; one may be None."""
+    for argument, value, size, meaning in expected:
+        if value is not None and value.shape != tuple(size):
+            shape(argument, value, size, meaning)
 
 
 def one_of(argument: str, value: object, known: Iterable[str]) -> None:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ _grad_enabled, _functorch_level = torch.is_grad_enabled, torch._C._functorch.may
 NO_TRANSFORM = "torch.func transforms PyTorch's own functions only"
 PLAIN = (Tensor, torch.nn.Parameter)
 NUMBERS = (int, float, bool)
+Found = TypeVar("Found")
 
 
 class Resolved(NamedTuple):
@@ -84,7 +85,7 @@ class Op:
         self._defaults = tuple(parameter.default for parameter in parameters)
         self._keyed = len(parameters) - data
         self._function: type[torch.autograd.Function] | None = None
-        self._found: dict[tuple[Any, ...], Resolved] = {}
+        self._found: dict[Any, Any] = {}  # by signature, and what `kept` functions gave
         self.last_ran: str | None = None
         self.backends = [Backend("reference", lambda: reference, composite=True)]
         _LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=mutates))
@@ -194,6 +195,26 @@ class Op:
         """All arguments of a call of the registered operator, and what computes it."""
         args = (*args, *self._defaults[len(args) :])
         return args, self.resolve(None, args).run
+
+    def kept(self, decide: Callable[..., Found]) -> Callable[..., Found]:
+        """The same function, asked once for each set of arguments until :meth:`forget`.
+
+        It may read the backends asked for and PyTorch's number of threads too. Where an argument
+        can't be hashed nothing is kept.
+        """
+
+        def answer(*args: Any) -> Found:
+            around = decide, _backend.overrides, torch.get_num_threads()
+            key = (*around, *args, *map(type, args))  # True is no 1
+            try:
+                found: Found | None = self._found.get(key)
+            except TypeError:
+                return decide(*args)
+            if found is None:
+                found = self._found[key] = decide(*args)
+            return found
+
+        return answer
 
     def forget(self) -> None:
         """Ask again, as in a new process: for tests, which change what machines answer."""
