@@ -1,7 +1,8 @@
-"""How many cores a process may use at once, and threads beyond that."""
+"""How many cores a process may use at once, threads beyond that, and waits for a core."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import warnings
@@ -75,3 +76,19 @@ def limit_threads() -> str | None:
         return None
     torch.set_num_threads(limit)
     return f"{line}: as many threads are used; {THREADS} sets others"
+
+
+def waited(tasks: Path = Path("/proc/self/task")) -> float:
+    """Seconds for which threads of this process were ready to run and had no core, all together.
+
+    They grow where other programs, or more threads than cores, are at work. 0 where the system
+    does not say.
+
+    Args:
+        tasks: where Linux has a folder for each thread.
+    """
+    nanoseconds = 0
+    for file in tasks.glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # of a thread that has ended
+            nanoseconds += int(file.read_text().split()[1])
+    return nanoseconds / 1e9

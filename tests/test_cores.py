@@ -111,3 +111,13 @@ def test_what_the_user_says_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(THREADS, "4")
     assert cores.limit_threads() is None
     assert torch.get_num_threads() == 4
+
+
+def test_the_wait_for_cores_is_that_of_all_threads(tmp_path: Path) -> None:
+    for thread, text in {"1": "900 1500000000 3", "2": "7 500000000 1"}.items():
+        (tmp_path / thread).mkdir()
+        (tmp_path / thread / "schedstat").write_text(text + "\n")
+    (tmp_path / "3").mkdir()  # has ended
+    assert cores.waited(tmp_path) == 2.0
+    assert cores.waited(tmp_path / "none") == 0.0
+    assert cores.waited() >= 0.0

@@ -11,7 +11,7 @@ import pytest
 import torch
 from compilers import needs_cpu_kernels
 
-from diffusion_fast import ops
+from diffusion_fast import cores, ops
 from diffusion_fast.kernels import measurements
 from diffusion_fast.ops.cpu import contest, library
 from diffusion_fast.ops.dispatch import known_ops
@@ -41,6 +41,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str,
     for backend in ways:
         monkeypatch.setitem(backend.__dict__, "run", timed(backend.name))
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(cores, "waited", lambda: 0.0)
     yield seconds
     forget()
 
@@ -174,3 +175,43 @@ def test_a_network_whose_results_are_incomplete_is_looked_at_again() -> None:
         PREPARE(work)
         assert found == ["once"]
         assert json.loads(file.read_text())[lost] == results[lost]
+
+
+def test_times_beside_other_programs_count_in_this_process_only(
+    clock: dict[str, float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cores, "waited", lambda: 0.5 * time.perf_counter())
+    PREPARE()
+    assert chosen() == "sdpa"
+    assert "measured again next time: other programs had the cores" in capsys.readouterr().err
+    clock["cpu"] = 0.5
+    PREPARE()
+    assert chosen() == "sdpa"  # as long as the process lives
+    forget()
+    monkeypatch.setattr(cores, "waited", lambda: 0.0)
+    assert chosen() == "cpu"  # nothing is known
+    clock["cpu"] = 2.0
+    PREPARE()
+    assert capsys.readouterr().err == ""
+    forget()
+    assert chosen() == "sdpa"
+
+
+def test_a_way_is_slow_only_where_it_had_the_cores(
+    clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel takes 1 s; beside another program, which ends after the second turn, 5 s."""
+    seconds, waits = clock, 0.0
+
+    def waited() -> float:
+        nonlocal waits
+        busy = time.perf_counter() < 12
+        seconds.update(cpu=5.0 if busy else 0.5, sdpa=1.0)
+        waits += 2.0 * busy
+        return waits
+
+    monkeypatch.setattr(contest, "PATIENCE", 60.0)
+    monkeypatch.setattr(cores, "waited", waited)
+    PREPARE()
+    forget()
+    assert chosen() == "cpu"

@@ -12,6 +12,7 @@ import torch
 from compilers import needs_cpu_kernels
 
 import diffusion_fast as df
+from diffusion_fast import cores
 from diffusion_fast.engine.loop import Loop
 from diffusion_fast.kernels import measurements
 from diffusion_fast.ops.cpu import contest, library, threads
@@ -43,8 +44,9 @@ class Step:
     """A step that moves a clock of its own, by a number of seconds for each number of threads."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float]) -> None:
-        self.seconds, self.now, self.calls = seconds, 0.0, 0
+        self.seconds, self.now, self.calls, self.waits = seconds, 0.0, 0, 0.0
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(cores, "waited", lambda: self.waits * self.now)
 
     def __call__(self) -> None:
         self.calls += 1
@@ -107,6 +109,18 @@ def test_it_is_measured_once(step: MakeStep) -> None:
     assert contest.threads_for(WORK, measured) == 2
     assert measured.calls == calls
     assert contest.threads_for(contest.Work("another", lambda: CALLS), measured) == 2
+    assert measured.calls > calls
+
+
+def test_beside_other_programs_it_is_measured_by_each_process(step: MakeStep) -> None:
+    measured = step({4: 0.004, 2: 0.001, 1: 0.002})
+    measured.waits = 0.5
+    assert contest.threads_for(WORK, measured) == 2
+    calls = measured.calls
+    assert contest.threads_for(WORK, measured) == 2
+    assert measured.calls == calls
+    forget()
+    assert contest.threads_for(WORK, measured) == 2
     assert measured.calls > calls
 
 

@@ -5,22 +5,28 @@ least time of each counts. An engine measures before its first step (:func:`prep
 machine, its number of threads and these versions: some kinds always, and those of the calls of its
 network (:class:`Work`). No op ever measures. A process that finds results on disk uses them from
 its first call on; without any, the order of :data:`~..dispatch.backend.BACKENDS` decides.
+
+Where other programs have the cores, times say little about the ways: a parallel loop waits for the
+last of its threads. Such times count only as long as there are no better ones, and what they decide
+is not kept on disk: the next process measures it again.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from ... import cores
 from ...hardware import cpu_flags, processor
 from ...kernels.measurements import adopt, file_of, remember, results
 from ..dispatch import Op
@@ -29,6 +35,8 @@ from . import library, threads
 
 ROUNDS, LEAST_ROUNDS = 9, 2
 ENOUGH = 0.1  # seconds for a kind, after which the least number of rounds will do
+PATIENCE = 0.2  # seconds for a kind, after which times beside other programs will do
+BUSY = 0.25  # share of its time for which a call may wait for cores
 LOST = 2.0  # a way that takes so much longer than the best one has no further round
 GAIN = 0.95  # a way that is not first must take at most so much of the first one's time
 MANY = 8  # kinds from which a line says that they are measured
@@ -42,6 +50,43 @@ Ways = Mapping[str, Callable[..., Any]]
 Calls = Iterable[tuple[str, tuple[Any, ...]]]  # an op's name and its arguments
 
 _contests: list[Contest] = []
+
+
+class Time(NamedTuple):
+    """How long a call took; one that had the cores is less than all that had not.
+
+    Attributes:
+        disturbed: whether it waited for cores, which other programs had.
+        seconds: the time.
+    """
+
+    disturbed: bool
+    seconds: float
+
+
+NEVER = Time(True, float("inf"))
+
+
+def _timed(run: Callable[[], object]) -> Time:
+    waited, start = cores.waited(), time.perf_counter()
+    run()
+    seconds = time.perf_counter() - start
+    return Time(cores.waited() - waited > BUSY * seconds, seconds)
+
+
+def _least(ways: Mapping[str, Callable[[], object]]) -> dict[str, Time]:
+    """The least time of each way; they take turns."""
+    least, began = dict.fromkeys(ways, NEVER), time.perf_counter()
+    for turn in itertools.count():
+        passed = time.perf_counter() - began
+        enough = turn >= ROUNDS or (turn >= LEAST_ROUNDS and passed > ENOUGH)
+        if enough and (passed > PATIENCE or not max(least.values()).disturbed):
+            break
+        limit = LOST * min(one.seconds for one in least.values())
+        for name, run in ways.items():
+            if least[name].disturbed or least[name].seconds <= limit:
+                least[name] = min(least[name], _timed(run))
+    return least
 
 
 @dataclass(frozen=True)
@@ -136,29 +181,31 @@ class Contest:
         """The kinds of calls, without those that it isn't about."""
         return [kind for args in calls if (kind := self.kind_of(*args)) is not None]
 
-    def measure(self, kinds: Iterable[Kind]) -> None:
-        """Take the times of these kinds, and decide about this op's calls anew."""
-        for kind in kinds:
-            remember(_file(), self.key(kind), " ".join(self._measured(kind)))
-            self.forget()
+    def measure(self, kinds: Iterable[Kind]) -> int:
+        """Take the times of these kinds, and decide about this op's calls anew.
 
-    def _measured(self, kind: Kind) -> list[str]:
-        """The ways to a kind by the time they take, where all but the first have a handicap."""
+        Returns:
+            The number of kinds whose results are not kept.
+        """
+        lost = 0
+        for kind in kinds:
+            order, sure = self._measured(kind)
+            remember(_file(), self.key(kind), " ".join(order), keep=sure)
+            self.forget()
+            lost += not sure
+        return lost
+
+    def _measured(self, kind: Kind) -> tuple[list[str], bool]:
+        """The ways to a kind by the time they take, where all but the first have a handicap.
+
+        And whether those are times for which they had the cores.
+        """
         args = self.example(*kind)
         ways = self.ways(*args)
-        seconds, began = dict.fromkeys(ways, float("inf")), time.perf_counter()
-        for turn in range(ROUNDS):
-            if turn >= LEAST_ROUNDS and time.perf_counter() - began > ENOUGH:
-                break
-            limit = LOST * min(seconds.values())
-            for name, run in ways.items():
-                if turn and seconds[name] > limit:
-                    continue
-                start = time.perf_counter()
-                run(*args)
-                seconds[name] = min(seconds[name], time.perf_counter() - start)
+        times = _least({name: functools.partial(run, *args) for name, run in ways.items()})
+        seconds = {name: time.seconds for name, time in times.items()}
         seconds[next(iter(ways))] *= GAIN
-        return sorted(ways, key=seconds.__getitem__)
+        return sorted(ways, key=seconds.__getitem__), not max(times.values()).disturbed
 
     def _backends(self, *args: Any) -> Ways:
         ways = {}
@@ -191,8 +238,10 @@ def prepare(work: Work = NO_WORK) -> None:
         told = f"diffusion_fast: measuring the ways to {count} products on this CPU, once"
         print(told, file=sys.stderr, flush=True)
     with threads.using(threads.most()):
-        for contest, kinds in missing:
-            contest.measure(kinds)
+        lost = sum(contest.measure(kinds) for contest, kinds in missing)
+    if lost >= MANY:
+        told = f"diffusion_fast: {lost} are measured again next time: other programs had the cores"
+        print(told, file=sys.stderr, flush=True)
     if work.name:
         keys = [contest.key(kind) for contest, kinds in wanted for kind in kinds]
         remember(_file(), work.key("measured"), "\n".join(keys))
@@ -235,8 +284,9 @@ def threads_for(work: Work, step: Callable[[], object]) -> int:
     found = known().get(key, "")
     if not found.isdecimal() or not 1 <= int(found) <= most:
         small = 0 < _multiply_adds(work.calls()) < LARGE
-        found = str(_fastest(step, most) if small else most)
-        remember(_file(), key, found)
+        count, sure = _fastest(step, most) if small else (most, True)
+        found = str(count)
+        remember(_file(), key, found, keep=sure)
     return int(found)
 
 
@@ -246,31 +296,30 @@ def _multiply_adds(calls: Calls) -> int:
     return sum(x.numel() // weight.shape[1] * weight.numel() for x, weight in products)
 
 
-def _fastest(step: Callable[[], object], most: int) -> int:
-    """The number of threads that is the fastest: all of them, or half as many, and so on."""
+def _fastest(step: Callable[[], object], most: int) -> tuple[int, bool]:
+    """The number of threads that is the fastest: all of them, or half as many, and so on.
+
+    And whether its times are such for which they had the cores.
+    """
     count = best = most
-    least = _seconds(step, most)
-    while count > 1 and least < LONG:
+    least = _by(most, step)
+    sure = not least.disturbed
+    while count > 1 and least.seconds < LONG:
         count //= 2
-        seconds = _seconds(step, count)
-        if seconds > GAIN * least:
+        found = _by(count, step)
+        sure &= not found.disturbed
+        if found.seconds > GAIN * least.seconds:
             break
-        best, least = count, seconds
-    return best
+        best, least = count, found
+    return best, sure
 
 
-def _seconds(step: Callable[[], object], count: int) -> float:
+def _by(count: int, step: Callable[[], object]) -> Time:
     """The least time of a step by so many threads."""
-    times: list[float] = []
     with threads.using(count):
         for _ in range(WARM):
             step()
-        began = time.perf_counter()
-        while len(times) < ROUNDS and time.perf_counter() - began < ENOUGH:
-            start = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - start)
-    return min(times)
+        return _least({"": step})[""]
 
 
 def _of(contest: Contest, calls: Calls) -> list[tuple[Any, ...]]:
