@@ -114,7 +114,10 @@ def _check(
     checks.not_negative("eps", eps)
     if channels % num_groups:
         checks.fail("num_groups", f"a divisor of the {channels} channels of x", num_groups)
-    expected = [("weight", weight, (channels,), "[C]"), ("bias", bias, (channels,), "[C]")]
+    expected: list[Any] = [
+        ("weight", weight, (channels,), "[C]"),
+        ("bias", bias, (channels,), "[C]"),
+    ]
     vectors = {"add": add, "scale": scale, "shift": shift}
     if row is None:
         expected += [(name, v, (batch, channels), "[B, C]") for name, v in vectors.items()]

@@ -82,7 +82,7 @@ class Recorded:
 
 def _kind(args: tuple[Any, ...], tensors: dict[int, Tensor]) -> Hashable:
     """The kind of nested arguments; adds their tensors, each once, by their identities."""
-    parts: list[Hashable] = [len(args)]
+    parts: list[Any] = [len(args)]
     values = list(args)
     for value in values:  # and what is inside them, which joins behind
         if isinstance(value, Tensor):

@@ -241,7 +241,7 @@ class Op:
         asked = dict(choices.per_op).get(self.name, choices.everywhere)
         tensors = [value for value in args if isinstance(value, Tensor)]
         gradient = _grad_enabled() and any(one.requires_grad for one in tensors)
-        why = ["not implemented for this op"]
+        why: Any = ["not implemented for this op"]
         for candidate in self.backends:
             if asked in ("auto", candidate.name):
                 why = self._found.get(candidate.name)
