@@ -107,9 +107,7 @@ class Buffers:
     """
 
     def __init__(self, layout: Layout) -> None:
-        def empty(*shape: int, dtype: torch.dtype = layout.dtype) -> Tensor:
-            return torch.empty(*shape, dtype=dtype, device=layout.device)
-
+        empty = functools.partial(torch.empty, dtype=layout.dtype, device=layout.device)
         shape = layout.shape
         self.layout = layout
         self.x, self.y, self.noise = (empty(*shape) for _ in range(3))

@@ -129,6 +129,9 @@ class Conv2d(nn.Conv2d):
         padding: as nn.Conv2d's, or four numbers: left, right, top, bottom.
         others: nn.Conv2d's, of which groups, dilation and padding_mode can only be its defaults.
 
+    Attributes:
+        pads: the padding as :func:`diffusion_fast.ops.conv2d` takes it.
+
     Raises:
         ValueError: those with other values, or strides that differ.
     """
@@ -156,17 +159,9 @@ class Conv2d(nn.Conv2d):
         if not plain or isinstance(self.padding, str) or self.stride[0] != self.stride[1]:
             expected = "one group, no dilation, zeros in numbers as padding, and equal strides"
             checks.fail("Conv2d", expected, self.extra_repr())
-
-    @property
-    def pads(self) -> int | tuple[int, int, int, int]:
-        """The padding as :func:`diffusion_fast.ops.conv2d` takes it."""
-        padding = cast("tuple[int, ...]", self.padding)
-        if len(set(padding)) == 1:
-            return padding[0]
-        if len(padding) == 2:
-            rows, columns = padding
-            return columns, columns, rows, rows
-        return cast("tuple[int, int, int, int]", padding)
+        rows, *_, columns = self.padding
+        four = self.padding if uneven else (columns, columns, rows, rows)
+        self.pads: Any = rows if len(set(four)) == 1 else four
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return ops.conv2d(
@@ -347,7 +342,7 @@ class MultiHead(Composite):
     """The projections of multi-head attention (Vaswani et al. 2017, section 3.2).
 
     Attributes:
-        to_qkv: a leaf that gives q, k and v of the same input, [B, S, C] each, or None.
+        to_qkv: a leaf that gives q, k and v of the same input side by side, [B, S, 3C], or None.
         joins_contexts: whether text and images are attended to in one call.
     """
 
@@ -362,9 +357,10 @@ class MultiHead(Composite):
         self.to_out = nn.ModuleList([Linear(channels, channels)])
         self.to_qkv: nn.Module | None = None
 
-    def split_heads(self, x: Tensor) -> Tensor:
-        """[B, S, C] as [B, S, H, D]: a view."""
-        return x.view(x.shape[0], x.shape[1], self.heads, x.shape[2] // self.heads)
+    def split_heads(self, x: Tensor, parts: int = 1) -> Tensor:
+        """[B, S, C], or several side by side, as [B, S, H, D]: a view."""
+        heads = parts * self.heads
+        return x.view(x.shape[0], x.shape[1], heads, x.shape[2] // heads)
 
     def project_kv(self, context: Tensor) -> KeyValue:
         """Keys and values [B, L, H, D] of what is attended to, [B, L, C]."""
@@ -384,7 +380,7 @@ class MultiHead(Composite):
                 return self._attend_to_images(q, kv, key_lengths).flatten(2)
             k, v = kv[0], kv[1]
         elif self.to_qkv is not None:
-            q, k, v = map(self.split_heads, self.to_qkv(x))
+            q, k, v = self.split_heads(self.to_qkv(x), 3).chunk(3, dim=2)
         else:
             own = self.project_kv(x)
             q, k, v = self.split_heads(self.to_q(x)), own[0], own[1]

@@ -375,9 +375,10 @@ _OP.add(
         attention_onednn.supports,
         CONTEST.slower("onednn"),
         CONTEST.slower("onednn"),
+        forward_only=True,
     )
 )
-cpu.add(_OP, lambda: on_cpu.forward, on_cpu.supports, CONTEST.slower(cpu.NAME))
+cpu.add(_OP, lambda: on_cpu.forward, on_cpu.supports, CONTEST.slower(cpu.NAME), True)
 _OP.add(
     Backend(
         "cuda",

@@ -35,7 +35,7 @@ def supports(
         return [f"fewer than {LONG} queries, or {LARGE:,} multiply-adds per head"]
     if bias is not None or save_lse:
         return ["it adds no bias and keeps no log-sum-exp"]
-    return onednn.takes(q, k, v)
+    return onednn.takes(q)
 
 
 def forward(

@@ -82,11 +82,13 @@ def _cast(
     return (x, weight, bias, stride, pads, x2, add, residual, packed), None
 
 
-def pads_of(padding: Any) -> list[int]:
-    """[left, right, top, bottom], as F.pad counts them."""
+def window(stride: Any, padding: Any) -> list[int]:
+    """Check how a window moves, and give the padding [left, right, top, bottom] of F.pad."""
     pads = list(padding) if isinstance(padding, (list, tuple)) else [padding] * 4
-    if len(pads) == 4 and all(type(pad) is int and pad >= 0 for pad in pads):
+    whole = all(type(number) is int and number >= 0 for number in (stride, *pads))
+    if whole and stride and len(pads) == 4:
         return pads
+    checks.positive_int("stride", stride)
     expected = "an integer of at least 0, or four of them"
     if len(pads) != 4:
         checks.fail("padding", expected, padding)
@@ -107,8 +109,7 @@ def _check(
     checks.together({"x": x, "weight": weight}, bias=bias, x2=x2, add=add, residual=residual)
     if x.dim() != 4:
         checks.fail("x", "shape [B, C, H, W]", list(x.shape))
-    checks.positive_int("stride", stride)
-    pads_of(pads)
+    window(stride, pads)
     batch, channels, height, width = x.shape
     if x2 is not None:
         if x2.dim() != 4:
@@ -181,8 +182,7 @@ def pack_conv2d(
         >>> torch.allclose(y, df.ops.conv2d(x, weight, padding=1), atol=1e-4)
         True
     """
-    checks.floating("weight", weight)
-    return _packer(weight.device.type, weight.dtype, weight.shape, size, stride, padding)(weight)
+    return _packer(weight, size, stride, padding)(weight)
 
 
 def _packed_for_onednn(
@@ -198,7 +198,7 @@ def _packed_for_onednn(
 # How a weight is laid out for each way of the contest.
 _PACKERS: dict[str, Callable[..., onednn.Packed | None]] = {
     "packed": _packed_for_onednn,
-    "winograd": lambda weight, **_: (winograd.pack(weight),),
+    "winograd": winograd.pack,
     "direct": lambda *_, **__: None,
 }
 
@@ -245,29 +245,24 @@ _OP = Op(
 
 @_OP.kept
 def _packer(
-    device: str,
-    dtype: torch.dtype,
-    shape: torch.Size,
-    size: tuple[int, int, int, int],
-    stride: int,
-    padding: Padding,
+    weight: Tensor, size: tuple[int, int, int, int], stride: int, padding: Padding
 ) -> Callable[[Tensor], onednn.Packed | None]:
-    """What lays out weights of this shape."""
-    checks.positive_int("stride", stride)
-    pads = pads_of(padding)
-    if len(shape) != 4:
-        checks.fail("weight", "shape [O, C, kh, kw]", list(shape))
-    if len(size) != 4 or size[1] != shape[1]:
-        checks.fail("size", f"[B, C, H, W] with C = {shape[1]}", list(size))
-    if device == "cuda" and shape[2:] != (1, 1):
+    """What lays out weights like this one."""
+    checks.floating("weight", weight)
+    pads = window(stride, padding)
+    if weight.dim() != 4:
+        checks.fail("weight", "shape [O, C, kh, kw]", list(weight.shape))
+    if len(size) != 4 or size[1] != weight.shape[1]:
+        checks.fail("size", f"[B, C, H, W] with C = {weight.shape[1]}", list(size))
+    if weight.device.type == "cuda" and weight.shape[2:] != (1, 1):
         return lambda weight: (weight.detach().contiguous(memory_format=torch.channels_last),)
-    if shape[2:] == (1, 1) or not onednn.supports(device, dtype):
+    if weight.shape[2:] == (1, 1) or not onednn.supports(weight.device.type, weight.dtype):
         return _PACKERS["direct"]
     asked, order = requested("conv2d"), ["packed"]
-    if asked == cpu.NAME and not winograd.fits(dtype, shape, stride) and not cpu.settle():
+    if asked == cpu.NAME and not winograd.fits(weight, stride) and not cpu.settle():
         order = ["winograd"]
     elif asked == "auto":
-        order = _CONTEST.order(products.conv2d_kind(dtype, shape, size, stride, pads)) or order
+        order = _CONTEST.order(products.conv2d_kind(weight, size, stride, pads)) or order
     return functools.partial(_PACKERS[order[0]], size=size, stride=stride, pads=pads)
 
 
@@ -398,7 +393,7 @@ def _onednn_supports(
         pointwise = last and _pointwise(weight, stride, padding)
         if not pointwise and not _few_pixels(x, weight, stride, padding):
             return ["F.conv2d is oneDNN's own, and there is no packed weight and no residual"]
-    return onednn.takes(x, weight, bias, x2, add, residual)
+    return onednn.takes(x)
 
 
 def _kernels() -> ModuleType:
@@ -407,15 +402,11 @@ def _kernels() -> ModuleType:
     return conv2d
 
 
-def _winograd(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
-    return winograd.forward(x, weight, *args).contiguous(memory_format=format_of(x, weight))
-
-
 def _ways(x: Tensor, weight: Tensor, bias: Any, stride: int, pads: Any, *_: Any) -> Ways:
     """What computes a call without a second source, by the contest's names."""
     ways: dict[str, Callable[..., Tensor]] = {}
-    for name, runs in (("packed", _onednn), ("winograd", _winograd), ("direct", _onednn)):
-        if name == "winograd" and winograd.fits(weight.dtype, weight.shape, stride):
+    for name, runs in (("packed", _onednn), ("winograd", winograd.forward), ("direct", _onednn)):
+        if name == "winograd" and winograd.fits(weight, stride):
             continue
         packed = _PACKERS[name](weight, size=x.shape, stride=stride, pads=pads)
         ways[name] = packed_call(runs, packed)
@@ -425,6 +416,6 @@ def _ways(x: Tensor, weight: Tensor, bias: Any, stride: int, pads: Any, *_: Any)
 _CONTEST = Contest(
     _OP, products.conv2d_kind_of, products.conv2d_example, ways=_ways, names=tuple(_PACKERS)
 )
-cpu.add(_OP, lambda: _winograd, winograd.supports)
-_OP.add(Backend("onednn", lambda: _onednn, onednn.machine, _onednn_supports))
+cpu.add(_OP, lambda: winograd.forward, winograd.supports, forward_only=True)
+_OP.add(Backend("onednn", lambda: _onednn, onednn.machine, _onednn_supports, forward_only=True))
 triton.add(_OP, _kernels, measured=True)

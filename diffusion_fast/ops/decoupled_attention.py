@@ -128,14 +128,6 @@ _OP = Op(
 )
 
 
-def _supports(
-    q: Tensor, k: Tensor, v: Tensor, parts: Sequence[int], weights: Tensor, *_: Any
-) -> list[str]:
-    """Why this call is not for a kernel; empty if it is."""
-    needed = checks.needs_gradient(q, k, v, weights)
-    return ["a gradient is needed"] if needed else []
-
-
 def _slower(
     q: Tensor, k: Tensor, v: Tensor, parts: Sequence[int], weights: Tensor, scale: float, *_: Any
 ) -> list[str]:
@@ -155,7 +147,7 @@ def _fits(
     q: Tensor, k: Tensor, v: Tensor, parts: Sequence[int], weights: Tensor, *_: Any
 ) -> list[str]:
     """Why this call is not for the kernel of Triton, whose programs are bounded."""
-    why = _supports(q, k, v, parts, weights)
+    why = []
     if q.shape[-1] > 256:
         why.append(f"a head dim of {q.shape[-1]}, more than 256")
     if len(parts) > 16:
@@ -164,8 +156,8 @@ def _fits(
 
 
 CONTEST.decides(_OP)
-cpu.add(_OP, lambda: on_cpu.in_parts, _supports, _slower)
-triton.add(_OP, _kernels, _fits, measured=True)
+cpu.add(_OP, lambda: on_cpu.in_parts, slower=_slower, forward_only=True)
+triton.add(_OP, _kernels, _fits, measured=True, forward_only=True)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

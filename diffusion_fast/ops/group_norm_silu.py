@@ -114,11 +114,15 @@ def _check(
     checks.not_negative("eps", eps)
     if channels % num_groups:
         checks.fail("num_groups", f"a divisor of the {channels} channels of x", num_groups)
-    checks.shapes(("weight", weight, (channels,), "[C]"), ("bias", bias, (channels,), "[C]"))
+    expected: list[Any] = [
+        ("weight", weight, (channels,), "[C]"),
+        ("bias", bias, (channels,), "[C]"),
+    ]
     vectors = {"add": add, "scale": scale, "shift": shift}
     if row is None:
-        checks.shapes(*((name, v, (batch, channels), "[B, C]") for name, v in vectors.items()))
-    else:
+        expected += [(name, v, (batch, channels), "[B, C]") for name, v in vectors.items()]
+    checks.shapes(*expected)
+    if row is not None:
         checks.tensor("row", row)
         if row.dtype != torch.int64:
             checks.fail("row", "dtype torch.int64", row.dtype)
@@ -127,8 +131,8 @@ def _check(
         checks.same_device("row", row, "x", x)
         for name, v in vectors.items():
             if v is not None and tuple(v.shape[1:]) not in ((1, channels), (batch, channels)):
-                expected = f"shape [R, B or 1, C] with B, C = {[batch, channels]}"
-                checks.fail(name, expected, list(v.shape))
+                table = f"shape [R, B or 1, C] with B, C = {[batch, channels]}"
+                checks.fail(name, table, list(v.shape))
 
 
 def _per_channel(value: Tensor, x: Tensor) -> Tensor:

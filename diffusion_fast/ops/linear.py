@@ -145,8 +145,7 @@ def pack_linear(weight: Tensor, rows: int, *, geglu: bool = False) -> onednn.Pac
         >>> torch.allclose(y, df.ops.linear(x, weight), atol=1e-4)
         True
     """
-    checks.floating("weight", weight)
-    return _packer(weight.device.type, weight.dtype, weight.shape, rows, geglu)(weight, rows, geglu)
+    return _packer(weight, rows, geglu)(weight, rows, geglu)
 
 
 Packer = Callable[[Tensor, int, bool], onednn.Packed | None]
@@ -160,7 +159,7 @@ def _packed_for_onednn(weight: Tensor, rows: int, geglu: bool) -> onednn.Packed:
 # How a weight is laid out for each way of the contest.
 _PACKERS: dict[str, Packer] = {
     "packed": _packed_for_onednn,
-    "cpu": lambda weight, _, geglu: (on_cpu.pack(weight, geglu),),
+    "cpu": on_cpu.pack,
     "onednn": lambda *_: None,
     "reference": lambda *_: None,
 }
@@ -209,18 +208,19 @@ _OP = Op(
 
 
 @_OP.kept
-def _packer(device: str, dtype: torch.dtype, shape: torch.Size, rows: int, geglu: bool) -> Packer:
-    """What lays out weights of this shape."""
+def _packer(weight: Tensor, rows: int, geglu: bool) -> Packer:
+    """What lays out weights like this one."""
+    checks.floating("weight", weight)
     checks.positive_int("rows", rows)
-    if len(shape) != 2 or (geglu and shape[0] % 2):
-        checks.fail("weight", "shape [N, K], N even with geglu", list(shape))
-    if not onednn.supports(device, dtype):
+    if weight.dim() != 2 or (geglu and weight.shape[0] % 2):
+        checks.fail("weight", "shape [N, K], N even with geglu", list(weight.shape))
+    if not onednn.supports(weight.device.type, weight.dtype):
         return _PACKERS["reference"]
     asked, order = requested("linear"), ["packed"]
-    if asked == cpu.NAME and dtype == torch.float32 and not cpu.settle():
+    if asked == cpu.NAME and weight.dtype == torch.float32 and not cpu.settle():
         order = ["cpu"]
     elif asked == "auto":
-        order = _CONTEST.order(products.linear_kind(dtype, shape, rows, geglu)) or order
+        order = _CONTEST.order(products.linear_kind(weight, rows, geglu)) or order
     return _PACKERS[order[0]]
 
 
@@ -300,7 +300,7 @@ def _onednn_supports(
         return [onednn.TOO_SMALL]
     if mean is not None and mean.dtype != x.dtype:
         return [f"it would round the product to {x.dtype} before the mean is subtracted"]
-    return onednn.takes(x, weight, bias, residual, mean, rstd, sums)
+    return onednn.takes(x)
 
 
 def _kernels() -> ModuleType:
@@ -340,10 +340,16 @@ def _slower(*args: Any) -> list[str]:
     return [] if args[-1] else _other_is_faster(*args)
 
 
-cpu.add(_OP, lambda: on_cpu.forward, on_cpu.supports)
+cpu.add(_OP, lambda: on_cpu.forward, on_cpu.supports, forward_only=True)
 _OP.add(
     Backend(
-        "onednn", lambda: _onednn, onednn.machine, _onednn_supports, ready=_slower, foresee=_slower
+        "onednn",
+        lambda: _onednn,
+        onednn.machine,
+        _onednn_supports,
+        _slower,
+        _slower,
+        forward_only=True,
     )
 )
 triton.add(_OP, _kernels, _has_columns, measured=True)

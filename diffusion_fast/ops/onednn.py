@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import needs_gradient
-
 # Multiply-adds below which oneDNN's set-up costs more than its products save.
 SMALL = 2**21
 TOO_SMALL = f"fewer than {SMALL:,} multiply-adds"
@@ -45,11 +43,9 @@ def supports(device: str, dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def takes(x: Tensor, *others: Tensor | None) -> list[str]:
-    """Why oneDNN can't take these tensors, whatever the op; empty if it can."""
-    if not supports(x.device.type, x.dtype):
-        return [f"{x.dtype} on {x.device}"]
-    return ["a gradient is needed"] if needs_gradient(x, *others) else []
+def takes(x: Tensor) -> list[str]:
+    """Why oneDNN can't take a tensor, whatever the op; empty if it can."""
+    return [] if supports(x.device.type, x.dtype) else [f"{x.dtype} on {x.device}"]
 
 
 def linear(

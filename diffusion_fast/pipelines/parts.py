@@ -53,6 +53,11 @@ class Parts:
         return self._time_ids == 5
 
     @property
+    def embeds_guidance(self) -> bool:
+        """Whether the U-Net takes the guidance scale as an input (LCM)."""
+        return self.unet.config.time_cond_proj_dim is not None
+
+    @property
     def _time_ids(self) -> int | None:
         """How many numbers join the time embedding beside pooled text; None for none of it."""
         unet = self.unet.config

@@ -11,7 +11,7 @@ from ..engine.slots import Job
 from ..ops import checks
 from ..samplers import SamplerOptions, table_of
 from ..samplers.table import StepTable
-from . import inputs
+from . import asked, given, inputs
 from .prompts import Told
 from .result import Result
 from .stable_diffusion import OUTPUTS, StableDiffusion
@@ -84,8 +84,10 @@ def checked(
         expected = "None: a request of a batch starts from noise or an image"
         checks.fail("denoising_start", expected, more["denoising_start"])
     [number] = inputs.seed_list(inputs.plain(seed), 1)
-    images, masks = pipe._pictures(image, mask, inputs.plain(size), 1)
-    options, strength, scale = pipe._options(
+    parts = pipe._parts()
+    images, masks = asked.pictures(parts, image, mask, inputs.plain(size), 1)
+    options, strength, scale = asked.options_of(
+        parts,
         *(steps, guidance_scale, sampler, strength),
         *(images is not None, masks is not None, negative_prompt, more),
     )
@@ -93,9 +95,12 @@ def checked(
     if len(table) > max_steps:
         checks.fail("steps", f"at most {max_steps} model calls", len(table))
     negatives = None if negative_prompt is None else [negative_prompt]
-    told = pipe._told([prompt], negatives, table.halves == "both", lambda: table.steps)
+    told = asked.told(parts, [prompt], negatives, table.halves == "both", lambda: table.steps)
     pipe.text.check_clip_skip(clip_skip)
-    height, width = pipe._size(inputs.plain(size)) if images is None else images.shape[2:]
+    if images is None:
+        height, width = asked.size_of(parts, inputs.plain(size))
+    else:
+        height, width = images.shape[2:]
     return Request(
         prompt,
         negative_prompt,
@@ -119,14 +124,14 @@ def job(pipe: StableDiffusion, request: Request) -> tuple[Job, tuple[int, int]]:
     Returns:
         The image to sample; height and width of its latents.
     """
-    options = request.options
-    beside = pipe._embedded_guidance(request.scale)
-    context, null_context = pipe._contexts(
-        request.told, request.clip_skip, 1, request.size, (beside, beside)
+    options, parts = request.options, pipe._parts()
+    beside = given.embedded_guidance(parts, request.scale)
+    context, null_context = given.contexts(
+        parts, request.told, request.clip_skip, 1, request.size, (beside, beside)
     )
-    shape = pipe._latent_shape(1, *request.size)
-    vae = pipe._autoencoding()
-    start = pipe._start(vae, shape, request.images, request.masks, options.strength, [request.seed])
+    shape = given.latent_shape(parts, 1, *request.size)
+    pictured = request.images, request.masks, options.strength
+    start = given.start(parts, pipe._autoencoding(), shape, *pictured, [request.seed])
     made = Job(
         table=request.table,
         context=context,

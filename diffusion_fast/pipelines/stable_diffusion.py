@@ -4,37 +4,33 @@ arXiv:2307.01952): a prompt in, images out."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..conditioning import Context, PerStep
 from ..engine import Engine
 from ..engine.engine import Callback
 from ..engine.rewrites.decoder import FreshDecoder
 from ..files import AnyPath
 from ..models import UNet2DCondition
 from ..models.autoencoder import Autoencoder
-from ..models.blocks import guidance_embedding
 from ..models.controlled import ControlledUNet
 from ..models.embeddings import Embeddings
 from ..models.lora import LoRAs
-from ..models.text import TextStates
 from ..ops import checks
 from ..prediction import PREDICTION_TYPES
 from ..samplers import SamplerOptions, reads_unconditional, table_of
 from ..schedule import DiffusionSchedule
-from . import inputs
+from . import asked, given, inputs
 from .controls import Controls, Steering
 from .ip_adapters import IPAdapters
 from .latents import Autoencoding
 from .loading import load
 from .parts import Parts
 from .previews import Previews
-from .prompts import Told, said
 from .result import Result
 from .saving import save
 
@@ -304,43 +300,52 @@ class StableDiffusion:
         checks.positive_int("batch", batch)
         checks.one_of("output", output, OUTPUTS)
         seeds = inputs.seed_list(seed, len(prompts) * batch)
-        scores = inputs.scores(aesthetic_scores, self.refines)
+        parts = self._parts()
+        scores = inputs.scores(aesthetic_scores, parts.refines)
         steering = Steering(
             self.controls, control_image, control_scale, control_start, control_end, guess_mode
         )
-        unfinished = self._unfinished(image, mask, len(seeds), more)
-        given = None if unfinished is not None else image
-        images, masks = self._pictures(given, mask, size, len(seeds), unfinished is not None)
-        if images is None and size is None and unfinished is None:
-            size = steering.size(self.vae.downsampling)
-        height, width = self._size(size, unfinished) if images is None else images.shape[2:]
-        options, strength, scale = self._options(
+        unfinished = None
+        if more.get("denoising_start") is not None:  # latents that another model began
+            unfinished = inputs.unfinished(image, len(seeds), self.unet.config.out_channels, mask)
+            image = None
+        begun = unfinished is not None
+        images, masks = asked.pictures(parts, image, mask, size, len(seeds), begun)
+        if images is not None:
+            height, width = images.shape[2:]
+        else:
+            if size is None and not begun:
+                size = steering.size(self.vae.downsampling)
+            height, width = asked.size_of(parts, size, unfinished)
+        options, strength, scale = asked.options_of(
+            parts,
             *(steps, guidance_scale, sampler, strength),
             *(images is not None, masks is not None, negative_prompt, more),
         )
         table = {one.name: getattr(options, one.name) for one in fields(options)}
         both = reads_unconditional(options) or inputs.guided(options.guidance_scale)
-        told = self._told(
-            prompts, negatives, both, lambda: table_of(options, self.scheduler.schedule).steps
+        schedule = self.scheduler.schedule
+        told = asked.told(
+            parts, prompts, negatives, both, lambda: table_of(options, schedule).steps
         )
-        shape = self._latent_shape(len(seeds), height, width)
+        shape = given.latent_shape(parts, len(seeds), height, width)
         both = inputs.guided(options.guidance_scale)
         latent_size = shape[2], shape[3]
         pictured, blank = self.ip_adapters.context(
             ip_adapter_image, ip_adapter_image_embeds, ip_adapter_masks, latent_size, both
         )
         model, halves = self._steered(steering, options, (height, width), len(seeds))
-        embedded = self._embedded_guidance(scale)
+        embedded = given.embedded_guidance(parts, scale)
         seen = zip(halves, (pictured, blank), strict=True)
         beside = [{**embedded, **half, **shown} for half, shown in seen]
         vae = self._autoencoding()
         latents = self._engine_now(model, table, progress).sample(
             shape,
-            *self._contexts(told, clip_skip, batch, (height, width), beside, scores),
+            *given.contexts(parts, told, clip_skip, batch, (height, width), beside, scores),
             callback=callback,
             preview=preview,
             table=table,
-            **self._start(vae, shape, images, masks, options.strength, seeds, unfinished),
+            **given.start(parts, vae, shape, images, masks, options.strength, seeds, unfinished),
         )
         drawn, flagged = (latents, None) if output == "latent" else self._decoded(vae, latents)
         settings = {
@@ -352,7 +357,7 @@ class StableDiffusion:
             **table,
             "guidance_scale": scale,
             "strength": strength,
-            **({"aesthetic_scores": list(scores)} if self.refines else {}),
+            **({"aesthetic_scores": list(scores)} if parts.refines else {}),
             **steering.settings(),
         }
         from ..images import to_pil  # imports Pillow
@@ -374,156 +379,12 @@ class StableDiffusion:
     @property
     def embeds_guidance(self) -> bool:
         """Whether the U-Net takes the guidance scale as an input (LCM)."""
-        return self.unet.config.time_cond_proj_dim is not None
+        return self._parts().embeds_guidance
 
     def _parts(self) -> Parts:
         """The networks and the schedule as they are now."""
         made = self.unet, self.vae, self.text, self.scheduler, self.safety_checker
         return Parts(*made, self.zero_empty, self.random_weights, self.defaults)
-
-    def _unfinished(
-        self, image: Any, mask: Any, count: int, more: Mapping[str, Any]
-    ) -> Tensor | None:
-        """The latents [N, C, h, w] that another model began; None without ``denoising_start``."""
-        if more.get("denoising_start") is None:
-            return None
-        return inputs.unfinished(image, count, self.unet.config.out_channels, mask)
-
-    def _pictures(
-        self, image: Any, mask: Any, size: Any, count: int, begun: bool = False
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Images [B, 3, H, W] and masks [B, 1, H, W], checked.
-
-        ``begun``: there are latents that another model began.
-        """
-        if self.inpainting and (image is None or mask is None):
-            missing = "image" if image is None else "mask"
-            checks.fail(missing, "one, because the model is made for inpainting", None)
-        if image is None:
-            if self.refines and not begun:
-                expected = "one, or latents with denoising_start, because the model is a refiner"
-                checks.fail("image", expected, None)
-            inputs.absent("mask", mask, "image")
-            return None, None
-        grain = self.vae.downsampling
-        wanted = None if size is None else inputs.checked_size(size, grain)
-        images = inputs.image_tensor(image, wanted, grain)
-        inputs.check_batch("image", images, count)
-        if mask is None:
-            return images, None
-        height, width = images.shape[2:]
-        return images, inputs.mask_tensor(mask, image, (height, width), count)
-
-    def _options(
-        self,
-        steps: int | None,
-        guidance_scale: Any,
-        sampler: str | None,
-        strength: float | None,
-        from_image: bool,
-        masked: bool,
-        negative_prompt: Any,
-        more: Mapping[str, Any],
-    ) -> tuple[SamplerOptions, float | None, Any]:
-        """How to sample; the strength and the guidance scale that were asked for or are usual."""
-        own_grid = more.get("timesteps") is not None or more.get("sigmas") is not None
-        if steps is None and not own_grid:
-            steps = self.defaults.steps
-        if guidance_scale is None:
-            guidance_scale = self.defaults.guidance_scale
-        steps, guidance_scale, strength = inputs.plain((steps, guidance_scale, strength))
-        if steps is not None:
-            checks.positive_int("steps", steps)
-        if not from_image:
-            inputs.absent("strength", strength, "image")
-        elif strength is None:
-            strength = 1.0 if masked else 0.3 if self.refines else 0.8
-        told = guidance_scale
-        if self.embeds_guidance:
-            inputs.check_embedded(guidance_scale, negative_prompt, more)
-            told = 1.0
-        options = SamplerOptions(**self.scheduler.table(sampler)).replace(
-            **{name: inputs.plain(value) for name, value in more.items()},
-            steps=steps,
-            guidance_scale=told,
-            strength=None if masked and strength == 1 else strength,  # pure noise
-        )
-        if own_grid:
-            options = options.replace(steps=options.steps_of(self.scheduler.schedule.timesteps))
-        if not reads_unconditional(options):
-            told = inputs.guidance(told)
-            options = options.replace(guidance_scale=told)
-        elif self.embeds_guidance:
-            expected = "one without CFG++, because the model takes the guidance scale as an input"
-            checks.fail("sampler", expected, sampler)
-        return options, strength, guidance_scale if self.embeds_guidance else told
-
-    def _size(self, size: Any, latents: Tensor | None = None) -> inputs.Size:
-        """Height and width as asked for, or of latents, or as the model was trained."""
-        grain = self.vae.downsampling
-        if latents is not None:
-            own = latents.shape[2] * grain, latents.shape[3] * grain
-            if size is not None and inputs.checked_size(size, grain) != own:
-                checks.fail("size", f"None, or {own} as the latents", repr(size))
-            return own
-        if size is not None:
-            return inputs.checked_size(size, grain)
-        trained = self.unet.config.sample_size or 64
-        height, width = trained if isinstance(trained, tuple) else (trained, trained)
-        return height * grain, width * grain
-
-    def _latent_shape(self, count: int, height: int, width: int) -> tuple[int, ...]:
-        grain = self.vae.downsampling
-        return count, self.unet.config.out_channels, height // grain, width // grain
-
-    def _told(
-        self,
-        prompts: list[str],
-        negatives: list[str] | None,
-        guided: bool,
-        steps: Callable[[], int],
-    ) -> Told:
-        """What the prompts say at each step and, with guidance, the negative ones."""
-        known = self.embeddings.names
-        positive = said("prompt", prompts, steps, known)
-        if not guided:
-            return Told(positive, None, False)
-        zeros = negatives is None and self.zero_empty
-        texts = negatives or [""] * len(prompts)
-        return Told(positive, said("negative_prompt", texts, steps, known), zeros)
-
-    def _contexts(
-        self,
-        told: Told,
-        clip_skip: int,
-        batch: int,
-        size: inputs.Size,
-        beside: Sequence[dict[str, Any]],
-        scores: Sequence[float] = inputs.AESTHETIC_SCORES,
-    ) -> tuple[Context | PerStep, Context | PerStep]:
-        """What both halves of guidance are conditioned on, for ``batch`` images of each prompt.
-
-        Args:
-            told: what the prompts say.
-            clip_skip: layers to leave out at the text encoders' ends.
-            batch: images of each prompt.
-            size: height and width of the images.
-            beside: what else the model takes by keyword, the conditional half's first.
-            scores: the refiner's aesthetic scores, likewise.
-        """
-        return told.contexts(
-            lambda texts: self.text.encode(texts, clip_skip),
-            lambda states: self._context(states, batch, size, beside[0], scores[0]),
-            lambda states: self._context(states, batch, size, beside[1], scores[1]),
-        )
-
-    def _embedded_guidance(self, scale: Any) -> dict[str, Tensor]:
-        """The guidance scale for a U-Net that takes it as an input, [1, D]."""
-        width = self.unet.config.time_cond_proj_dim
-        if width is None:
-            return {}
-        embedded = guidance_embedding(torch.tensor([scale], dtype=torch.float64), width)
-        return {"timestep_cond": embedded.to(self.unet.conv_in.weight)}
 
     def _steered(
         self, steering: Steering, options: SamplerOptions, size: inputs.Size, count: int
@@ -534,36 +395,6 @@ class StableDiffusion:
             return model, ({}, {})
         timesteps = table_of(options, self.scheduler.schedule).timesteps
         return model, steering.contexts(size, count, timesteps, self.unet.conv_in.weight)
-
-    def _context(
-        self,
-        states: TextStates,
-        batch: int,
-        size: inputs.Size,
-        beside: dict[str, Any],
-        score: float,
-    ) -> Context:
-        """What the U-Net is conditioned on, for ``batch`` images of each prompt.
-
-        Args:
-            states: of the prompts.
-            batch: images of each.
-            size: height and width of the images.
-            beside: what else the model takes by keyword.
-            score: the refiner's aesthetic score.
-        """
-        weight = self.unet.conv_in.weight
-        context = states.context.to(weight).repeat_interleave(batch, 0)
-        if states.pooled is None:
-            return {"context": context, **beside} if beside else context
-        last = [score] if self.refines else size
-        time_ids = torch.tensor([[*size, 0, 0, *last]], device=weight.device)  # not cropped
-        return {
-            "context": context,
-            "text_embeds": states.pooled.to(weight).repeat_interleave(batch, 0),
-            "time_ids": time_ids.expand(len(context), -1),
-            **beside,
-        }
 
     def _engine_now(
         self, model: UNet2DCondition | ControlledUNet, table: dict[str, Any], progress: bool
@@ -579,35 +410,6 @@ class StableDiffusion:
         if self._decode.vae is not self.vae:
             self._decode = FreshDecoder(self.vae, self._rewrites)
         return Autoencoding(self.vae, self._decode)
-
-    def _start(
-        self,
-        vae: Autoencoding,
-        shape: tuple[int, ...],
-        images: Tensor | None,
-        masks: Tensor | None,
-        strength: float | None,
-        seeds: list[int],
-        unfinished: Tensor | None = None,
-    ) -> dict[str, Any]:
-        """What the loop starts from. Each generator is asked in the order of diffusers."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        start: dict[str, Any] = {"generator": generators}
-        if unfinished is not None:
-            return {**start, "x_T": unfinished.to(self.device, torch.float32)}
-        if images is not None and (strength is not None or not self.inpainting):
-            start["x_0"] = vae.encode(images, generators).to(self.device)
-        noise = [torch.randn(shape[1:], generator=generator) for generator in generators]
-        start["x_T"] = torch.stack(noise).to(self.device)
-        if images is not None and masks is not None:
-            small = inputs.small_mask(masks, self.vae.downsampling).to(self.device)
-            if self.inpainting:
-                kept = vae.encode(images * (1 - masks), generators).to(self.device)
-                extra = (small.expand(len(kept), -1, -1, -1), kept)
-                start["extra_channels"] = torch.cat(extra, dim=1)
-            else:
-                start["mask"] = small
-        return start
 
     def _decoded(self, vae: Autoencoding, latents: Tensor) -> tuple[Tensor, list[bool] | None]:
         """Images in [-1, 1], and which of them the safety checker made black."""

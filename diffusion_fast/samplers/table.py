@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
@@ -75,12 +76,14 @@ class StepTable:
         n = len(self.rows)
         if n == 0:
             checks.fail("rows", "at least one row", "none")
-        checks.shape("rows", self.rows, (n, len(COLUMNS)), "[N, len(COLUMNS)]")
-        checks.shape("timesteps", self.timesteps, (n,), "[N]")
-        checks.shape("step_of_row", self.step_of_row, (n,), "[N]")
-        checks.shape("draws", self.draws, (n,), "[N]")
-        checks.shape("levels", self.levels, (n, 2), "[N, 2]")
-        checks.shape("next_levels", self.next_levels, (n, 2), "[N, 2]")
+        checks.shapes(
+            ("rows", self.rows, (n, len(COLUMNS)), "[N, len(COLUMNS)]"),
+            ("timesteps", self.timesteps, (n,), "[N]"),
+            ("step_of_row", self.step_of_row, (n,), "[N]"),
+            ("draws", self.draws, (n,), "[N]"),
+            ("levels", self.levels, (n, 2), "[N, 2]"),
+            ("next_levels", self.next_levels, (n, 2), "[N, 2]"),
+        )
         for name, value, dtype in (
             ("rows", self.rows, torch.float64),
             ("timesteps", self.timesteps, torch.float64),
@@ -157,24 +160,24 @@ class StepTable:
         """Whether every timestep is an integer, so that it may be handed over as int64."""
         return bool((self.timesteps == self.timesteps.round()).all())
 
-    @property
+    @functools.cached_property
     def kept(self) -> tuple[str, ...]:
         """The tensors that a run keeps beside x: those of y, h1, h2 and h3 that a row reads."""
         return tuple(name for name in ("y", "h1", "h2", "h3") if getattr(self, f"needs_{name}"))
 
-    @property
+    @functools.cached_property
     def needs_y(self) -> bool:
         return self._any("c_y", "d_x", "d_0", "d_1", "d_2", "d_3", "d_y", "d_u")
 
-    @property
+    @functools.cached_property
     def needs_h1(self) -> bool:
         return self._any("c_1", "d_1") or self.needs_h2
 
-    @property
+    @functools.cached_property
     def needs_h2(self) -> bool:
         return self._any("c_2", "d_2") or self.needs_h3
 
-    @property
+    @functools.cached_property
     def needs_h3(self) -> bool:
         return self._any("c_3", "d_3")
 

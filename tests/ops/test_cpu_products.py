@@ -52,13 +52,11 @@ def known(op: str, kind: object, order: str) -> None:
 
 
 def conv2d_known(order: str) -> None:
-    known(
-        "conv2d", products.conv2d_kind(WEIGHT.dtype, WEIGHT.shape, X.shape, 1, (1, 1, 1, 1)), order
-    )
+    known("conv2d", products.conv2d_kind(WEIGHT, X.shape, 1, (1, 1, 1, 1)), order)
 
 
 def linear_known(order: str) -> None:
-    known("linear", products.linear_kind(MATRIX.dtype, MATRIX.shape, len(ROWS), False), order)
+    known("linear", products.linear_kind(MATRIX, len(ROWS), False), order)
 
 
 def of_conv2d() -> tuple[str, str]:

@@ -38,6 +38,11 @@ def made_by(make: Callable[[Weights], Weights], source: Source) -> Source:
     return lambda: make(Weights(*source()))
 
 
+def without_bias(source: Source) -> tuple[Tensor]:
+    """The weight alone of a source's weights."""
+    return source()[:1]
+
+
 class Leaf(nn.Module):
     """A product or a convolution: its weights, and whether they are packed.
 
@@ -273,8 +278,8 @@ def epilogues(network: nn.Module) -> None:
         conv = block.conv1
         if block.timed is not None and isinstance(conv, Leaf) and not block.scale_shift:
             block._modules["time_emb_proj"] = WithBias(block.time_emb_proj, conv.source)
-            conv.source = made_by(lambda weights: Weights(weights.weight), conv.source)
-            if not joins_norm(conv.source()[0].device):
+            conv.source = partial(without_bias, conv.source)
+            if not joins_norm(block.norm2.weight.device):
                 block.timed = TimeInBias(block)
 
 
@@ -332,9 +337,6 @@ class FusedQKV(Product):
         super().__init__(
             lambda: folding.fused(*(Weights(*one.source()) for one in layers)), derived=True
         )
-
-    def forward(self, x: Any, residual: Tensor | None = None, geglu: bool = False) -> Any:
-        return super().forward(x).chunk(3, dim=-1)
 
 
 def fused_qkv(network: nn.Module) -> None:

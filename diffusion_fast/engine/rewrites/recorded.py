@@ -61,7 +61,7 @@ class Recorded:
         if _watchers() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return self.function(*args)
         tensors: dict[int, Tensor] = {}
-        kind = (_kind(args, tensors), surroundings(_CPU))
+        kind = _kind(args, tensors), surroundings(_CPU)
         found = self._replays.get(kind, 0)
         if callable(found):
             return found(*tensors.values())
@@ -80,18 +80,25 @@ class Recorded:
             self._replays.popitem(last=False)
 
 
-def _kind(value: Any, tensors: dict[int, Tensor]) -> Hashable:
+def _kind(args: tuple[Any, ...], tensors: dict[int, Tensor]) -> Hashable:
     """The kind of nested arguments; adds their tensors, each once, by their identities."""
-    if isinstance(value, Tensor):
-        place = len(tensors)
-        if tensors.setdefault(id(value), value) is value and len(tensors) == place:
-            return list(tensors).index(id(value))
-        return value.shape, value.stride(), value.dtype
-    if isinstance(value, (list, tuple)):
-        return (value.__class__, *[_kind(one, tensors) for one in value])
-    if value is not None and not isinstance(value, (bool, int, float)):
-        raise TypeError(f"expected tensors, numbers or None, got {type(value).__name__}")
-    return value.__class__, value
+    parts: list[Any] = [len(args)]
+    values = list(args)
+    for value in values:  # and what is inside them, which joins behind
+        if isinstance(value, Tensor):
+            if id(value) in tensors:
+                parts.append(list(tensors).index(id(value)))
+            else:
+                tensors[id(value)] = value
+                parts += (value.shape, value.stride(), value.dtype)
+        elif isinstance(value, (list, tuple)):
+            parts += (value.__class__, len(value))
+            values += value
+        elif value is None or isinstance(value, (bool, int, float)):
+            parts += (value.__class__, value)
+        else:
+            raise TypeError(f"expected tensors, numbers or None, got {type(value).__name__}")
+    return tuple(parts)
 
 
 class _Tape(TorchDispatchMode):

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import checks
 from . import library
 from .contest import Kind
 from .library import DTYPES
@@ -31,7 +30,7 @@ def kind_of(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, *_: Any
 ) -> Kind | None:
     """The kind of a call; None where nothing was measured that is like it."""
-    if str(q.dtype) not in _DTYPES or checks.needs_gradient(q, k, v, bias):
+    if str(q.dtype) not in _DTYPES:
         return None
     width = next((width for width in WIDTHS if q.shape[-1] <= width), WIDTHS[-1])
     return str(q.dtype), width, k.shape[1] >= MANY
@@ -65,10 +64,7 @@ def supports(
     save_lse: bool,
 ) -> list[str]:
     """Why this call is not for the kernel; empty if it is."""
-    if save_lse:
-        return ["it keeps no log-sum-exp"]
-    needed = checks.needs_gradient(q, k, v, bias)
-    return ["a gradient is needed"] if needed else []
+    return ["it keeps no log-sum-exp"] if save_lse else []
 
 
 def forward(
@@ -123,7 +119,7 @@ def _run(
         0 if key_lengths is None else key_lengths.data_ptr(),
         counts.buffer_info()[0],
         0 if weights is None else weights.data_ptr(),
-        *(stride for value in (q, k, v) for stride in _strides(value)),
+        *(n for value in (q, k, v) for n in value.expand(len(q), -1, -1, -1).stride()[:3]),
         *((0,) * 4 if bias is None else bias.stride()),
         *((0,) * 3 if weights is None else weights.stride()),
         *(len(q), q.shape[2], q.shape[1], k.shape[1], q.shape[3], len(counts)),
@@ -132,9 +128,3 @@ def _run(
     )
     library.kernels.attention(arguments)
     return out
-
-
-def _strides(value: Tensor) -> tuple[int, ...]:
-    """Of the batch, which is 0 where one serves all images, the positions and the heads."""
-    of_image, *others = value.stride()[:3]
-    return 0 if len(value) == 1 else of_image, *others

@@ -23,7 +23,7 @@ LEAST, LEAST_WITH_GRADIENT = 2**14, 2**20
 
 def slower(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, *rest: Any) -> list[str]:
     """Why "auto" leaves a call to PyTorch."""
-    if requested("group_norm_silu") != "auto" or format_of(x) == torch.channels_last:
+    if format_of(x) == torch.channels_last or requested("group_norm_silu") != "auto":
         return []
     tensors = (value for value in rest if isinstance(value, Tensor))
     least = LEAST_WITH_GRADIENT if checks.needs_gradient(x, weight, bias, *tensors) else LEAST
@@ -56,7 +56,7 @@ def _run(
         gradients: grad, like ``y``; dx and dx2, like ``x`` and ``x2``; and float32 sums of the five
             vectors' gradients. All but the first are written.
     """
-    vectors = tuple([value if value is None else _as_float(value) for value in vectors])
+    vectors = tuple([v if v is None else v.float().contiguous() for v in vectors])
     tensors = (x, x2, y, *vectors, *gradients)
     pointers = [0 if value is None else value.data_ptr() for value in tensors]
     arguments = _ARGUMENTS.pack(
@@ -69,11 +69,6 @@ def _run(
         *pointers[8:],
     )
     library.kernels.group_norm_silu(arguments)
-
-
-def _as_float(value: Tensor) -> Tensor:
-    value = value.float()
-    return value if value.stride(-1) == 1 else value.contiguous()
 
 
 def forward(

@@ -55,6 +55,7 @@ _final = False  # whether the answer stays for good
 kernels: ctypes.CDLL  # once loaded: its functions, by name; a call releases the GIL
 
 
+@cache
 def level() -> str:
     """The vector instructions to use here, as PyTorch names them."""
     return str(torch.backends.cpu.get_cpu_capability())
@@ -225,11 +226,9 @@ def _keep_memory() -> None:
         mallopt(_TRIM_THRESHOLD, 2**28)
 
 
-def _ready(op: str) -> list[str]:
+def _decided(op: str) -> list[str]:
     """Why a call is not for the kernels after all; decided once, as far as nobody waits."""
     global _answer
-    if _final:
-        return _answer or []
     if requested(op) == NAME:
         return settle()
     with _lock:
@@ -252,6 +251,7 @@ def add(
     load: Callable[[], Callable[..., Any]],
     supports: Callable[..., list[str]] | None = None,
     slower: Callable[..., list[str]] | None = None,
+    forward_only: bool = False,
 ) -> None:
     """Give an op the backend ``"cpu"``.
 
@@ -260,6 +260,7 @@ def add(
         load: returns the function that takes the op's arguments; asked once the library is loaded.
         supports: why a call is out of the kernel's reach, beyond device and dtype.
         slower: why "auto" takes another way to a call.
+        forward_only: as of a :class:`~..dispatch.Backend`.
     """
 
     def fits(*args: Any) -> list[str]:
@@ -274,12 +275,15 @@ def add(
         return [] if supports is None else supports(*args)
 
     def ready(*args: Any) -> list[str]:
-        return _ready(op.name) or ([] if slower is None else slower(*args))
+        why = (_answer or []) if _final else _decided(op.name)
+        return why or ([] if slower is None else slower(*args))
 
     def foresee(*args: Any) -> list[str]:
         return _foresee() or ([] if slower is None else slower(*args))
 
-    op.add(Backend(NAME, load, machine, fits, ready, foresee, hidden=True))
+    op.add(
+        Backend(NAME, load, machine, fits, ready, foresee, hidden=True, forward_only=forward_only)
+    )
 
 
 def first_order(*args: Any) -> list[str]:

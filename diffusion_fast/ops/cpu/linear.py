@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import checks
 from . import library
 
 LINE = 16  # columns of a packed weight are filled up to a multiple of it
@@ -19,7 +18,7 @@ LINE = 16  # columns of a packed weight are filled up to a multiple of it
 _ARGUMENTS = struct.Struct("@5P 3q 2i")
 
 
-def pack(weight: Tensor, geglu: bool) -> Tensor:
+def pack(weight: Tensor, _: int, geglu: bool) -> tuple[Tensor]:
     """A weight [N, K] as the kernel reads it, [1 or with ``geglu`` 2, N', K], N' whole lines."""
     out, inner = weight.shape
     parts = 1 + geglu
@@ -30,7 +29,7 @@ def pack(weight: Tensor, geglu: bool) -> Tensor:
         *(ctypes.c_int64(out), ctypes.c_int64(inner)),
         *(ctypes.c_int32(geglu), ctypes.c_int32(torch.get_num_threads())),
     )
-    return packed
+    return (packed,)
 
 
 def is_packed(packed: Sequence[Tensor]) -> bool:
@@ -50,14 +49,11 @@ def supports(
     packed: Sequence[Tensor],
 ) -> list[str]:
     """Why this call is not for the kernel; empty if it is."""
-    why = [] if weight.dtype == torch.float32 else [f"dtype {weight.dtype}"]
-    if not why and not is_packed(packed):
-        why = ["its weight is not packed for it"]
-    if not why and mean is not None:
-        why = ["a LayerNorm is folded into it"]
-    if not why and checks.needs_gradient(x, weight, bias, residual):
-        why = ["a gradient is needed"]
-    return why
+    if weight.dtype != torch.float32:
+        return [f"dtype {weight.dtype}"]
+    if mean is not None:
+        return ["a LayerNorm is folded into it"]
+    return [] if is_packed(packed) else ["its weight is not packed for it"]
 
 
 def forward(

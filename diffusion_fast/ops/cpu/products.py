@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ...kernels.layout import format_of
-from ..dispatch import needs_gradient
 from ..onednn import supports
 from .contest import Kind
 
@@ -28,21 +27,20 @@ def _measured(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and supports("cpu", dtype)
 
 
-def linear_kind(dtype: torch.dtype, shape: Sequence[int], rows: int, geglu: bool) -> Kind | None:
+def linear_kind(weight: Tensor, rows: int, geglu: bool) -> Kind | None:
     """The kind of a product of x [rows, K] and a weight [N, K]; None where none is measured."""
-    out, inner = shape
-    if not _measured(dtype) or rows * out * inner < LEAST:
+    if not _measured(weight.dtype) or rows * weight.numel() < LEAST:
         return None
-    return rows, inner, out, geglu
+    return rows, weight.shape[1], weight.shape[0], geglu
 
 
 def linear_kind_of(
     x: Tensor, weight: Tensor, bias: Any, residual: Any, geglu: bool, mean: Any, *_: Any
 ) -> Kind | None:
     """The same of a call of ``linear``."""
-    if mean is not None or needs_gradient(x, weight, bias, residual):
+    if mean is not None:
         return None
-    return linear_kind(weight.dtype, weight.shape, math.prod(x.shape[:-1]), geglu)
+    return linear_kind(weight, math.prod(x.shape[:-1]), geglu)
 
 
 def linear_example(rows: int, inner: int, out: int, geglu: bool) -> tuple[Any, ...]:
@@ -54,14 +52,12 @@ def linear_example(rows: int, inner: int, out: int, geglu: bool) -> tuple[Any, .
 
 
 def conv2d_kind(
-    dtype: torch.dtype, shape: Sequence[int], size: Sequence[int], stride: int, pads: Sequence[int]
+    weight: Tensor, size: Sequence[int], stride: int, pads: Sequence[int]
 ) -> Kind | None:
-    """The kind of a convolution of [B, C, H, W] = ``size`` and a weight; None where none is
-    measured.
-    """
-    out, _, *window = shape
-    pixels = size[0] * math.prod(_after(size[2:], window, stride, pads))
-    if not _measured(dtype) or window == [1, 1] or pixels * math.prod(shape) < LEAST:
+    """The kind of a convolution of [B, C, H, W] = ``size``; None where none is measured."""
+    out, _, *window = weight.shape
+    small = size[0] * math.prod(_after(size[2:], window, stride, pads)) * weight.numel() < LEAST
+    if not _measured(weight.dtype) or window == [1, 1] or small:
         return None
     return (*size, out, *window, stride, *pads)
 
@@ -87,11 +83,9 @@ def conv2d_kind_of(
     _: Any,
 ) -> Kind | None:
     """The same of a call of ``conv2d``."""
-    gradient = needs_gradient(x, weight, bias, x2, add, residual)
-    if gradient or format_of(x, weight) != torch.channels_last:
+    if format_of(x, weight) != torch.channels_last:
         return None
-    size = len(x), weight.shape[1], *x.shape[2:]
-    return conv2d_kind(weight.dtype, weight.shape, size, stride, pads)
+    return conv2d_kind(weight, (len(x), weight.shape[1], *x.shape[2:]), stride, pads)
 
 
 def conv2d_example(

@@ -9,11 +9,12 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dispatch import checks
+from ...kernels.layout import format_of
 from . import library
 from .linear import LINE, is_packed
 
@@ -24,16 +25,16 @@ _LAST = torch.channels_last
 _ARGUMENTS = struct.Struct("@6P 10q i")
 
 
-def fits(dtype: torch.dtype, shape: Sequence[int], stride: int) -> list[str]:
-    """Why the algorithm can't take weights [O, C, kh, kw]; empty if it can."""
-    if dtype != torch.float32:
-        return [f"dtype {dtype}"]
-    if shape[2:] != (3, 3) or stride != 1:
+def fits(weight: Tensor, stride: int) -> list[str]:
+    """Why the algorithm can't take a weight [O, C, kh, kw]; empty if it can."""
+    if weight.dtype != torch.float32:
+        return [f"dtype {weight.dtype}"]
+    if weight.shape[2:] != (3, 3) or stride != 1:
         return ["Winograd's algorithm is for windows of 3x3 and stride 1"]
     return []
 
 
-def pack(weight: Tensor) -> Tensor:
+def pack(weight: Tensor, **_: Any) -> tuple[Tensor]:
     """G g G^T of a weight [O, C, 3, 3] as the kernel reads it, [16, C, O'], O' whole lines."""
     out, channels = weight.shape[:2]
     weight = weight.detach().contiguous()
@@ -42,7 +43,7 @@ def pack(weight: Tensor) -> Tensor:
     library.kernels.winograd_pack(
         *pointers, _INT(out), _INT(channels), _FLAG(torch.get_num_threads())
     )
-    return packed
+    return (packed,)
 
 
 def supports(
@@ -57,12 +58,8 @@ def supports(
     packed: Sequence[Tensor],
 ) -> list[str]:
     """Why this call is not for the kernel; empty if it is."""
-    why = fits(weight.dtype, weight.shape, stride)
-    if not why and not is_packed(packed):
-        why = ["its weight is not packed for it"]
-    if not why and checks.needs_gradient(x, weight, bias, x2, add, residual):
-        why = ["a gradient is needed"]
-    return why
+    why = fits(weight, stride)
+    return why or ([] if is_packed(packed) else ["its weight is not packed for it"])
 
 
 def forward(
@@ -76,7 +73,8 @@ def forward(
     residual: Tensor | None,
     packed: Sequence[Tensor],
 ) -> Tensor:
-    """[B, O, H', W'] in channels_last."""
+    """[B, O, H', W'], computed in channels_last."""
+    form = format_of(x, weight)
     x = (x if x2 is None else torch.cat((x, x2), 1)).contiguous(memory_format=_LAST)
     (left, right, top, bottom), out = pads, weight.shape[0]
     batch, channels, height, width = x.shape
@@ -94,4 +92,4 @@ def forward(
         *(batch, height, width, channels, *size[2:], out, left, top, torch.get_num_threads()),
     )
     library.kernels.winograd(arguments)
-    return y
+    return y.contiguous(memory_format=form)

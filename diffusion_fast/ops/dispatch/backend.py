@@ -53,6 +53,7 @@ class Backend:
             tensors pass through it; everything else goes through the registered operator there.
         hidden: calls no operator of PyTorch's, so that what watches those (a counter, a recorder)
             is to see the registered operator.
+        forward_only: can't run a call of which a gradient is recorded.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Backend:
     foresee: Callable[..., Reasons | None] | None = None
     composite: bool = False
     hidden: bool = False
+    forward_only: bool = False
 
     @functools.cached_property
     def run(self) -> Callable[..., Any]:

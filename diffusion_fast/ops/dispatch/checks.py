@@ -55,7 +55,8 @@ def like(argument: str, value: Any, other_argument: str, other: Tensor) -> None:
 def together(needed: dict[str, Any], **others: Any) -> None:
     """Tensors of one floating dtype on one device, by their names; ``others`` may be None."""
     first, x = next(iter(needed.items()))
-    floating(first, x)
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        floating(first, x)
     for name, value in (needed | others).items():
         alike = isinstance(value, Tensor) and (value.dtype, value.device) == (x.dtype, x.device)
         if not alike and (value is not None or name in needed):
@@ -113,7 +114,8 @@ def finite(argument: str, value: Any) -> float:
 
 def not_negative(argument: str, value: Any) -> float:
     """A finite number of at least 0, as a float."""
-    if finite(argument, value) < 0:
+    if not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
+        finite(argument, value)
         fail(argument, "a number of at least 0", value)
     return float(value)
 

@@ -8,7 +8,7 @@ from typing import Any
 from . import backend as _backend
 from . import checks
 from .backend import BACKENDS, known_ops
-from .op import NO_TRANSFORM, Answer, Op, asked
+from .op import NO_GRADIENT, NO_TRANSFORM, Answer, Op, asked
 
 LATER = "decided at the first call"
 
@@ -80,6 +80,8 @@ def _choice(op: Op, args: tuple[Any, ...] | None) -> Choice:
         why: list[str] | None = [] if candidate.machine is None else candidate.machine()
         if not why and args is not None and checks.transformed() and not candidate.composite:
             why = [NO_TRANSFORM]
+        if not why and args is not None and checks.needs_gradient(*args) and candidate.forward_only:
+            why = [NO_GRADIENT]
         if not why and args is not None and candidate.supports is not None:
             why = candidate.supports(*args)
         if not why and args is not None and candidate.foresee is not None:

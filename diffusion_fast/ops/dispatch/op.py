@@ -21,6 +21,7 @@ _watchers = torch._C._len_torch_dispatch_stack
 _any_autocast, _is_compiling = torch._C._is_any_autocast_enabled, torch.compiler.is_compiling
 _grad_enabled, _functorch_level = torch.is_grad_enabled, torch._C._functorch.maybe_current_level
 NO_TRANSFORM = "torch.func transforms PyTorch's own functions only"
+NO_GRADIENT = "a gradient is needed"
 PLAIN = (Tensor, torch.nn.Parameter)
 NUMBERS = (int, float, bool)
 Found = TypeVar("Found")
@@ -85,7 +86,8 @@ class Op:
         self._defaults = tuple(parameter.default for parameter in parameters)
         self._keyed = len(parameters) - data
         self._function: type[torch.autograd.Function] | None = None
-        self._found: dict[Any, Any] = {}  # by signature, and what `kept` functions gave
+        # By signature, also of functions that are kept; what a backend lacks here, by its name.
+        self._found: dict[Any, Any] = {}
         self.last_ran: str | None = None
         self.backends = [Backend("reference", lambda: reference, composite=True)]
         _LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=mutates))
@@ -197,15 +199,17 @@ class Op:
         return args, self.resolve(None, args).run
 
     def kept(self, decide: Callable[..., Found]) -> Callable[..., Found]:
-        """The same function, asked once for each set of arguments until :meth:`forget`.
+        """The same function, asked once for each signature until :meth:`forget`.
 
-        It may read the backends asked for and PyTorch's number of threads too. Where an argument
-        can't be hashed nothing is kept.
+        It may depend on shape, dtype and device of tensors, on other values and on the backends
+        asked for. Where a value can't be hashed nothing is kept.
         """
 
         def answer(*args: Any) -> Found:
-            around = decide, _backend.overrides, torch.get_num_threads()
-            key = (*around, *args, *map(type, args))  # True is no 1
+            key: Any = [decide, _backend.overrides]
+            for a in args:
+                key += (a.shape, a.dtype, a.device) if isinstance(a, Tensor) else (a.__class__, a)
+            key = tuple(key)
             try:
                 found: Found | None = self._found.get(key)
             except TypeError:
@@ -235,12 +239,19 @@ class Op:
         """The first backend, of those asked for, that can and will run the call."""
         choices, transformed = _backend.overrides, _functorch_level() is not None
         asked = dict(choices.per_op).get(self.name, choices.everywhere)
-        why = ["not implemented for this op"]
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        gradient = _grad_enabled() and any(one.requires_grad for one in tensors)
+        why: Any = ["not implemented for this op"]
         for candidate in self.backends:
             if asked in ("auto", candidate.name):
-                why = candidate.machine() if candidate.machine is not None else []
+                why = self._found.get(candidate.name)
+                if why is None:
+                    why = candidate.machine() if candidate.machine is not None else []
+                    self._found[candidate.name] = why
                 if not why and transformed and not candidate.composite:
                     why = [NO_TRANSFORM]
+                if not why and gradient and candidate.forward_only:
+                    why = [NO_GRADIENT]
                 if not why and candidate.supports is not None:
                     why = candidate.supports(*args)
                 if not why and candidate.ready is not None:
@@ -251,8 +262,7 @@ class Op:
             told = f"{self.name}: backend {asked!r} was asked for and can't run: "
             raise BackendError(told + "; ".join(why))
         run = candidate.run
-        tensors = [value for value in args if isinstance(value, Tensor)]
-        records = not candidate.composite and checks.needs_gradient(*tensors)
+        records = gradient and not candidate.composite
         foreign = not candidate.composite and any(type(one) not in PLAIN for one in tensors)
         through = foreign or tensors[0].is_meta
         if records and not through and self._function is not None:

@@ -56,6 +56,7 @@ def add(
     kernels: Callable[[], ModuleType],
     supports: Callable[..., Reasons] | None = None,
     measured: bool = False,
+    forward_only: bool = False,
 ) -> None:
     """Give an op the backend ``"triton"``.
 
@@ -66,6 +67,7 @@ def add(
         supports: why a call is out of the kernel's reach, beyond device and dtype.
         measured: whether "auto" takes the kernel only where it was measured to be faster than
             the op's reference.
+        forward_only: as of a :class:`~.backend.Backend`.
     """
 
     def load() -> Callable[..., Any]:
@@ -87,5 +89,6 @@ def add(
             return []
         return _measured.known(op.name, args, args[0].device)
 
-    asks: dict[str, Any] = {"ready": ready, "foresee": foresee} if measured else {}
-    op.add(Backend("triton", load, machine, fits, hidden=True, **asks))
+    more: dict[str, Any] = {"ready": ready, "foresee": foresee} if measured else {}
+    more |= {"hidden": True, "forward_only": forward_only}
+    op.add(Backend("triton", load, machine, fits, **more))
