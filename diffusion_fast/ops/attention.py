@@ -165,7 +165,8 @@ def _by_head(x: Tensor, batch: int) -> Tensor:
 
     An einsum would take twice as many operators, which is what small calls cost.
     """
-    return x.expand(batch, -1, -1, -1).transpose(1, 2).flatten(0, 1)
+    x = x if x.shape[0] == batch else x.expand(batch, -1, -1, -1)
+    return x.transpose(1, 2).flatten(0, 1)
 
 
 def _where_seen(value: Tensor, blind: Tensor | None, other: float = 0.0) -> Tensor:
