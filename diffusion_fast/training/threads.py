@@ -1,9 +1,10 @@
-"""How many threads to train with, for programs that train; the library itself never changes it.
+"""How many threads to train with: PyTorch's own number in programs, and how many share a step.
 
 At every small op the threads of a process wait for the last of them. Beside another program that is
 a thread which isn't running, so more threads can be many times slower than one. Sums are rounded
 differently by another number of threads, so it is chosen once, before anything that has to be
-reproducible, and a checkpoint remembers it.
+reproducible, and a checkpoint remembers it. The library never changes PyTorch's number; its steps
+use fewer where that is faster.
 """
 
 from __future__ import annotations
@@ -16,19 +17,83 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..conditioning import Context
+from ..conditioning import Context, bind, form
 from ..cores import THREADS
+from ..engine.rewrites.cost import Calls
+from ..engine.rewrites.plan import OpCall
 from ..files import read_json
+from ..models.blocks import hooked
 from ..ops import checks
+from ..ops.cpu import contest, threads
 from ..schedule import DiffusionSchedule
+from .batches import moved, split, unpacked
 from .checkpoint import STATE
 from .loss import diffusion_loss
+from .objective import Objective
 from .options import autocast
 
 ROUNDS = 3
 GAIN = 1.1  # more threads must be that much faster: others may need the cores later
+PASSES = 3  # forward, and in the backward pass two products for each one
+KNOWN = ("torch", "diffusion_fast")  # packages whose modules do nothing but compute
+
+
+def for_step(model: nn.Module, objective: Objective, batch: Any) -> int:
+    """How many threads share a training step on a CPU: as many as it is the fastest with.
+
+    Measured once for each network, batch and machine, see :func:`.contest.threads_for`, by
+    :func:`rehearsal`. Where a call may do more than to compute, in a network with hooks or with
+    modules of other packages, and in several processes, nothing is measured: all threads share it.
+
+    Args:
+        model: the network.
+        objective: what trains it.
+        batch: as the objective takes it.
+    """
+    options = objective.options
+    if objective.processes.count > 1 or options.compile or not _only_computes(model):
+        return threads.most()
+    x_0, context, _ = unpacked(batch, objective.device)
+    if options.channels_last and x_0.dim() == 4:
+        x_0 = x_0.contiguous(memory_format=torch.channels_last)
+    _, x_0, context = split(x_0, context, options.accumulate)[0]
+    weights = [(p.shape, p.stride(), p.dtype, p.requires_grad) for p in model.parameters()]
+    about = (str(model), weights, x_0.shape, x_0.stride(), x_0.dtype, form(context))
+    kind = {"prediction_type": options.prediction_type, "precision": options.precision}
+    name = f"training {about} {sorted(kind.items())}"
+    work = contest.Work(name, lambda: _calls(model, x_0, context) * PASSES)
+    return contest.threads_for(work, rehearsal(model, objective.schedule, (x_0, context), **kind))
+
+
+def _only_computes(model: nn.Module) -> bool:
+    modules = list(model.modules())
+    packages = {type(module).__module__.partition(".")[0] for module in modules}
+    backward = any(one._backward_hooks or one._backward_pre_hooks for one in modules)
+    return packages.issubset(KNOWN) and not hooked(*modules) and not backward
+
+
+@torch.no_grad()
+def _calls(model: nn.Module, x_0: Tensor, context: Context) -> list[OpCall]:
+    """The op calls of the forward pass, found on the meta device."""
+    place = torch.device("meta")
+    twin, watch = _twin(model, lambda value: value.to(place)), Calls()
+    t = torch.empty(len(x_0), dtype=torch.int64, device=place)
+    with watch:
+        bind(twin, moved(context, place))(x_0.to(place), t)
+    return watch.found
+
+
+def _twin(model: nn.Module, as_its: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of the model, in training, with other tensors in the place of its weights."""
+    memory: dict[int, Any] = {}
+    for parameter in model.parameters():
+        own = nn.Parameter(as_its(parameter.detach()), parameter.requires_grad)
+        memory[id(parameter)] = own
+    for buffer in model.buffers():
+        memory[id(buffer)] = as_its(buffer.detach()).clone()
+    return copy.deepcopy(model, memory).train()
 
 
 def rehearsal(
@@ -41,21 +106,24 @@ def rehearsal(
 ) -> Callable[[], None]:
     """A training step without consequences: on a copy of the model, with generators kept.
 
+    The copy shares the memory of the weights, which no step without an optimizer writes to.
+
     Args:
         model: network to train.
         schedule: the noise schedule.
         batch: x_0 and its context, on the device of the model.
         prediction_type: what the model predicts.
-        precision: ``"float32"`` or ``"bfloat16"``, as for a Trainer.
+        precision: as for a Trainer.
     """
     x_0, context = batch
-    twin = copy.deepcopy(model).train()
+    twin = _twin(model, lambda value: value)
 
     def step() -> None:
         with torch.random.fork_rng(devices=[]):
             with autocast(x_0.device, precision):
                 loss = diffusion_loss(twin, schedule, x_0, context, prediction_type=prediction_type)
             loss.backward()
+        twin.zero_grad()
 
     return step
 

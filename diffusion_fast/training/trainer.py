@@ -17,7 +17,7 @@ from ..conditioning import Context
 from ..cores import warn_of_threads
 from ..files import AnyPath, CheckpointError
 from ..ops import checks
-from ..ops.cpu import contest
+from ..ops.cpu import contest, threads
 from ..ops.cpu import library as cpu_kernels
 from ..schedule import DiffusionSchedule
 from ..turns import Turns
@@ -36,6 +36,7 @@ from .objective import Objective
 from .optimizers import make_optimizer
 from .options import TrainingOptions
 from .state import load_optimizer_state, load_random_state, optimizer_state, random_state
+from .threads import for_step
 from .timestep_sampling import UniformSampler
 from .validation import validation_loss
 from .watch import Interruption, OnRead, Progress, Stopwatch
@@ -150,6 +151,7 @@ class Trainer:
         self.batches = 0  # read in all runs
         self.losses: list[float] = []  # of this run
         self._resumed: str | None = None
+        self._shared_by: dict[int, int] = {}  # threads of a step, by how many PyTorch has
         self._turns = Turns("Trainer")
         if self.device.type == "cpu":
             cpu_kernels.begin()
@@ -201,7 +203,8 @@ class Trainer:
                 while self.step < steps:
                     with self._watch.waiting():
                         batch = next(batches)
-                    pending.append(self._step(batch))
+                    with self._threads(batch):
+                        pending.append(self._step(batch))
                     # Several processes must agree to stop, which they do where all pause.
                     alone = interruption.asked and self.processes.count == 1
                     if alone or self._pauses():
@@ -272,6 +275,15 @@ class Trainer:
         if isinstance(self.dataloader, Batches):
             return self.dataloader.starting_at(self.batches, self.processes)
         return forever(self.dataloader)
+
+    def _threads(self, batch: Any) -> contextlib.AbstractContextManager[None]:
+        """On a CPU as many threads as a step is the fastest with, decided at the first one."""
+        most = threads.most()
+        if self.device.type != "cpu":
+            return contextlib.nullcontext()
+        if most not in self._shared_by:
+            self._shared_by[most] = for_step(self.model, self.objective, batch)
+        return threads.using(self._shared_by[most])
 
     def _step(self, batch: Any) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
@@ -393,7 +405,7 @@ class Trainer:
         rest: dict[str, Any] = {
             **{"step": self.step, "steps": self.steps, "batches": self.batches},
             **{"threads": torch.get_num_threads(), "settings": self.settings()},
-            "contests": contest.taken(),
+            **{"contests": contest.taken(), "shared_by": self._shared_by.get(threads.most())},
         }
         if self.scaler is not None:
             rest["scaler"] = self.scaler.state_dict()
@@ -437,7 +449,13 @@ class Trainer:
         sampler.load_state_dict(dict(groups.get("timesteps", {})))
         if self.scaler is not None:
             self.scaler.load_state_dict(rest["scaler"])
-        contest.take(rest.get("contests", {}))  # older checkpoints don't have them
+        here = contest.take(rest.get("contests", {}))  # older checkpoints don't have them
+        if here and rest.get("shared_by") is not None:
+            most, count = threads.most(), _count(rest["shared_by"], f"{origin}: shared_by")
+            if not 1 <= count <= most:
+                wanted = f"expected 1 to {most} threads"
+                raise CheckpointError(f"{origin}: shared_by: {wanted}, got {count}")
+            self._shared_by[most] = count
         self.losses, self.step = losses, numbers["step"]
         self.steps, self.batches = numbers["steps"], numbers["batches"]
 

@@ -344,15 +344,20 @@ def taken() -> dict[str, Any]:
     return {} if library.machine() else {"machine": _file().name, "ways": dict(results(_file()))}
 
 
-def take(saved: Mapping[str, Any]) -> None:
+def take(saved: Mapping[str, Any]) -> bool:
     """Go on with what :func:`taken` gave in another process: sums are rounded as they were there.
 
     Results of another machine, other versions or another number of threads decide nothing here.
+
+    Returns:
+        Whether they are of this machine, these versions and this number of threads.
     """
-    if not library.machine() and saved.get("machine") == _file().name:
-        adopt(_file(), saved["ways"])
-        for contest in _contests:
-            contest.forget()
+    if library.machine() or saved.get("machine") != _file().name:
+        return False
+    adopt(_file(), saved["ways"])
+    for contest in _contests:
+        contest.forget()
+    return True
 
 
 def known() -> dict[str, str]:

@@ -1,0 +1,216 @@
+"""How many threads share a training step: what is measured leaves no trace; times are made up."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compilers import needs_cpu_kernels
+from tiny import SCHEDULE, Points, batches
+from torch.utils.data import TensorDataset
+
+import diffusion_fast as df
+from diffusion_fast.files import CheckpointError
+from diffusion_fast.kernels import measurements
+from diffusion_fast.ops.cpu import contest, library
+from diffusion_fast.training import Batches, Checkpoints, Trainer
+
+pytestmark = needs_cpu_kernels
+FASTEST = 1
+
+
+@pytest.fixture(autouse=True)
+def _two(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Two threads, where nothing was ever measured."""
+    monkeypatch.setattr(library, "_final", True)
+    monkeypatch.setattr(contest, "lookup", measurements.lookup)
+    monkeypatch.setenv("DIFFUSION_FAST_CACHE", str(tmp_path / "cache"))
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+    measurements.chosen.clear()
+    measurements.loaded.clear()
+
+
+@pytest.fixture
+def times(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of threads that steps were timed with; FASTEST of them are the fastest."""
+    timed: list[int] = []
+
+    def seconds(step: Callable[[], object], count: int) -> float:
+        timed.append(count)
+        step()
+        return 0.01 + 0.01 * abs(count - FASTEST)
+
+    monkeypatch.setattr(contest, "_seconds", seconds)
+    return timed
+
+
+def unet(dropout: float = 0.3) -> df.UNet2DCondition:
+    config = df.UNetConfig(
+        sample_size=4,
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        num_classes=3,
+        dropout=dropout,
+    )
+    torch.manual_seed(7)
+    return df.UNet2DCondition(config)
+
+
+def trainer(folder: Path | None = None, model: Any = None, **changes: Any) -> Trainer:
+    generator = torch.Generator().manual_seed(5)
+    images = TensorDataset(torch.randn(24, 1, 4, 4, generator=generator), torch.arange(24) % 3)
+    options = {"seed": 2, "ema_decay": 0.9, "gradient_clip": 1.0, "learning_rate": 0.01}
+    if folder is not None:
+        options["checkpoints"] = Checkpoints(folder, every=3)
+    data = Batches(images, 8, seed=3)
+    return Trainer(model or unet(), data, SCHEDULE, **options | changes)
+
+
+def seen(one: Trainer) -> list[int]:
+    """The numbers of threads of the trainer's own steps, from now on."""
+    found: list[int] = []
+    backward = one.objective.backward
+
+    def watched(*args: Any) -> torch.Tensor:
+        found.append(torch.get_num_threads())
+        return backward(*args)
+
+    one.objective.backward = watched  # type: ignore[method-assign]
+    return found
+
+
+def test_steps_are_shared_by_the_fastest_number(times: list[int]) -> None:
+    one = trainer()
+    steps, callbacks = seen(one), []
+    one.fit(3, lambda _: callbacks.append(torch.get_num_threads()))
+    assert times == [2, 1]
+    assert steps == [FASTEST] * 3
+    assert callbacks == [2]
+    assert torch.get_num_threads() == 2
+
+
+def test_it_is_measured_once_for_a_network_and_batch(times: list[int]) -> None:
+    trainer().fit(2)
+    again = trainer()
+    steps = seen(again)
+    again.fit(2)
+    assert len(times) == 2
+    assert steps == [FASTEST] * 2
+    trainer(accumulate=2).fit(1)
+    assert len(times) == 4
+
+
+def everything(one: Trainer) -> dict[str, Any]:
+    """All that a run consists of, gradients and global generators too."""
+    groups, rest = one.state()
+    found = {f"{group}.{name}": value for group in groups for name, value in groups[group].items()}
+    gradients = {
+        f"grad.{name}": None if p.grad is None else p.grad.clone()
+        for name, p in one.model.named_parameters()
+    }
+    kept = {name: rest[name] for name in ("step", "steps", "batches", "settings")}
+    modes = [module.training for module in one.model.modules()]
+    return copy.deepcopy(found) | gradients | kept | {"modes": modes}
+
+
+@pytest.mark.parametrize("changes", [{}, {"precision": "bfloat16"}, {"channels_last": True}])
+def test_measuring_leaves_no_trace(times: list[int], changes: dict[str, Any]) -> None:
+    one = trainer(**changes)
+    one.fit(2)  # moments, averages and gradients that are not zero
+    before = everything(one)
+    assert any(value is not None for name, value in before.items() if name.startswith("grad."))
+    timed = len(times)
+    one.model.eval()
+    modes = [module.training for module in one.model.modules()]
+    measurements.chosen.clear()
+    one._shared_by.clear()
+    batch = next(one.dataloader.starting_at(0))  # type: ignore[attr-defined]
+    with one._threads(batch):
+        pass
+    assert len(times) > timed
+    assert [module.training for module in one.model.modules()] == modes
+    after = everything(one) | {"modes": before["modes"]}
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, after[name]), name
+        else:
+            assert value == after[name], name
+
+
+def test_a_run_with_the_measurement_is_the_run_without(times: list[int]) -> None:
+    torch.manual_seed(1)
+    losses = trainer().fit(4)
+    torch.manual_seed(1)
+    assert trainer().fit(4) == losses  # now it is on disk
+    assert len(times) == 2
+
+
+def test_a_resumed_run_has_the_number_of_its_checkpoint(times: list[int], tmp_path: Path) -> None:
+    """Whatever was measured on this machine since."""
+    torch.manual_seed(1)
+    whole = trainer()
+    losses = whole.fit(6)
+    torch.manual_seed(1)
+    trainer(tmp_path).fit(3)
+    timed = len(times)
+    file = contest._file()
+    for key, value in measurements.results(file).items():
+        assert value == str(FASTEST)
+        measurements.remember(file, key, "2")
+    again = trainer(tmp_path)
+    steps = seen(again)
+    assert again.resume() == 3
+    assert again.fit(6) == losses
+    assert steps == [FASTEST] * 3
+    assert len(times) == timed
+    for name, value in whole.weights().items():
+        assert torch.equal(value, again.weights()[name]), name
+
+
+def test_another_machine_measures_for_itself(times: list[int], tmp_path: Path) -> None:
+    trainer(tmp_path).fit(3)
+    timed = len(times)
+    torch.set_num_threads(3)  # another number is another machine
+    again = trainer(tmp_path)
+    steps = seen(again)
+    again.resume()
+    again.fit(4)
+    assert times[timed:] == [3, 1]
+    assert steps == [FASTEST]
+
+
+@pytest.mark.parametrize("count", [0, 5, "two"])
+def test_a_number_that_is_none_is_named(times: list[int], tmp_path: Path, count: object) -> None:
+    one = trainer(tmp_path)
+    state = one.state
+    one.state = lambda: (state()[0], state()[1] | {"shared_by": count})  # type: ignore[method-assign]
+    one.fit(3)
+    with pytest.raises(CheckpointError, match="shared_by: expected"):
+        trainer(tmp_path).resume()
+
+
+def test_where_a_call_may_do_more_nothing_is_measured(times: list[int]) -> None:
+    hooked, watched = unet(), unet()
+    hooked.conv_out.register_forward_hook(lambda *_: None)
+    watched.conv_out.register_full_backward_hook(lambda *_: None)
+    for one in (trainer(model=hooked), trainer(model=watched)):
+        steps = seen(one)
+        one.fit(1)
+        assert steps == [2]
+    somebodys = Trainer(Points(), batches(), SCHEDULE)
+    steps = seen(somebodys)
+    somebodys.fit(1)
+    assert (steps, times) == ([2], [])
