@@ -59,18 +59,27 @@ def on_reference(call: Call) -> Call:
     return run
 
 
-def variants(builds: Mapping[str, Build], dtype: torch.dtype, compiles: bool) -> list[Variant]:
+def variants(
+    builds: Mapping[str, Build],
+    networks: Networks,
+    compiles: bool,
+    *parts: str,
+    brief: Mapping[str, Build] | None = None,
+) -> list[Variant]:
     """Those that can be built, in the order of :data:`TITLES`.
 
     Args:
         builds: what makes the call of each, by name.
-        dtype: of the networks.
+        networks: what they compute.
         compiles: whether torch.compile is among them.
+        parts: names of the networks that are called.
+        brief: see :class:`.measure.Variant`, by name.
     """
+    size = 0 if GPU else networks.nbytes(*parts)
 
     def build(name: str) -> Call:
         if name in PEERS:
-            _check_peer(name, dtype, compiles)
+            _check_peer(name, networks.dtype, compiles)
         return builds[name]()
 
     return [
@@ -80,12 +89,18 @@ def variants(builds: Mapping[str, Build], dtype: torch.dtype, compiles: bool) ->
             BACKENDS.get(name),
             name in PEERS,
             BARE if name.startswith(BARE) else "",
+            int(COPIES.get(name, 0) * size),
+            (brief or {}).get(name),
         )
         for name in TITLES
         if name in builds
     ]
 
 
+# How many times the weights' bytes a program takes for itself at most, on a CPU: as its own layout
+# has them, and what becomes of them on the way there.
+COPIES = {"engine": 1.6, f"{BARE} engine": 1.6, "openvino": 1.2, "onnxruntime": 3.0}
+COPIES |= {"diffusers compiled": 1.5}
 BACKENDS = {"diffusers": "torch", "diffusers lean": "torch", **{name: name for name in PEERS}}
 BACKENDS |= {"diffusers compiled": "inductor", f"{BARE} diffusers": "torch"}
 
@@ -125,7 +140,7 @@ def step_variants(networks: Networks, images: int, steps: int, compiles: bool) -
         "model": plain,
         "engine": lambda: engine_step(networks.unet, x, t, given),
     }
-    return variants(ours | with_unets(theirs), networks.dtype, compiles)
+    return variants(ours | with_unets(theirs), networks, compiles, "unet")
 
 
 def engine_step(model: Rewritable, x: Tensor, t: Tensor, given: dict[str, Any]) -> Call:
@@ -221,12 +236,15 @@ def loop_variants(networks: Networks, images: int, steps: int, compiles: bool) -
         options = {"output_type": "latent", "return_dict": False}
         return lambda: pipe(latents=latents, **given, **options)[0]
 
-    ours: dict[str, Build] = {
-        "eager": lambda: on_reference(plain_loop(networks, inputs, steps)),
-        "model": lambda: plain_loop(networks, inputs, steps),
-        "engine": lambda: engine_loop(networks, inputs, steps)[1],
-    }
-    return variants(ours | with_unets(theirs), networks.dtype, compiles)
+    def ours(steps: int) -> dict[str, Build]:
+        return {
+            "eager": lambda: on_reference(plain_loop(networks, inputs, steps)),
+            "model": lambda: plain_loop(networks, inputs, steps),
+            "engine": lambda: engine_loop(networks, inputs, steps)[1],
+        }
+
+    builds = ours(steps) | with_unets(theirs)
+    return variants(builds, networks, compiles, "unet", brief=ours(1))
 
 
 def loop_truth(networks: Networks, images: int, steps: int) -> Tensor:
@@ -272,18 +290,18 @@ def pipeline_variants(networks: Networks, images: int, steps: int, compiles: boo
 
         return run
 
-    def plain() -> Call:
-        return our_pipeline(networks, images, steps, "none", "off")
+    def ours(steps: int) -> dict[str, Build]:
+        def plain() -> Call:
+            return our_pipeline(networks, images, steps, "none", "off")
 
-    def engine() -> Call:
-        return our_pipeline(networks, images, steps)
+        return {
+            "eager": lambda: on_reference(plain()),
+            "model": plain,
+            "engine": lambda: our_pipeline(networks, images, steps),
+        }
 
-    ours: dict[str, Build] = {
-        "eager": lambda: on_reference(plain()),
-        "model": plain,
-        "engine": engine,
-    }
-    return variants(ours | with_unets(theirs), networks.dtype, compiles)
+    builds = ours(steps) | with_unets(theirs)
+    return variants(builds, networks, compiles, "unet", "vae", "text", brief=ours(1))
 
 
 def pipeline_truth(networks: Networks, images: int, steps: int) -> Tensor:
