@@ -54,7 +54,8 @@ def measure_ops(
         alone: dict[Any, float] = {}
         with ops_called(lambda *call: _alone(alone, *call)):
             run()
-        walls, found = [], []
+        walls: list[float] = []
+        found: list[dict[str, Tally]] = []
         start = time.perf_counter()
         while len(walls) < rounds or time.perf_counter() - start < budget:
             tallies: dict[str, Tally] = defaultdict(Tally)

@@ -112,12 +112,8 @@ def measure(
     for part in parts:
         ready = _all_prepared(part, rows, expected, timer)
         _take_turns(ready, budget / len(parts), rounds, timer)
-        for name, one in ready.items():
-            one.row |= _speed(one, images, steps) | state_of_gpu(after=one.call)
-            one.row |= _energy(one, images, steps) | ({"turns": APART} if apart else {})
-            seconds[name] = one.seconds
-        ready.clear()
-        del one  # with its weights
+        while ready:  # whose weights nothing keeps afterwards
+            seconds |= _told(*ready.popitem(), images, steps, {"turns": APART} if apart else {})
         release()
     for variant in variants:
         for baseline in BASELINES:
@@ -151,6 +147,15 @@ def _all_prepared(
         if GPU:
             release()
     return ready
+
+
+def _told(
+    name: str, one: _Ready, images: int | None, steps: int, more: Mapping[str, Any]
+) -> dict[str, list[float]]:
+    """Complete its row, and return its seconds by its name."""
+    one.row |= _speed(one, images, steps) | state_of_gpu(after=one.call)
+    one.row |= _energy(one, images, steps) | more
+    return {name: one.seconds}
 
 
 def _check_room(variant: Variant) -> None:

@@ -99,7 +99,7 @@ def variants(
 
 # How many times the weights' bytes a program takes for itself at most, on a CPU: as its own layout
 # has them, and what becomes of them on the way there.
-COPIES = {"engine": 1.6, f"{BARE} engine": 1.6, "openvino": 1.2, "onnxruntime": 3.0}
+COPIES = {"engine": 1.6, f"{BARE} engine": 1.6, "openvino": 1.9, "onnxruntime": 3.0}
 COPIES |= {"diffusers compiled": 1.5}
 BACKENDS = {"diffusers": "torch", "diffusers lean": "torch", **{name: name for name in PEERS}}
 BACKENDS |= {"diffusers compiled": "inductor", f"{BARE} diffusers": "torch"}

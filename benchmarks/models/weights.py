@@ -16,20 +16,20 @@ ALIGNED = 64  # bytes: a line of a cache
 class Widened(Tensor):
     """A tensor in a wider dtype of which no copy is kept: each operator that reads it makes one."""
 
-    narrow: Tensor
+    kept: Tensor
 
     @staticmethod
-    def __new__(cls, narrow: Tensor, dtype: torch.dtype) -> Widened:
-        given = {"strides": narrow.stride(), "dtype": dtype, "device": narrow.device}
-        made: Widened = Tensor._make_wrapper_subclass(cls, narrow.shape, **given)  # type: ignore
-        made.narrow = narrow
+    def __new__(cls, kept: Tensor, dtype: torch.dtype) -> Widened:
+        given = {"strides": kept.stride(), "dtype": dtype, "device": kept.device}
+        made: Widened = Tensor._make_wrapper_subclass(cls, kept.shape, **given)  # type: ignore
+        made.kept = kept
         return made
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = tree_map_only(cls, lambda one: one.narrow.to(one.dtype), (args, kwargs or {}))
+        given = tree_map_only(cls, lambda one: one.kept.to(one.dtype), (args, kwargs or {}))
         return func(*given[0], **given[1])
 
 
