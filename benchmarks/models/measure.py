@@ -150,7 +150,7 @@ def _all_prepared(
 
 
 def _told(
-    name: str, one: _Ready, images: int | None, steps: int, more: Mapping[str, Any]
+    name: str, one: _Ready, images: int | None, steps: int, more: dict[str, Any]
 ) -> dict[str, list[float]]:
     """Complete its row, and return its seconds by its name."""
     one.row |= _speed(one, images, steps) | state_of_gpu(after=one.call)
