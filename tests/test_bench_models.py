@@ -255,13 +255,18 @@ def test_what_does_not_fit_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -
     assert set(time.calls) == {"eager"}
 
 
-def test_programs_that_keep_weights_of_their_own_need_room(small: networks.Networks) -> None:
+@pytest.mark.skipif(measure.GPU, reason="room on CPUs")
+@pytest.mark.parametrize("installed", [True, False])
+def test_programs_that_keep_weights_of_their_own_need_room(
+    small: networks.Networks, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    version = "1" if installed else "not installed"
+    monkeypatch.setattr(variants.hardware, "package_version", lambda _: version)
     needs = {one.name: one.holds for one in variants.step_variants(small, 1, 1, False)}
-    weights = sum(one.nbytes for one in small.unet.parameters())
-    if not measure.GPU:
-        assert needs["engine"] > weights
-        assert needs["openvino"] > weights
-    assert needs["diffusers"] == needs["model"] == 0
+    own = sum(one.nbytes for one in small.unet.parameters())
+    assert needs["engine"] > own
+    assert (needs["openvino"] > own) == (needs["onnxruntime"] > own) == installed
+    assert needs["diffusers"] == needs["model"] == needs["diffusers compiled"] == 0
 
 
 @torch.no_grad()

@@ -174,10 +174,11 @@ def _prepared(
         op.last_ran = None
     call, result, row["peak_bytes"], once = peak_memory(variant, timer)
     row["backend"] = variant.backend or backends_that_ran()
-    if expected[variant.of] == variant.name:
-        expected[variant.of] = result.double().cpu()
-    elif isinstance(wanted := expected[variant.of], Tensor):
+    wanted = expected[variant.of]
+    if isinstance(wanted, Tensor):
         row["error"] = max_error(result, wanted)
+    elif wanted == variant.name:
+        expected[variant.of] = result.double().cpu()
     if once < LONG_SECONDS:
         synchronize()
         start = timer()

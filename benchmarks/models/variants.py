@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import diffusion_fast as df
+from diffusion_fast import hardware
 from diffusion_fast.engine.buffers import Clock
 from diffusion_fast.engine.rewrites.controlled import prepare
 from diffusion_fast.engine.rewrites.plan import Rewritable
@@ -18,6 +19,7 @@ from diffusion_fast.pipelines.parts import Parts
 from diffusion_fast.pipelines.stable_diffusion import StableDiffusion
 
 from ..lib.environment import GPU
+from ..lib.environment import PEERS as PACKAGES
 from ..lib.timing import captured
 from ..peers import PEERS
 from . import in_diffusers
@@ -78,9 +80,15 @@ def variants(
     size = 0 if GPU else networks.nbytes(*parts)
 
     def build(name: str) -> Call:
-        if name in PEERS:
-            _check_peer(name, networks.dtype, compiles)
+        why = _refused(name, networks.dtype, compiles)
+        if why:
+            raise NotRun(why)
         return builds[name]()
+
+    def holds(name: str) -> int:
+        absent = name in PACKAGES and hardware.package_version(name) == "not installed"
+        runs = not absent and _refused(name, networks.dtype, compiles) is None
+        return int(COPIES.get(name, 0) * size) if runs else 0
 
     return [
         Variant(
@@ -89,7 +97,7 @@ def variants(
             BACKENDS.get(name),
             name in PEERS,
             BARE if name.startswith(BARE) else "",
-            int(COPIES.get(name, 0) * size),
+            holds(name),
             (brief or {}).get(name),
         )
         for name in TITLES
@@ -98,21 +106,21 @@ def variants(
 
 
 # How many times the weights' bytes a program takes for itself at most, on a CPU: as its own layout
-# has them, and what becomes of them on the way there.
-COPIES = {"engine": 1.6, f"{BARE} engine": 1.6, "openvino": 1.9, "onnxruntime": 3.0}
-COPIES |= {"diffusers compiled": 1.5}
+# has them, and what becomes of them on the way there. Of the first three that was measured with
+# SD1.5, the others are guesses.
+COPIES = {"engine": 1.6, f"{BARE} engine": 1.6, "openvino": 1.9}
+COPIES |= {"onnxruntime": 2.5, "diffusers compiled": 1.5}
 BACKENDS = {"diffusers": "torch", "diffusers lean": "torch", **{name: name for name in PEERS}}
 BACKENDS |= {"diffusers compiled": "inductor", f"{BARE} diffusers": "torch"}
 
 
-def _check_peer(name: str, dtype: torch.dtype, compiles: bool) -> None:
-    if name == "diffusers compiled":
-        if not compiles:
-            raise NotRun(NOT_COMPILED)
-    elif GPU:
-        raise NotRun("a peer on CPUs alone")
-    elif dtype != torch.float32:
-        raise NotRun("a peer in float32 alone")
+def _refused(name: str, dtype: torch.dtype, compiles: bool) -> str | None:
+    """Why a peer is not run."""
+    if name not in PEERS or name == "diffusers compiled":
+        return NOT_COMPILED if name in PEERS and not compiles else None
+    if GPU:
+        return "a peer on CPUs alone"
+    return None if dtype == torch.float32 else "a peer in float32 alone"
 
 
 def with_unets(theirs: Callable[[MakeUNet], Call]) -> dict[str, Build]:
