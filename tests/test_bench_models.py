@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import dataclasses
 import json
+import tempfile
+import types
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffusion_fast import ops
 from diffusion_fast.benchmarks.lib import environment
 from diffusion_fast.benchmarks.models import (
+    by_op,
     compare,
     in_diffusers,
     ladder,
@@ -26,6 +33,7 @@ from diffusion_fast.benchmarks.models import (
     run,
     store,
     variants,
+    weights,
 )
 from diffusion_fast.engine.rewrites.cost import Cost
 
@@ -61,9 +69,12 @@ class Time:
         return measure.Variant(name, lambda: call, "fake")
 
 
-def measured(time: Time, *found: measure.Variant, budget: float = 0.0) -> list[dict[str, Any]]:
+def measured(
+    time: Time, *found: measure.Variant, budget: float = 0.0, **options: Any
+) -> list[dict[str, Any]]:
     truth = torch.tensor([1.0, 2.0], dtype=torch.float64)
-    return measure.measure(found, lambda: truth, images=2, steps=4, budget=budget, timer=time)
+    options |= {"images": 2, "steps": 4, "budget": budget, "timer": time}
+    return measure.measure(found, lambda: truth, **options)
 
 
 def test_speed_of_variants() -> None:
@@ -115,8 +126,8 @@ def test_short_calls_are_repeated_and_the_budget_ends_it() -> None:
     time = Time()
     (row,) = measured(time, time.takes("eager", 0.001), budget=0.1)
     assert row["p50_s"] == pytest.approx(0.001)
-    more = 0 if measure.GPU else 1  # a call before memory is counted, and one after each pause
-    assert len(time.calls) == 2 + more + (10 + more) * row["samples"]
+    more = 0 if measure.GPU else 1  # a call after each pause
+    assert len(time.calls) == 2 + (10 + more) * row["samples"]
     assert row["samples"] == pytest.approx(10, abs=1)
 
 
@@ -159,8 +170,133 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
 
         return call
 
-    _, _, peak = measure.peak_memory(measure.Variant("x", build))
+    _, _, peak, _ = measure.peak_memory(measure.Variant("x", build))
     assert 4 * 6000 <= peak < 4 * 7000
+
+
+def test_a_call_that_takes_long_is_made_once_more_and_that_is_the_sample() -> None:
+    time = Time()
+    (row,) = measured(time, time.takes("eager", 20.0), rounds=1)
+    assert row["samples"] == 1
+    assert row["p20_s"] == row["p50_s"] == row["p80_s"] == pytest.approx(20)
+    assert len(time.calls) == 2
+
+
+def test_errors_against_a_variant() -> None:
+    time = Time()
+    wanted = time.takes("diffusers", 0.1, 1.5), time.takes("engine", 0.1)
+    options: Any = {"images": 1, "steps": 1, "budget": 0.0, "timer": time}
+    other, engine = measure.measure(wanted, "engine", **options)
+    assert (other["variant"], engine["variant"]) == ("diffusers", "engine")
+    assert other["error"] == pytest.approx(0.25)
+    assert "error" not in engine
+
+
+def test_what_is_measured_once_for_a_machine_is_so_in_a_brief_call() -> None:
+    time = Time()
+    long, brief = time.takes("long", 1.0), time.takes("brief", 0.1)
+    measure.peak_memory(measure.Variant("engine", long.build, brief=brief.build))
+    assert time.calls == ([] if measure.GPU else ["brief"]) + ["long"]
+
+
+# Room ------------------------------------------------------------------------------------------
+
+
+def with_room(monkeypatch: pytest.MonkeyPatch, gigabytes: float) -> None:
+    monkeypatch.setattr(measure, "free_memory", lambda: gigabytes * 1e9)
+
+
+def holding(variant: measure.Variant, gigabytes: float) -> measure.Variant:
+    return dataclasses.replace(variant, holds=int(gigabytes * 1e9))
+
+
+@pytest.mark.parametrize(("room", "in_files", "apart"), [(5, 0, False), (3, 0, True), (5, 3, True)])
+def test_variants_without_room_beside_each_other_are_measured_apart(
+    monkeypatch: pytest.MonkeyPatch, room: float, in_files: float, apart: bool
+) -> None:
+    with_room(monkeypatch, room)
+    time = Time()
+    pair = holding(time.takes("eager", 2.0), 2), holding(time.takes("engine", 1.0), 2)
+    eager, engine = measured(time, *pair, in_files=int(in_files * 1e9))
+    turns = "".join(name[1] for name in time.calls)
+    assert (turns == "a" * (len(turns) // 2) + "n" * (len(turns) // 2)) == apart
+    assert engine.get("turns") == eager.get("turns") == (measure.APART if apart else None)
+    assert engine["over_eager"] == pytest.approx(2)
+
+
+def test_only_one_variant_that_is_measured_apart_is_there_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with_room(monkeypatch, 1)
+    there: weakref.WeakSet[Callable[[], Tensor]] = weakref.WeakSet()
+    time, most = Time(), []
+
+    def build() -> Callable[[], Tensor]:
+        plain = time.takes("", 1.0).build()
+
+        def call() -> Tensor:
+            return plain()
+
+        there.add(call)
+        most.append(len(there))
+        return call
+
+    one = holding(measure.Variant("eager", build, "fake"), 1)
+    measured(time, one, dataclasses.replace(one, name="engine"))
+    assert most == [1, 1]
+
+
+def test_what_does_not_fit_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_room(monkeypatch, 1.5)
+    time = Time()
+    small, large = measured(time, time.takes("eager", 0.1), holding(time.takes("engine", 1), 12.34))
+    assert large["reason"] == "needs about 12.3 GB, 1.5 are free"
+    assert small["error"] == 0
+    assert set(time.calls) == {"eager"}
+
+
+@pytest.mark.skipif(measure.GPU, reason="room on CPUs")
+@pytest.mark.parametrize("installed", [True, False])
+def test_programs_that_keep_weights_of_their_own_need_room(
+    small: networks.Networks, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    version = "1" if installed else "not installed"
+    monkeypatch.setattr(variants.hardware, "package_version", lambda _: version)
+    needs = {one.name: one.holds for one in variants.step_variants(small, 1, 1, False)}
+    own = sum(one.nbytes for one in small.unet.parameters())
+    assert needs["engine"] > own
+    assert (needs["openvino"] > own) == (needs["onnxruntime"] > own) == installed
+    assert needs["diffusers"] == needs["model"] == needs["diffusers compiled"] == 0
+
+
+@torch.no_grad()
+def test_the_truth_has_no_wide_copy_of_the_weights(small: networks.Networks) -> None:
+    x, t, given = variants.step_input(small, 1)
+    wide = copy.deepcopy(small.unet).double()
+    given = {name: one.double() for name, one in given.items()}
+    expected = variants.on_reference(lambda: wide(x.double(), t, **given))()
+    assert torch.equal(variants.step_truth(small, 1, 1), expected)
+    exact = small.exact("unet").unet
+    for (name, one), own in zip(exact.named_parameters(), small.unet.parameters(), strict=True):
+        assert one.dtype == torch.float64, name
+        assert one.kept.data_ptr() == own.data_ptr(), name
+
+
+def test_large_weights_lie_in_a_file(
+    small: networks.Networks, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(networks, "LARGE", 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    found = networks.Networks(small.kind, torch.float32, torch.device("cpu"))
+    for ours, plain in zip(found.unet.parameters(), small.unet.parameters(), strict=True):
+        assert torch.equal(ours, plain)
+        assert ours.data_ptr() % weights.ALIGNED == 0
+    assert found.in_files == found.nbytes("unet") > 0
+    assert list(tmp_path.iterdir()) == []  # it goes with the weights
+    monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2e6))
+    again = networks.Networks(small.kind, torch.float32, torch.device("cpu"))
+    with pytest.raises(MemoryError, match=r"needs [\d.]+ GB in .*, 0.002 are free"):
+        _ = again.unet
 
 
 # Models and limits -----------------------------------------------------------------------------
@@ -232,6 +368,26 @@ def test_the_ladder_adds_one_technique_after_the_other(small: networks.Networks)
         assert product == pytest.approx(row["over_eager"])
     if not environment.GPU:
         assert "no CUDA device" in rows[-1]["reason"]
+
+
+@pytest.mark.skipif(measure.GPU, reason="a profile of CPUs")
+def test_the_profile_adds_up_to_the_step(small: networks.Networks) -> None:
+    with torch.no_grad():
+        rows = by_op.measure_ops(small, 1, 2, 0.0, 1)
+    assert rows[0]["variant"] == by_op.STEP
+    assert [one["p50_s"] for one in rows] == sorted((one["p50_s"] for one in rows), reverse=True)
+    parts = {one["variant"]: one for one in rows[1:]}
+    assert sum(one["share"] for one in parts.values()) == pytest.approx(1)
+    assert parts["sampler_step"]["calls"] == 1
+    assert "gflops_per_s" not in parts["layer_norm"]
+    for name in ("linear", "conv2d", "attention"):
+        assert parts[name]["gflops_per_s"] > 0
+        assert parts[name]["alone_gflops_per_s"] > 0
+    counted = limits.step_cost(small.kind, torch.float32, 1).by_op
+    done = (one["gflops_per_s"] * one["p50_s"] for one in rows if "gflops_per_s" in one)
+    assert 1e9 * sum(done) == pytest.approx(sum(one.flops for one in counted.values()), rel=0.02)
+    run_once = ops.geglu(torch.randn(2, 8))  # no longer watched
+    assert run_once.shape == (2, 4)
 
 
 # On disk ---------------------------------------------------------------------------------------
@@ -363,6 +519,16 @@ def test_the_readme_command(
         report.main()
         assert capsys.readouterr().out.endswith(f"{said}\n")
     assert "| engine | 100 |" in readme.read_text()
+
+
+def test_what_is_not_as_it_is_elsewhere_is_said() -> None:
+    rows = [row(truth="float64"), row("eager", truth="float64", turns=measure.APART)]
+    assert report.notes([rows[0]]) == []
+    assert report.notes(rows) == [
+        "measured one after the other: there was no memory for all of them at once"
+    ]
+    against = [row("engine", truth="engine", error=None), row("diffusers", truth="engine")]
+    assert report.notes(against) == ["errors are differences from the result of: engine"]
 
 
 def test_throttling_is_flagged() -> None:

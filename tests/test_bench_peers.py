@@ -110,7 +110,11 @@ def test_every_computation_goes_through_a_peer(
     made = {
         "unet": (variants.step_variants, variants.step_truth, {"UNetStep"}),
         "loop": (variants.loop_variants, variants.loop_truth, {"UNetStep"}),
-        "pipeline": (variants.pipeline_variants, variants.pipeline_truth, {"UNetStep", "Decoding"}),
+        "pipeline": (
+            variants.pipeline_variants,
+            variants.pipeline_truth,
+            {"UNetStep", "Decoding", "TextStates"},
+        ),
         "vae": (parts.decode_variants, parts.decode_truth, {"Decoding"}),
         "text": (parts.encode_variants, parts.encode_truth, {"Encoding"}),
     }

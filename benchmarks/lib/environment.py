@@ -72,6 +72,15 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def free_memory() -> float:
+    """Bytes that the system could still give to programs; infinite where it doesn't say."""
+    try:
+        found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:  # off Linux
+        found = None
+    return float("inf") if found is None else 1024.0 * int(found[1])
+
+
 def folder_name() -> str:
     """Of this machine's results: ``nvidia_h200``, or ``cpu_avx2``."""
     name = device_name() if GPU else f"cpu {hardware.processor()['instructions']}"

@@ -30,6 +30,8 @@ def captured(call: Callable[[], Any], calls: int = 1) -> tuple[torch.cuda.CUDAGr
 
 
 def percentiles(samples: Sequence[float]) -> dict[str, float]:
+    if len(samples) == 1:
+        return dict.fromkeys(("p20", "p50", "p80"), samples[0])
     cuts = statistics.quantiles(samples, n=10, method="inclusive")
     return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7]}
 

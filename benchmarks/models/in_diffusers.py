@@ -94,6 +94,17 @@ class Decoding(nn.Module):
         return self.vae.decode(latents, return_dict=False)[0]
 
 
+class TextStates(nn.Module):
+    """The text encoder of diffusers' pipelines from token ids to the states that they read."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.encoder(ids)[0]
+
+
 class Served:
     """A module from tensors to a tensor, computed by a peer that is built at the first call."""
 
@@ -158,6 +169,19 @@ class ServedDecoder:
         return (self._decode(latents),)
 
 
+class ServedText:
+    """The text encoder with a peer that computes it; all else is asked of the encoder itself."""
+
+    def __init__(self, encoder: nn.Module, peer: Peer) -> None:
+        self._encoder, self._states = encoder, Served(TextStates(encoder), peer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._encoder, name)
+
+    def __call__(self, ids: Tensor, **_: Any) -> tuple[Tensor]:
+        return (self._states(ids),)
+
+
 def autoencoder(networks: Networks) -> Any:
     """diffusers' autoencoder. Raises ImportError without diffusers."""
     return _shared(networks.vae, "AutoencoderKL")
@@ -166,15 +190,19 @@ def autoencoder(networks: Networks) -> Any:
 def pipeline(networks: Networks, unet: Any, whole: bool) -> Any:
     """diffusers' pipeline around one of the U-Nets above; without ``whole``, its loop only.
 
-    What computes the U-Net decodes too.
+    What computes the U-Net decodes too, and computes the text encoder where there is one. SDXL's
+    two stay PyTorch's: the pipeline reads several results of each, and a peer gives one.
     """
     import diffusers
 
     parts: dict[str, Any] = {"unet": unet, "vae": None, "text_encoder": None, "tokenizer": None}
     if whole:
-        served = isinstance(unet, ServedUNet)
-        parts["vae"] = ServedDecoder(networks, unet.peer) if served else autoencoder(networks)
         parts |= networks.text.modules()
+        parts["vae"] = autoencoder(networks)
+        if isinstance(unet, ServedUNet):
+            parts["vae"] = ServedDecoder(networks, unet.peer)
+            if len(networks.text.encoders) == 1:
+                parts["text_encoder"] = ServedText(parts["text_encoder"], unet.peer)
         names = ("tokenizer", "tokenizer_2")
         parts |= dict(zip(names, networks.text.tokenizers, strict=False))
     pipe: Any

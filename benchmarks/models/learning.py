@@ -37,7 +37,7 @@ def gradient_variants(networks: Networks, images: int, steps: int, compiles: boo
         "model": ours,
         "diffusers": theirs,
     }
-    return variants(builds, networks.dtype, compiles)
+    return variants(builds, networks, compiles)
 
 
 def gradient_truth(networks: Networks, images: int, steps: int) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from diffusion_fast import ops
 from diffusion_fast.ops.dispatch import known_ops
 
-from ..lib.environment import GPU, energy_joules, state_of_gpu, synchronize
+from ..lib.environment import GPU, energy_joules, free_memory, state_of_gpu, synchronize
 from ..lib.timing import percentiles
 from ..lib.traffic import max_error
 
@@ -32,6 +32,7 @@ SAMPLE_SECONDS = 0.01
 # Before each turn on a CPU, where threads of the turn before it still spin. Then threads and caches
 # are cold, so what takes less than the second number is called once more, untimed.
 PAUSE_SECONDS, COLD_SECONDS = 0.05, 0.1
+LONG_SECONDS = 10.0  # a call that took so long under a profiler is a sample of its own
 ENERGY_SECONDS = 1.0
 
 
@@ -50,6 +51,8 @@ class Variant:
         compiles: its first call takes much memory that later ones don't.
         of: what it computes, where several things are measured together: it has a truth of its
             own, and baselines with this in front of their names.
+        holds: about how many bytes it takes for itself, beside the weights that all share.
+        brief: makes a call in which the same ops are called in less time; None: there is none.
     """
 
     name: str
@@ -57,6 +60,8 @@ class Variant:
     backend: str | None = None
     compiles: bool = False
     of: str = ""
+    holds: int = 0
+    brief: Callable[[], Call] | None = None
 
 
 @dataclass
@@ -71,11 +76,13 @@ class _Ready:
 
 def measure(
     variants: Sequence[Variant],
-    truth: Callable[[], Tensor],
+    truth: Callable[[], Tensor] | str,
     *,
     images: int | None,
     steps: int,
     budget: float,
+    rounds: int = LEAST_ROUNDS,
+    in_files: int = 0,
     others: Mapping[str, Callable[[], Tensor]] | None = None,
     timer: Callable[[], float] = time.perf_counter,
 ) -> list[dict[str, Any]]:
@@ -83,64 +90,111 @@ def measure(
 
     Args:
         variants: the first of them are the baselines of the ratios, see :data:`BASELINES`.
-        truth: what the result should be, in high precision.
+        truth: what the result should be, in high precision; or the variant that has it.
         images, steps: that one call computes; None where it doesn't make whole images.
-        budget: seconds to measure for, all variants together; at least five rounds are made.
+        budget: seconds to measure for, all variants together.
+        rounds: the least number of them.
+        in_files: bytes of shared weights for which there is memory while nothing else needs it.
         others: what variants of other things should compute, by :attr:`Variant.of`.
         timer: a clock in seconds.
     """
     truths = {"": truth, **(others or {})}
-    expected = {of: truths[of]().double().cpu() for of in {one.of for one in variants}}
+    expected: dict[str, Tensor | str] = {}
+    for of in {one.of for one in variants}:
+        found = truths[of]
+        expected[of] = found if isinstance(found, str) else found().double().cpu()
     release()
-    rows, ready = [], {}
+    rows: dict[str, dict[str, Any]] = {one.name: {"variant": one.name} for one in variants}
+    seconds: dict[str, list[float]] = {}
+    first = sorted(variants, key=lambda one: one.name != truth)
+    apart = in_files + sum(one.holds for one in variants) > free_memory()
+    parts = [[one] for one in first] if apart else [first]
+    for part in parts:
+        ready = _all_prepared(part, rows, expected, timer)
+        _take_turns(ready, budget / len(parts), rounds, timer)
+        while ready:  # whose weights nothing keeps afterwards
+            seconds |= _told(*ready.popitem(), images, steps, {"turns": APART} if apart else {})
+        release()
     for variant in variants:
-        row: dict[str, Any] = {"variant": variant.name}
-        rows.append(row)
+        for baseline in BASELINES:
+            own = f"{variant.of} {baseline}".strip()
+            if {own, variant.name} <= seconds.keys() and own != variant.name:
+                times = seconds[own], seconds[variant.name]
+                ratio = ratio_of_medians(*times) if apart else paired_ratio(*times)
+                rows[variant.name][f"over_{baseline}"] = ratio
+    return list(rows.values())
+
+
+BASELINES = ("eager", "diffusers")
+APART = "one after the other"  # how variants took turns that have no room beside each other
+
+
+def _all_prepared(
+    variants: Sequence[Variant],
+    rows: Mapping[str, dict[str, Any]],
+    expected: dict[str, Tensor | str],
+    timer: Callable[[], float],
+) -> dict[str, _Ready]:
+    """Those that can run; the rows of the others say why they can't."""
+    ready = {}
+    for variant in variants:
+        row = rows[variant.name]
         try:
-            ready[variant.name] = _prepared(variant, row, expected[variant.of], timer)
+            _check_room(variant)
+            ready[variant.name] = _prepared(variant, row, expected, timer)
         except Exception as error:  # whatever it is, the row says it
             row["reason"] = reason(error)
         if GPU:
             release()
-    _take_turns(ready, budget, timer)
-    for name, one in ready.items():
-        one.row |= _speed(one, images, steps) | state_of_gpu(after=one.call)
-        joules = energy_joules(one.call, ENERGY_SECONDS)
-        if joules is not None:
-            one.row["joules_per_step"] = joules / steps
-            if images is not None:
-                one.row["joules_per_image"] = joules / images
-        for baseline in BASELINES:
-            own = f"{one.variant.of} {baseline}".strip()
-            if own in ready and own != name:
-                one.row[f"over_{baseline}"] = paired_ratio(ready[own].seconds, one.seconds)
-    return rows
+    return ready
 
 
-BASELINES = ("eager", "diffusers")
+def _told(
+    name: str, one: _Ready, images: int | None, steps: int, more: dict[str, Any]
+) -> dict[str, list[float]]:
+    """Complete its row, and return its seconds by its name."""
+    one.row |= _speed(one, images, steps) | state_of_gpu(after=one.call)
+    one.row |= _energy(one, images, steps) | more
+    return {name: one.seconds}
+
+
+def _check_room(variant: Variant) -> None:
+    free = free_memory()
+    if variant.holds > free:
+        raise NotRun(f"needs about {variant.holds / 1e9:.3g} GB, {free / 1e9:.3g} are free")
 
 
 def _prepared(
-    variant: Variant, row: dict[str, Any], expected: Tensor, timer: Callable[[], float]
+    variant: Variant,
+    row: dict[str, Any],
+    expected: dict[str, Tensor | str],
+    timer: Callable[[], float],
 ) -> _Ready:
     for op in known_ops.values():
         op.last_ran = None
-    call, result, row["peak_bytes"] = peak_memory(variant)
+    call, result, row["peak_bytes"], once = peak_memory(variant, timer)
     row["backend"] = variant.backend or backends_that_ran()
-    row["error"] = max_error(result, expected)
-    synchronize()
-    start = timer()
-    call()
-    synchronize()
-    once = max(timer() - start, 1e-9)
+    wanted = expected[variant.of]
+    if isinstance(wanted, Tensor):
+        row["error"] = max_error(result, wanted)
+    elif wanted == variant.name:
+        expected[variant.of] = result.double().cpu()
+    if once < LONG_SECONDS:
+        synchronize()
+        start = timer()
+        call()
+        synchronize()
+        once = max(timer() - start, 1e-9)
     number = max(1, round(SAMPLE_SECONDS / once))
     return _Ready(variant, call, row, number, once < COLD_SECONDS, [])
 
 
-def _take_turns(ready: dict[str, _Ready], budget: float, timer: Callable[[], float]) -> None:
+def _take_turns(
+    ready: dict[str, _Ready], budget: float, rounds: int, timer: Callable[[], float]
+) -> None:
     start, order = timer(), list(ready)
-    for done in range(MOST_ROUNDS):
-        if not ready or (done >= LEAST_ROUNDS and timer() - start > budget):
+    for done in range(max(rounds, MOST_ROUNDS)):
+        if not ready or (done >= rounds and timer() - start > budget):
             return
         for name in order[done % len(order) :] + order[: done % len(order)]:
             one = ready[name]
@@ -161,6 +215,20 @@ def _speed(one: _Ready, images: int | None, steps: int) -> dict[str, Any]:
     middle = speed["p50_s"]
     speed |= {"samples": len(one.seconds), "steps_per_s": steps / middle}
     return speed if images is None else speed | {"images_per_s": images / middle}
+
+
+def _energy(one: _Ready, images: int | None, steps: int) -> dict[str, float]:
+    """Joules of a step and an image; nothing where they can't be read."""
+    joules = energy_joules(one.call, ENERGY_SECONDS)
+    if joules is None:
+        return {}
+    energy = {"joules_per_step": joules / steps}
+    return energy if images is None else energy | {"joules_per_image": joules / images}
+
+
+def ratio_of_medians(baseline: Sequence[float], other: Sequence[float]) -> float:
+    """How many times faster the other is, where there are no common rounds."""
+    return statistics.median(baseline) / statistics.median(other)
 
 
 def paired_ratio(baseline: Sequence[float], other: Sequence[float]) -> float:
@@ -191,8 +259,11 @@ def backends_that_ran() -> str:
 # Memory ----------------------------------------------------------------------------------------
 
 
-def peak_memory(variant: Variant) -> tuple[Call, Tensor, int | None]:
-    """The variant's call and result, and the most bytes that it held beside the shared weights.
+def peak_memory(
+    variant: Variant, timer: Callable[[], float] = time.perf_counter
+) -> tuple[Call, Tensor, int | None, float]:
+    """The variant's call and result, the most bytes that it held beside the shared weights, and
+    the seconds that the call took under a profiler; 0 without one.
 
     Counted from before it is built to after its first call: what is derived from the weights,
     buffers, graphs and activations. Without a GPU it is what PyTorch's allocator is asked for;
@@ -208,15 +279,19 @@ def peak_memory(variant: Variant) -> tuple[Call, Tensor, int | None]:
         torch.cuda.reset_peak_memory_stats()
         result = call().clone()
         synchronize()
-        return call, result, torch.cuda.max_memory_allocated() - before
+        return call, result, torch.cuda.max_memory_allocated() - before, 0.0
     if variant.compiles:
         call = variant.build()
-        return call, call().clone(), None
-    variant.build()()  # what is measured once for a machine is not measured under a profiler
+        return call, call().clone(), None, 0.0
+    if variant.backend is None:  # what is measured once for a machine is not measured below
+        (variant.brief or variant.build)()()
+        release()
     with _host_memory() as held:
         call = variant.build()
+        start = timer()
         result = call().clone()
-    return call, result, held[0]
+        seconds = timer() - start
+    return call, result, held[0], seconds
 
 
 @contextlib.contextmanager

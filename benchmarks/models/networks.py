@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ from diffusion_fast.pipelines.loading import SHIPPED
 from diffusion_fast.pipelines.scheduler_config import read_scheduler
 from diffusion_fast.pipelines.tiny_tokenizer import vocabulary, write_tokenizer
 
+from ..lib.environment import free_memory
+from .weights import fill_in_file, widened
+
+LARGE = 0.25  # of the free memory, for the weights of a network
 TOKENS = 77
 FEATURES = 1024  # of the CLIP embedding that an IP-Adapter reads
 GUIDANCE = 7.5
@@ -145,7 +149,12 @@ class Networks:
     Args:
         kind: its shape.
         dtype, device: of all networks.
+
+    Attributes:
+        in_files: bytes of weights that lie in files, see :func:`.weights.fill_in_file`.
     """
+
+    in_files = 0
 
     def __init__(self, kind: Kind, dtype: torch.dtype, device: torch.device) -> None:
         self.kind, self.dtype, self.device = kind, dtype, device
@@ -195,11 +204,24 @@ class Networks:
             return TextEncoders(load_tokenizers(folder, SUBFOLDERS[: len(encoders)]), encoders)
 
     def exact(self, *names: str) -> Networks:
-        """The networks of these names, copied into the dtype that errors are measured against."""
+        """The networks of these names in the dtype that errors are measured against.
+
+        They share these weights, each of which is widened where it is read.
+        """
         wide = Networks(self.kind, truth_dtype(self.dtype), self.device)
         for name in names:
-            setattr(wide, name, copy.deepcopy(getattr(self, name)).to(dtype=wide.dtype))
+            own = {id(one): widened(one, wide.dtype) for one in self._weights(name)}
+            setattr(wide, name, copy.deepcopy(getattr(self, name), own))
         return wide
+
+    def nbytes(self, *names: str) -> int:
+        """Bytes of the weights of the networks of these names."""
+        return sum(one.nbytes for name in names for one in self._weights(name))
+
+    def _weights(self, name: str) -> Iterator[Tensor]:
+        parts = self.text.encoders if name == "text" else [getattr(self, name)]
+        for part in parts:
+            yield from (*part.parameters(), *part.buffers())
 
     def inputs(self, batch: int) -> Inputs:
         """Random prompts and noise for ``batch`` images."""
@@ -220,7 +242,14 @@ class Networks:
         return Inputs(x_T, half(), half())
 
     def _filled(self, model: Any) -> Any:
-        model = model.to(self.dtype).to_empty(device=self.device).eval().requires_grad_(False)
+        model = model.to(self.dtype)
+        size = sum(one.nbytes for one in model.parameters())
+        if self.device.type == "cpu" and size > LARGE * free_memory():
+            fill_in_file(model)
+            self.in_files += size
+        else:
+            model.to_empty(device=self.device)
+        model.eval().requires_grad_(False)
         randomize(model, torch.Generator(self.device).manual_seed(0))
         return model
 

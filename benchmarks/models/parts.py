@@ -50,7 +50,7 @@ def decode_variants(networks: Networks, images: int, steps: int, compiles: bool)
         "engine": engine,
     }
     theirs = with_peers(lambda: in_diffusers.Decoding(in_diffusers.autoencoder(networks)), z)
-    return variants(ours | theirs, networks.dtype, compiles)
+    return variants(ours | theirs, networks, compiles, "vae")
 
 
 def latents(networks: Networks, images: int) -> Tensor:
@@ -83,7 +83,7 @@ def encode_variants(networks: Networks, images: int, steps: int, compiles: bool)
     peers' ways.
     """
     builds = with_peers(lambda: Encoding(networks.text), *token_ids(networks, images))
-    return variants(builds, networks.dtype, compiles)
+    return variants(builds, networks, compiles, "text")
 
 
 def token_ids(networks: Networks, images: int) -> list[Tensor]:

@@ -21,7 +21,7 @@ def draw(results: Results, groups: Iterable[Group]) -> list[Path]:
     paths = []
     for group in groups:
         rows = [row for row in results.of(group) if "reason" not in row]
-        if rows:
+        if rows and group.what != "profile":
             paths.append(_draw(group, rows, results))
     return paths
 

@@ -4,7 +4,7 @@
 
 rewrites what stands between ``<!-- bench:cpu_avx2/unet -->`` and ``<!-- /bench:cpu_avx2/unet -->``
 with the table of that part of ``benchmarks/results/cpu_avx2``; any folder of results, and any of
-unet, loop, pipeline, vae, text, training and ladder.
+unet, loop, pipeline, vae, text, training, ladder and profile.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ Column = Callable[[Mapping[str, Any]], str]
 COLUMNS: dict[str, Column] = {
     "ms": _number("p50_s", ".4g", 1e3),
     "p20 to p80": _spread,
+    "calls": _number("calls", ".4g"),
+    "of the step": _number("share", ".1%"),
+    "GF/s": _number("gflops_per_s", ".4g"),
+    "GF/s alone": _number("alone_gflops_per_s", ".4g"),
     "steps/s": _number("steps_per_s", ".4g"),
     "images/s": _number("images_per_s", ".4g"),
     "of the limit": _number("share_of_limit", ".1%"),
@@ -78,15 +82,21 @@ def table(rows: Iterable[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
     ]
 
 
-def not_run(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A line for each row that could not run."""
-    return [f"not run: {row['variant']}: {row['reason']}" for row in rows if "reason" in row]
+def notes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A line for each row that could not run, and for what is not as it is elsewhere."""
+    rows = list(rows)
+    lines = [f"not run: {row['variant']}: {row['reason']}" for row in rows if "reason" in row]
+    if any("turns" in row for row in rows):
+        lines.append("measured one after the other: there was no memory for all of them at once")
+    against = {row.get("truth") for row in rows if "error" in row} - {None, "float64", "float32"}
+    return lines + [f"errors are differences from the result of: {name}" for name in against]
 
 
 def title(group: Group, facts: Mapping[str, Any]) -> str:
     """What was measured, on what, and that the weights are random."""
     what = {"unet": "U-Net step", "vae": "decoding", "text": "text encoders"}
     what["training"] = "training step, forward and backward"
+    what["profile"] = "the engine's step by op, mean in a loop"
     steps = f" of {group.steps} steps" if group.steps > 1 else ""
     model = f"{what.get(group.what, group.what)}{steps}: {KINDS[group.model].title}, random weights"
     images = f"{group.batch} image{'s' * (group.batch != 1)}"
@@ -120,8 +130,8 @@ def show(results: Results, groups: Iterable[Group]) -> None:
         for line in lines:
             view.add_row(*line)
         console.print(view)
-        for missing in not_run(rows):
-            console.print(f" {missing}", highlight=False)
+        for note in notes(rows):
+            console.print(f" {note}", highlight=False)
 
 
 def markdown(results: Results, what: str) -> str:
@@ -142,7 +152,7 @@ def markdown(results: Results, what: str) -> str:
         parts.append(f"{title(group, facts)}{commit}:")
         rule = ["---", *["---:"] * (len(header) - 1)]
         parts.append("\n".join(map(_line, [header, rule, *lines])))
-        parts += ["\n".join(f"- {line}" for line in not_run(rows))] * bool(not_run(rows))
+        parts += ["\n".join(f"- {line}" for line in notes(rows))] * bool(notes(rows))
     if not parts:
         raise ValueError(f"{results.folder}: expected results of {what}, found none")
     return "\n\n".join(parts) + "\n"

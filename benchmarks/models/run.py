@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..lib.environment import GPU, environment
-from . import ladder, learning, parts
+from . import by_op, ladder, learning, parts
 from . import variants as ways
 from .limits import limit_seconds, step_cost
-from .measure import Variant, measure, reason, release
+from .measure import LEAST_ROUNDS, Variant, measure, reason, release
 from .networks import KINDS, Networks, truth_dtype
 from .steered import beside_bare, steered_truth, steered_variants
 from .store import Group, Results
@@ -29,7 +29,9 @@ WORK: dict[str, Work] = {  # variants, and the truth for networks, images and st
     "training": (learning.gradient_variants, learning.gradient_truth),
 }
 STEERED: Work = (steered_variants, steered_truth)
-WHATS = (*WORK, "ladder")
+OF_THE_ENGINE = {"ladder": ladder.ROWS, "profile": (by_op.STEP,)}  # and rows that say why not
+WHATS = (*WORK, *OF_THE_ENGINE)
+EXACT = "exact"
 NO_WAY = "not a way to compute this"
 ONE_CALL = ("unet", "vae", "text", "training")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,6 +65,8 @@ def run(
     compiles: bool,
     only: Collection[str] | None,
     budget: float,
+    rounds: int = LEAST_ROUNDS,
+    truth: str = EXACT,
     say: Callable[[str], None],
 ) -> None:
     """Measure what the folder doesn't have yet; each group is written as it is finished.
@@ -73,6 +77,8 @@ def run(
         compiles: whether torch.compile is among the variants.
         only: names of the variants to measure, None for all.
         budget: seconds to measure each group for, besides building and truth.
+        rounds: the least turns that each variant takes.
+        truth: what errors are measured against: high precision, or the variant of this name.
         say: called with a line as work goes on.
     """
     networks: Networks | None = None
@@ -89,14 +95,15 @@ def run(
             networks = Networks(kind, dtype, torch.device("cuda" if GPU else "cpu"))
         try:
             with torch.no_grad(), _full_precision():
-                rows = _measured(group, networks, compiles, only, budget)
+                rows = _measured(group, networks, compiles, only, budget, rounds, truth)
         except Exception as error:  # before any variant: the model itself, or its truth
-            names = ladder.ROWS if group.what == "ladder" else only or ways.TITLES
+            names = OF_THE_ENGINE.get(group.what, only or ways.TITLES)
             rows = [{"variant": name, "reason": reason(error)} for name in names]
             networks = None
         shape = [2 * group.batch, kind.unet.in_channels, kind.side, kind.side]
         about = {"weights": "random", "shape": shape}
-        about["truth"] = str(truth_dtype(dtype)).removeprefix("torch.")
+        exact = str(truth_dtype(dtype)).removeprefix("torch.")
+        about["truth"] = exact if truth == EXACT else truth
         results.add(group, [about | row for row in rows], facts)
         release()
 
@@ -106,7 +113,7 @@ def _lacks(results: Results, group: Group, compiles: bool, only: Collection[str]
     rows = {row["variant"]: row.get("reason") for row in results.of(group)}
     if compiles and ways.NOT_COMPILED in rows.values():
         return True
-    return group.what != "ladder" and not set(only or ()) <= rows.keys()
+    return group.what not in OF_THE_ENGINE and not set(only or ()) <= rows.keys()
 
 
 def _measured(
@@ -115,20 +122,26 @@ def _measured(
     compiles: bool,
     only: Collection[str] | None,
     budget: float,
+    rounds: int,
+    truth: str,
 ) -> list[dict[str, Any]]:
     images, steps = group.batch, group.steps
+    if group.what == "profile":
+        return by_op.measure_ops(networks, images, steps, budget, rounds)
     if group.what == "ladder":
         return _with_limit(ladder.measure_ladder(networks, images, steps, budget), group, networks)
     steered = bool(networks.kind.steering)
-    variants, truth = STEERED if steered else WORK[group.what]
+    variants, exact = STEERED if steered else WORK[group.what]
     bare = {BARE: lambda: ways.step_truth(networks, images, steps)} if steered else {}
     ways_to_it = variants(networks, images, steps, compiles)
     rows = measure(
         [one for one in ways_to_it if only is None or one.name in only],
-        lambda: truth(networks, images, steps),
+        truth if truth != EXACT else lambda: exact(networks, images, steps),
         images=None if group.what == "unet" else images,
         steps=steps,
         budget=budget,
+        rounds=rounds,
+        in_files=networks.in_files,
         others=bare,
     )
     known = {one.name for one in ways_to_it}

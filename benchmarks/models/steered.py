@@ -120,7 +120,7 @@ def steered_variants(networks: Networks, images: int, steps: int, compiles: bool
         f"{BARE} diffusers": bare_diffusers,
         f"{BARE} engine": lambda: engine_step(networks.unet, x, t, bare),
     }
-    return variants(builds, networks.dtype, compiles)
+    return variants(builds, networks, compiles, "unet", by.part)
 
 
 def steered_truth(networks: Networks, images: int, steps: int) -> Tensor:

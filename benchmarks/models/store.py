@@ -22,7 +22,7 @@ COLUMNS = (
     "variant",
     "backend",
     "reason",
-    *("p20_s", "p50_s", "p80_s", "samples", "steps_per_s", "images_per_s"),
+    *("p20_s", "p50_s", "p80_s", "samples", "turns", "steps_per_s", "images_per_s"),
     *("over_eager", "over_diffusers", "over_last", "of_bare"),
     *("limit_steps_per_s", "share_of_limit"),
     *ERRORS,
@@ -36,6 +36,7 @@ COLUMNS = (
         "temperature_C",
     ),
     *("throttled", "does"),
+    *("calls", "share", "gflops_per_s", "alone_gflops_per_s"),
 )
 MACHINE = (
     *("device", "commit", "source", "torch", "triton", "diffusers", "openvino", "onnxruntime"),
@@ -49,8 +50,8 @@ class Group:
     """What is measured together, in turns.
 
     Attributes:
-        what: ``"unet"``, ``"loop"``, ``"pipeline"``, ``"vae"``, ``"text"``, ``"training"`` or
-            ``"ladder"``.
+        what: ``"unet"``, ``"loop"``, ``"pipeline"``, ``"vae"``, ``"text"``, ``"training"``,
+            ``"ladder"`` or ``"profile"``.
         model, dtype: names.
         batch: images.
         steps: of the sampler; 1 where one network is called once.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import diffusion_fast as df
+from diffusion_fast import hardware
 from diffusion_fast.engine.buffers import Clock
 from diffusion_fast.engine.rewrites.controlled import prepare
 from diffusion_fast.engine.rewrites.plan import Rewritable
@@ -18,6 +19,7 @@ from diffusion_fast.pipelines.parts import Parts
 from diffusion_fast.pipelines.stable_diffusion import StableDiffusion
 
 from ..lib.environment import GPU
+from ..lib.environment import PEERS as PACKAGES
 from ..lib.timing import captured
 from ..peers import PEERS
 from . import in_diffusers
@@ -59,19 +61,34 @@ def on_reference(call: Call) -> Call:
     return run
 
 
-def variants(builds: Mapping[str, Build], dtype: torch.dtype, compiles: bool) -> list[Variant]:
+def variants(
+    builds: Mapping[str, Build],
+    networks: Networks,
+    compiles: bool,
+    *parts: str,
+    brief: Mapping[str, Build] | None = None,
+) -> list[Variant]:
     """Those that can be built, in the order of :data:`TITLES`.
 
     Args:
         builds: what makes the call of each, by name.
-        dtype: of the networks.
+        networks: what they compute.
         compiles: whether torch.compile is among them.
+        parts: names of the networks that are called.
+        brief: see :class:`.measure.Variant`, by name.
     """
+    size = 0 if GPU else networks.nbytes(*parts)
 
     def build(name: str) -> Call:
-        if name in PEERS:
-            _check_peer(name, dtype, compiles)
+        why = _refused(name, networks.dtype, compiles)
+        if why:
+            raise NotRun(why)
         return builds[name]()
+
+    def holds(name: str) -> int:
+        absent = name in PACKAGES and hardware.package_version(name) == "not installed"
+        runs = not absent and _refused(name, networks.dtype, compiles) is None
+        return int(COPIES.get(name, 0) * size) if runs else 0
 
     return [
         Variant(
@@ -80,24 +97,30 @@ def variants(builds: Mapping[str, Build], dtype: torch.dtype, compiles: bool) ->
             BACKENDS.get(name),
             name in PEERS,
             BARE if name.startswith(BARE) else "",
+            holds(name),
+            (brief or {}).get(name),
         )
         for name in TITLES
         if name in builds
     ]
 
 
+# How many times the weights' bytes a program takes for itself at most, on a CPU: as its own layout
+# has them, and what becomes of them on the way there. Of the first three that was measured with
+# SD1.5, the others are guesses.
+COPIES = {"engine": 1.6, f"{BARE} engine": 1.6, "openvino": 1.9}
+COPIES |= {"onnxruntime": 2.5, "diffusers compiled": 1.5}
 BACKENDS = {"diffusers": "torch", "diffusers lean": "torch", **{name: name for name in PEERS}}
 BACKENDS |= {"diffusers compiled": "inductor", f"{BARE} diffusers": "torch"}
 
 
-def _check_peer(name: str, dtype: torch.dtype, compiles: bool) -> None:
-    if name == "diffusers compiled":
-        if not compiles:
-            raise NotRun(NOT_COMPILED)
-    elif GPU:
-        raise NotRun("a peer on CPUs alone")
-    elif dtype != torch.float32:
-        raise NotRun("a peer in float32 alone")
+def _refused(name: str, dtype: torch.dtype, compiles: bool) -> str | None:
+    """Why a peer is not run."""
+    if name not in PEERS or name == "diffusers compiled":
+        return NOT_COMPILED if name in PEERS and not compiles else None
+    if GPU:
+        return "a peer on CPUs alone"
+    return None if dtype == torch.float32 else "a peer in float32 alone"
 
 
 def with_unets(theirs: Callable[[MakeUNet], Call]) -> dict[str, Build]:
@@ -125,7 +148,7 @@ def step_variants(networks: Networks, images: int, steps: int, compiles: bool) -
         "model": plain,
         "engine": lambda: engine_step(networks.unet, x, t, given),
     }
-    return variants(ours | with_unets(theirs), networks.dtype, compiles)
+    return variants(ours | with_unets(theirs), networks, compiles, "unet")
 
 
 def engine_step(model: Rewritable, x: Tensor, t: Tensor, given: dict[str, Any]) -> Call:
@@ -221,12 +244,15 @@ def loop_variants(networks: Networks, images: int, steps: int, compiles: bool) -
         options = {"output_type": "latent", "return_dict": False}
         return lambda: pipe(latents=latents, **given, **options)[0]
 
-    ours: dict[str, Build] = {
-        "eager": lambda: on_reference(plain_loop(networks, inputs, steps)),
-        "model": lambda: plain_loop(networks, inputs, steps),
-        "engine": lambda: engine_loop(networks, inputs, steps)[1],
-    }
-    return variants(ours | with_unets(theirs), networks.dtype, compiles)
+    def ours(steps: int) -> dict[str, Build]:
+        return {
+            "eager": lambda: on_reference(plain_loop(networks, inputs, steps)),
+            "model": lambda: plain_loop(networks, inputs, steps),
+            "engine": lambda: engine_loop(networks, inputs, steps)[1],
+        }
+
+    builds = ours(steps) | with_unets(theirs)
+    return variants(builds, networks, compiles, "unet", brief=ours(1))
 
 
 def loop_truth(networks: Networks, images: int, steps: int) -> Tensor:
@@ -272,18 +298,18 @@ def pipeline_variants(networks: Networks, images: int, steps: int, compiles: boo
 
         return run
 
-    def plain() -> Call:
-        return our_pipeline(networks, images, steps, "none", "off")
+    def ours(steps: int) -> dict[str, Build]:
+        def plain() -> Call:
+            return our_pipeline(networks, images, steps, "none", "off")
 
-    def engine() -> Call:
-        return our_pipeline(networks, images, steps)
+        return {
+            "eager": lambda: on_reference(plain()),
+            "model": plain,
+            "engine": lambda: our_pipeline(networks, images, steps),
+        }
 
-    ours: dict[str, Build] = {
-        "eager": lambda: on_reference(plain()),
-        "model": plain,
-        "engine": engine,
-    }
-    return variants(ours | with_unets(theirs), networks.dtype, compiles)
+    builds = ours(steps) | with_unets(theirs)
+    return variants(builds, networks, compiles, "unet", "vae", "text", brief=ours(1))
 
 
 def pipeline_truth(networks: Networks, images: int, steps: int) -> Tensor:

@@ -22,7 +22,11 @@ def bench(
         ),
     ] = None,
     what: Annotated[
-        str, typer.Option(help="unet, loop, pipeline, vae, text, training, ladder or several.")
+        str,
+        typer.Option(
+            help="unet, loop, pipeline, vae, text, training, ladder, profile (the engine's"
+            " step by op, on a CPU) or several."
+        ),
     ] = "unet,loop,pipeline,ladder",
     batch: Annotated[
         str | None, typer.Option(help="Images at once, such as 1,4,16; without a GPU 1.")
@@ -42,6 +46,17 @@ def bench(
     seconds: Annotated[
         float, typer.Option(help="How long to measure each group of rows.", min=0)
     ] = 5.0,
+    rounds: Annotated[
+        int,
+        typer.Option(help="Turns that each row takes at least; 1 for what takes minutes.", min=1),
+    ] = 5,
+    truth: Annotated[
+        str,
+        typer.Option(
+            help="What errors are against: exact (the same in a higher precision), or a row such as"
+            " engine, where that takes too long."
+        ),
+    ] = "exact",
     out: Annotated[
         Path | None,
         typer.Option(help="Folder of the results; benchmarks/results/ and the device's name."),
@@ -75,6 +90,7 @@ def bench(
     _several("--dtype", dtype, run.DTYPES)
     titles = _part("models.variants").TITLES
     only = None if variants is None else _several("--variants", variants, titles)
+    _several("--truth", truth, (run.EXACT, *(titles if only is None else only)))
     wanted = run.groups(
         names["--model"], names["--what"], _batches(batch or BATCHES[gpu]), dtype, steps
     )
@@ -95,6 +111,8 @@ def bench(
         compiles=gpu if compile is None else compile,
         only=only,
         budget=seconds,
+        rounds=rounds,
+        truth=truth,
         say=lambda line: typer.echo(line, err=True),
     )
     report.show(results, wanted)

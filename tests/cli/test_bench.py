@@ -140,6 +140,31 @@ def test_variants_that_are_asked_for(tmp_path: Path) -> None:
     assert "over_diffusers" not in engine
 
 
+@pytest.mark.skipif(GPU, reason="a profile of CPUs")
+def test_a_profile_and_one_turn_against_the_engine(tmp_path: Path) -> None:
+    done = bench(
+        tmp_path,
+        *("--what", "profile,loop", "--variants", "diffusers,engine"),
+        *("--rounds", 1, "--truth", "engine"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the engine's step by op" in done.stdout
+    assert "errors are differences from the result of: engine" in done.stdout
+    rows = store.Results(tmp_path).rows
+    assert {row["samples"] for row in rows} == {1}
+    profile = [row for row in rows if row["what"] == "profile"]
+    assert {"whole step", "linear", "sampler_step"} <= {row["variant"] for row in profile}
+    diffusers, engine = (row for row in rows if row["what"] == "loop")
+    assert diffusers["error"] < 1e-4
+    assert "error" not in engine
+
+
+def test_the_truth_is_a_row_that_is_measured(tmp_path: Path) -> None:
+    done = bench(tmp_path, "--variants", "diffusers", "--truth", "engine")
+    assert done.returncode != 0
+    assert "--truth: expected some of exact, diffusers, got 'engine'" in done.stderr
+
+
 @pytest.mark.parametrize("steering", ["controlnet", "ip-adapter"])
 def test_a_steered_step_beside_the_bare_one(steering: str, tmp_path: Path) -> None:
     names = "diffusers,engine,bare diffusers,bare engine"

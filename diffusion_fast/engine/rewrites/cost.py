@@ -93,19 +93,32 @@ class Counter(TorchDispatchMode):
         return out
 
     def _flops(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
-        name = func._schema.name
-        if name == "diffusion_fast::linear":
-            x, weight = args[:2]
-            return 2 * x.numel() * weight.shape[0]
-        if name == "diffusion_fast::conv2d":
-            return 2 * out.numel() * args[1][0].numel()
-        if name in ("diffusion_fast::attention", "diffusion_fast::decoupled_attention"):
-            q, k = args[:2]
-            return 4 * q.numel() * k.shape[1]
+        space, _, name = func._schema.name.partition("::")
+        if space == "diffusion_fast":
+            return flops(name, args, out)
         packet = func._overloadpacket
         if packet in self._formulas:
             return int(self._formulas[packet](*args, **kwargs, out_val=out))
         return 0
+
+
+def flops(name: str, args: tuple[Any, ...], out: Any) -> int:
+    """What a call of one of the project's ops takes, see :class:`Cost`.
+
+    Args:
+        name: the op's.
+        args: the call's arguments.
+        out: what it returned.
+    """
+    if name == "linear":
+        x, weight = args[:2]
+        return 2 * x.numel() * weight.shape[0]
+    if name == "conv2d":
+        return 2 * out.numel() * args[1][0].numel()
+    if name in ("attention", "decoupled_attention"):
+        q, k = args[:2]
+        return 4 * q.numel() * k.shape[1]
+    return 0
 
 
 class Calls(TorchDispatchMode):
