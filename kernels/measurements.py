@@ -55,11 +55,9 @@ def adopt(file: Path, found: dict[str, str]) -> None:
     known[file] = dict(found)
 
 
-def remember(file: Path, key: str, config: str, keep: bool = True) -> None:
-    """In memory, and if it is to be kept on disk too, beside what other processes wrote."""
+def remember(file: Path, key: str, config: str) -> None:
+    """In memory, and on disk beside what other processes wrote meanwhile."""
     results(file)[key] = config
-    if not keep:
-        return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         entries = _read(file) | {key: config}

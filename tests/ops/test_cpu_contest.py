@@ -177,7 +177,7 @@ def test_a_network_whose_results_are_incomplete_is_looked_at_again() -> None:
         assert json.loads(file.read_text())[lost] == results[lost]
 
 
-def test_times_beside_other_programs_count_in_this_process_only(
+def test_times_beside_other_programs_count_until_there_are_others(
     clock: dict[str, float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cores, "waited", lambda: 0.5 * time.perf_counter())
@@ -188,13 +188,18 @@ def test_times_beside_other_programs_count_in_this_process_only(
     PREPARE()
     assert chosen() == "sdpa"  # as long as the process lives
     forget()
-    monkeypatch.setattr(cores, "waited", lambda: 0.0)
-    assert chosen() == "cpu"  # nothing is known
-    clock["cpu"] = 2.0
-    PREPARE()
-    assert capsys.readouterr().err == ""
-    forget()
     assert chosen() == "sdpa"
+    PREPARE()
+    assert chosen(Q.bfloat16()) == chosen() == "sdpa"  # one kind was in doubt again, and no other
+    forget()
+    monkeypatch.setattr(cores, "waited", lambda: 0.0)
+    PREPARE()
+    clock["cpu"] = 2.0
+    for _ in range(2):
+        assert chosen() == chosen(Q.bfloat16()) == "cpu"
+        assert capsys.readouterr().err == ""
+        forget()
+        PREPARE()
 
 
 def test_a_way_is_slow_only_where_it_had_the_cores(

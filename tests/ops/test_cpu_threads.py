@@ -120,8 +120,15 @@ def test_beside_other_programs_it_is_measured_by_each_process(step: MakeStep) ->
     assert contest.threads_for(WORK, measured) == 2
     assert measured.calls == calls
     forget()
+    measured.seconds[1] = 0.0001
     assert contest.threads_for(WORK, measured) == 2
     assert measured.calls > calls
+    forget()
+    measured.waits = 0.0
+    assert contest.threads_for(WORK, measured) == 1
+    forget()
+    measured.seconds[1] = 0.002
+    assert contest.threads_for(WORK, measured) == 1
 
 
 @pytest.mark.parametrize("kept", ["", "two", "0", "5"])

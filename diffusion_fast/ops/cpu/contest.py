@@ -7,8 +7,8 @@ network (:class:`Work`). No op ever measures. A process that finds results on di
 its first call on; without any, the order of :data:`~..dispatch.backend.BACKENDS` decides.
 
 Where other programs have the cores, times say little about the ways: a parallel loop waits for the
-last of its threads. Such times count only as long as there are no better ones, and what they decide
-is not kept on disk: the next process measures it again.
+last of its threads. Such times count as long as there are no better ones: the next process that
+finds the cores free measures again.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ ENOUGH = 0.1  # seconds for a kind, after which the least number of rounds will 
 PATIENCE = 0.2  # seconds for a kind, after which times beside other programs will do
 BUSY = 0.25  # share of its time for which a call may wait for cores
 LOST = 2.0  # a way that takes so much longer than the best one has no further round
+DOUBT = "?"  # ends a result on disk whose times are such that waited for cores
 GAIN = 0.95  # a way that is not first must take at most so much of the first one's time
 MANY = 8  # kinds from which a line says that they are measured
 
@@ -147,7 +148,13 @@ class Contest:
     def order(self, kind: Kind | None) -> list[str]:
         """The names of the ways to a kind, the fastest first; empty where nothing is known."""
         order = [] if kind is None else self._known().get(self.key(kind), "").split()
+        if order[-1:] == [DOUBT]:
+            order.pop()
         return order if all(name in self.names for name in order) else []
+
+    def doubtful(self, kind: Kind) -> bool:
+        """Whether a kind's result is one of another process, which did not have the cores."""
+        return self._known().get(self.key(kind), "").endswith(DOUBT)
 
     def slower(self, name: str, among: Sequence[str] | None = None) -> Callable[..., list[str]]:
         """A function that says why a backend is not the way to a call; nothing where it is.
@@ -183,19 +190,16 @@ class Contest:
         """The kinds of calls, without those that it isn't about."""
         return [kind for args in calls if (kind := self.kind_of(*args)) is not None]
 
-    def measure(self, kinds: Iterable[Kind]) -> int:
-        """Take the times of these kinds, and decide about this op's calls anew.
+    def measure(self, kind: Kind) -> bool:
+        """Take the times of a kind, and decide about this op's calls anew.
 
         Returns:
-            The number of kinds whose results are not kept.
+            Whether the ways had the cores; otherwise another process is to measure again.
         """
-        lost = 0
-        for kind in kinds:
-            order, sure = self._measured(kind)
-            remember(_file(), self.key(kind), " ".join(order), keep=sure)
-            self.forget()
-            lost += not sure
-        return lost
+        order, sure = self._measured(kind)
+        _decide(self.key(kind), " ".join(order), sure)
+        self.forget()
+        return sure
 
     def _measured(self, kind: Kind) -> tuple[list[str], bool]:
         """The ways to a kind by the time they take, where all but the first have a handicap.
@@ -245,19 +249,29 @@ def prepare(work: Work = NO_WORK) -> None:
         return
     calls = list(work.calls())
     wanted = [(contest, contest.wanted(_of(contest, calls))) for contest in _contests]
-    missing = [(one, [kind for kind in kinds if not one.order(kind)]) for one, kinds in wanted]
-    count = sum(len(kinds) for contest, kinds in missing if not contest.always)
+    pairs = [(one, kind) for one, kinds in wanted for kind in kinds]
+    missing = [(one, kind) for one, kind in pairs if not one.order(kind)]
+    doubtful = [(one, kind) for one, kind in pairs if one.doubtful(kind)]
+    count = sum(not one.always for one, _ in missing)
     if count >= MANY:
         told = f"diffusion_fast: measuring the ways to {count} products on this CPU, once"
         print(told, file=sys.stderr, flush=True)
     with threads.using(threads.most()):
-        lost = sum(contest.measure(kinds) for contest, kinds in missing)
+        lost = sum(not one.measure(kind) for one, kind in missing)
+        _ = not lost and all(one.measure(kind) for one, kind in doubtful)  # until one is in doubt
+    for one, kind in doubtful:
+        known()[one.key(kind)] = " ".join(one.order(kind))  # it stays so in this process
     if lost >= MANY:
         told = f"diffusion_fast: {lost} are measured again next time: other programs had the cores"
         print(told, file=sys.stderr, flush=True)
     if work.name:
-        keys = [contest.key(kind) for contest, kinds in wanted for kind in kinds]
-        remember(_file(), work.key("measured"), "\n".join(keys))
+        remember(_file(), work.key("measured"), "\n".join(one.key(kind) for one, kind in pairs))
+
+
+def _decide(key: str, result: str, sure: bool) -> None:
+    """Have a result decide in this process, and in others: where it is not sure, for now."""
+    remember(_file(), key, result if sure else f"{result} {DOUBT}")
+    known()[key] = result
 
 
 def _complete(keys: str) -> bool:
@@ -294,12 +308,13 @@ def threads_for(work: Work, step: Callable[[], object]) -> int:
     if library.machine() or most == 1 or not work.name or by_name():
         return most
     key = work.key("threads")
-    found = known().get(key, "")
-    if not found.isdecimal() or not 1 <= int(found) <= most:
+    found, _, doubt = known().get(key, "").partition(" ")
+    valid = found.isdecimal() and 1 <= int(found) <= most
+    if not valid or doubt:
         small = 0 < _multiply_adds(work.calls()) < LARGE
         count, sure = _fastest(step, most) if small else (most, True)
-        found = str(count)
-        remember(_file(), key, found, keep=sure)
+        found = str(count) if sure or not valid else found
+        _decide(key, found, sure)
     return int(found)
 
 
