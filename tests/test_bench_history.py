@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.models import history
+from benchmarks.models import history, store
 from benchmarks.models.store import Group, Results
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
 
 def test_the_history_has_what_the_results_have() -> None:
     lines = history.read(ROOT / "benchmarks" / "results" / "history.csv")
-    known = {(line["time"], line["what"], line["model"], line["variant"]) for line in lines}
+    known = {tuple(line[name] for name in ("time", *store.GROUP, "variant")) for line in lines}
     assert len(known) == len(lines) > 0
     for line in lines:
         assert 0 < float(line["p20_s"]) <= float(line["p50_s"]) <= float(line["p80_s"])

@@ -43,7 +43,7 @@ KNOWN = ("torch", "diffusion_fast")  # packages whose modules do nothing but com
 def for_step(model: nn.Module, objective: Objective, batch: Any) -> int:
     """How many threads share a training step on a CPU: as many as it is the fastest with.
 
-    Measured once for each network, batch and machine, see :func:`.contest.threads_for`, by
+    Measured once for each network, batch and machine, as an engine measures, by
     :func:`rehearsal`. Where a call may do more than to compute, in a network with hooks or with
     modules of other packages, and in several processes, nothing is measured: all threads share it.
 
