@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import checks
-from .blocks import Composite, Residual
+from .blocks import Composite
 from .config import UNetConfig
 from .controlnet import ControlNet
+from .layers import Residual
 from .t2i_adapter import T2IAdapter
 from .unet import UNet2DCondition
 from .unet_encoder import Residuals

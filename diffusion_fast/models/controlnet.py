@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from ..files import AnyPath
 from ..ops import checks
-from .blocks import Composite, Conv2d
+from .blocks import Composite
 from .checkpoints import save_model
 from .controlnet_config import HINT_CHANNELS, KIND, MID_BLOCKS, ControlNetConfig
 from .controlnet_file import find_controlnet
+from .layers import Conv2d
 from .unet import UNet2DCondition
 from .unet_encoder import ContextProjections, TimeProjections, UNetEncoder
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..files import AnyPath
-from .blocks import Composite, Conv2d
+from .blocks import Composite
+from .layers import Conv2d
 from .t2i_adapter_config import T2IAdapterConfig
 from .t2i_adapter_file import find_t2i_adapter
 

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from ..files import AnyPath
 from ..ops import checks
 from .autoencoder import Autoencoder, LatentDistribution
-from .blocks import Composite, Conv2d, Downsample, Upsample, followed
+from .blocks import Composite, Downsample, Upsample
 from .checkpoints import save_model
+from .layers import Conv2d, followed
 from .tiny_autoencoder_config import KIND, TinyAutoencoderConfig
 from .tiny_autoencoder_file import find_tiny, layer_name
 

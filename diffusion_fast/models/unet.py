@@ -13,18 +13,16 @@ from ..files import AnyPath
 from ..ops import checks
 from .blocks import (
     Attention,
-    GroupNorm,
     KeyValue,
     Transformer2D,
     TransformerBlock,
     Upsample,
-    added,
     beside_text,
-    widened,
 )
 from .checkpoints import save_model
 from .config import UNetConfig
 from .ip_adapter import IPAdapter
+from .layers import GroupNorm, added, widened
 from .pretrained import find_pretrained
 from .unet_encoder import (
     Block,

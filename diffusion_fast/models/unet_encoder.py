@@ -12,19 +12,15 @@ from torch.nn import functional as F
 from ..ops import checks
 from .blocks import (
     Composite,
-    Conv2d,
     Downsample,
     KeyValue,
     ResBlock,
-    Residual,
     TimestepEmbedding,
     Transformer2D,
-    added,
-    followed,
     timestep_embedding,
-    widened,
 )
 from .config import UNetConfig
+from .layers import Conv2d, Residual, added, followed, widened
 
 TimeProjections = list[list[Any]]  # per block, per residual block: [B, C] or [B, 2C]
 ContextProjections = list[list[list[KeyValue]]]  # per block, per transformer, per layer

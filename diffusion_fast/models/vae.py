@@ -9,18 +9,9 @@ from torch import Tensor, nn
 
 from ..files import AnyPath
 from .autoencoder import Autoencoder, LatentDistribution
-from .blocks import (
-    Composite,
-    Conv2d,
-    Downsample,
-    GroupNorm,
-    MultiHead,
-    ResBlock,
-    Upsample,
-    pixels,
-    project_onto,
-)
+from .blocks import Composite, Downsample, MultiHead, ResBlock, Upsample
 from .checkpoints import save_model
+from .layers import Conv2d, GroupNorm, pixels, project_onto
 from .pretrained import find_pretrained
 from .vae_config import VAEConfig
 

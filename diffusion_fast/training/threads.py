@@ -24,7 +24,7 @@ from ..cores import THREADS
 from ..engine.rewrites.cost import Calls
 from ..engine.rewrites.plan import OpCall
 from ..files import read_json
-from ..models.blocks import hooked
+from ..models.layers import hooked
 from ..ops import checks
 from ..ops.cpu import contest, threads
 from ..schedule import DiffusionSchedule

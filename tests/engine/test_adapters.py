@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffusion_fast.engine.rewrites.plan import REWRITES
 from diffusion_fast.models import UNet2DCondition
-from diffusion_fast.models.blocks import Conv2d
+from diffusion_fast.models.layers import Conv2d
 
 PER_LAYER = ["time_table", "cached_context"]  # others than those that derive weights
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffusion_fast.engine.rewrites.decoder import DECODER_REWRITES, FreshDecoder, PreparedDecoder
 from diffusion_fast.engine.rewrites.leaves import Leaf
-from diffusion_fast.models.blocks import Conv2d
+from diffusion_fast.models.layers import Conv2d
 from diffusion_fast.models.vae import AutoencoderKL
 from diffusion_fast.models.vae_config import VAEConfig
 from diffusion_fast.ops.cpu import contest

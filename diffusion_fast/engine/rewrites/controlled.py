@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ...conditioning import Context, PerRow
 from ...models import UNet2DCondition
-from ...models.blocks import Residual, widened
 from ...models.controlled import SHARED, ControlledUNet, by_place
 from ...models.controlnet import ControlNet
+from ...models.layers import Residual, widened
 from ...models.unet_encoder import Residuals
 from ...ops import checks
 from ...ops.cpu.contest import Work

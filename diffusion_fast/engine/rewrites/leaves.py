@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import ops
-from ...models import blocks as plain
-from ...models.blocks import hooked, image, pixels
+from ...models import blocks, layers
+from ...models.layers import hooked, image, pixels
 from ...models.unet import UpBlock
 from ...models.vae import PixelAttention
 from ...ops.onednn import Packed
@@ -29,7 +29,7 @@ from .folding import Weights
 Source = Callable[[], tuple[Any, ...]]  # Weights, or the first of them, as the model has them now
 Compute = tuple[Callable[..., Any], Callable[..., Any]]
 Kind = TypeVar("Kind", bound=nn.Module)
-LAYERS = (nn.Linear, plain.Linear, plain.Conv2d)  # all in their weight and bias
+LAYERS = (nn.Linear, layers.Linear, layers.Conv2d)  # all in their weight and bias
 NO_WEIGHTS = Weights(torch.empty(0))
 
 
@@ -116,7 +116,7 @@ class Product(Leaf):
             self.packs, self._pack, self._packed = False, pack, pack(weight)
         return run(x, weight, bias, residual=residual, geglu=geglu, norm=norm, packed=self._packed)
 
-    def fold(self, norm: plain.LayerNorm) -> None:
+    def fold(self, norm: layers.LayerNorm) -> None:
         """Apply a layer norm too, to what :class:`RowStatistics` hands over."""
         self.source = made_by(lambda own: folding.with_layer_norm(own, norm), self.source)
         self.derived = self.folds = True
@@ -163,20 +163,22 @@ def plain_leaves(network: nn.Module) -> None:
     pass of its own.
     """
     as_they_are = set(hooked(*network.modules()))
-    for embedding in modules(network, plain.TimestepEmbedding):
+    for embedding in modules(network, blocks.TimestepEmbedding):
         as_they_are |= {*embedding.children()}
-    for transformer in modules(network, plain.TransformerBlock):
+    for transformer in modules(network, blocks.TransformerBlock):
         as_they_are |= {transformer.attn2.to_k, transformer.attn2.to_v}
-    timed = [block for block in modules(network, plain.ResBlock) if hasattr(block, "time_emb_proj")]
+    timed = [
+        block for block in modules(network, blocks.ResBlock) if hasattr(block, "time_emb_proj")
+    ]
     as_they_are |= {block.time_emb_proj for block in timed}
-    for block in modules(network, plain.Composite, nn.ModuleList):
+    for block in modules(network, blocks.Composite, nn.ModuleList):
         for name, layer in list(block.named_children()):
             if type(layer) not in LAYERS or layer in as_they_are:
                 continue
             weights = partial(attrgetter("weight", "bias"), layer)
-            if isinstance(block, plain.Transformer2D):
+            if isinstance(block, blocks.Transformer2D):
                 leaf: nn.Module = Product(made_by(folding.as_linear, weights))
-            elif not isinstance(layer, plain.Conv2d):
+            elif not isinstance(layer, layers.Conv2d):
                 leaf = Product(weights)
             elif isinstance(pads := layer.pads, int):
                 leaf = Convolution(weights, stride=layer.stride[0], padding=pads)
@@ -200,7 +202,7 @@ class Padded(nn.Module):
 
 def removed_no_ops(network: nn.Module) -> None:
     """No dropout, and uneven padding left to the convolution."""
-    for block in modules(network, plain.Composite):
+    for block in modules(network, blocks.Composite):
         for name, layer in block._modules.items():
             if isinstance(layer, nn.Dropout):
                 block._modules[name] = nn.Identity()
@@ -231,7 +233,7 @@ class TimeInNorm(nn.Module):
     The time is [B or 1, C], or a table and a row (see :func:`picked`) that the norm's kernel reads.
     """
 
-    def __init__(self, block: plain.ResBlock) -> None:
+    def __init__(self, block: blocks.ResBlock) -> None:
         super().__init__()
         self.conv, self.norm, self.scale_shift = block.conv1, block.norm2, block.scale_shift
 
@@ -249,7 +251,7 @@ class TimeInNorm(nn.Module):
 class TimeInBias(nn.Module):
     """silu(GN(conv1(x))) with the time, which carries the bias, in the place of conv1's bias."""
 
-    def __init__(self, block: plain.ResBlock) -> None:
+    def __init__(self, block: blocks.ResBlock) -> None:
         super().__init__()
         self.conv, self.norm = block.conv1, block.norm2
 
@@ -274,7 +276,7 @@ def epilogues(network: nn.Module) -> None:
     """Residual and gate in the product or convolution before; conv1's bias in the time."""
     for leaf in modules(network, Leaf):
         leaf.joins = True
-    for block in modules(network, plain.ResBlock):
+    for block in modules(network, blocks.ResBlock):
         conv = block.conv1
         if block.timed is not None and isinstance(conv, Leaf) and not block.scale_shift:
             block._modules["time_emb_proj"] = WithBias(block.time_emb_proj, conv.source)
@@ -297,7 +299,7 @@ class Concatenated(nn.Module):
 def split_skips(network: nn.Module) -> None:
     """Norm and shortcut read both sources where they lie."""
     for level in modules(network, UpBlock):
-        for block in modules(level, plain.ResBlock):
+        for block in modules(level, blocks.ResBlock):
             block.reads_two = True
             if not isinstance(block.conv_shortcut, Leaf | None):
                 block._modules["conv_shortcut"] = Concatenated(block.conv_shortcut)
@@ -310,7 +312,7 @@ class FoldedUpsample(nn.Module):
     the doubled image, and the convolution runs on the enlarged image as it is.
     """
 
-    def __init__(self, upsample: plain.Upsample) -> None:
+    def __init__(self, upsample: blocks.Upsample) -> None:
         super().__init__()
         self.direct = upsample
         weights = made_by(folding.with_upsample, cast("Convolution", upsample.conv).source)
@@ -324,10 +326,10 @@ class FoldedUpsample(nn.Module):
 
 def folded_upsample(network: nn.Module) -> None:
     """Four small convolutions in the place of nearest neighbours and a large one."""
-    for blocks in modules(network, nn.ModuleList):
-        for name, block in blocks._modules.items():
-            if isinstance(block, plain.Upsample) and isinstance(block.conv, Leaf):
-                blocks._modules[name] = FoldedUpsample(block)
+    for level in modules(network, nn.ModuleList):
+        for name, block in level._modules.items():
+            if isinstance(block, blocks.Upsample) and isinstance(block.conv, Leaf):
+                level._modules[name] = FoldedUpsample(block)
 
 
 class FusedQKV(Product):
@@ -341,7 +343,7 @@ class FusedQKV(Product):
 
 def fused_qkv(network: nn.Module) -> None:
     """q, k and v of self-attention as one product."""
-    among = (block.attn1 for block in modules(network, plain.TransformerBlock))
+    among = (block.attn1 for block in modules(network, blocks.TransformerBlock))
     for attention in (*among, *modules(network, PixelAttention)):
         layers = attention.to_q, attention.to_k, attention.to_v
         if all(isinstance(layer, Product) for layer in layers):
@@ -352,7 +354,7 @@ def fused_qkv(network: nn.Module) -> None:
 
 def joined_contexts(network: nn.Module) -> None:
     """Text and images attended to in one call."""
-    for block in modules(network, plain.TransformerBlock):
+    for block in modules(network, blocks.TransformerBlock):
         block.attn2.joins_contexts = True
 
 
@@ -369,12 +371,12 @@ class RowStatistics(nn.Module):
 
 def folded_layer_norm(network: nn.Module) -> None:
     """The affine of a layer norm in the weights of the products behind it."""
-    for block in modules(network, plain.TransformerBlock):
-        own, gate = block.attn1, cast("plain.GEGLU", block.ff.net[0]).proj
+    for block in modules(network, blocks.TransformerBlock):
+        own, gate = block.attn1, cast("blocks.GEGLU", block.ff.net[0]).proj
         first = (own.to_q, own.to_k, own.to_v) if own.to_qkv is None else (own.to_qkv,)
         for name, behind in (("norm1", first), ("norm2", (block.attn2.to_q,)), ("norm3", (gate,))):
             if all(isinstance(layer, Product) for layer in behind):
-                norm = cast("plain.LayerNorm", getattr(block, name))
+                norm = cast("layers.LayerNorm", getattr(block, name))
                 for layer in cast("tuple[Product, ...]", behind):
                     layer.fold(norm)
                 setattr(block, name, RowStatistics(norm.eps))
@@ -389,7 +391,7 @@ class Pointwise(Product):
 
 def packed_weights(network: nn.Module) -> None:
     """Weights laid out as the products read them; shortcuts of one source as products."""
-    for block in modules(network, plain.ResBlock):
+    for block in modules(network, blocks.ResBlock):
         if isinstance(block.conv_shortcut, Leaf) and not block.reads_two:
             weights = made_by(folding.as_linear, block.conv_shortcut.source)
             block._modules["conv_shortcut"] = Pointwise(weights)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ...models import UNet2DCondition
-from ...models.blocks import ResBlock, hooked
+from ...models.blocks import ResBlock
 from ...models.controlled import ControlledUNet
 from ...models.controlnet import ControlNet
+from ...models.layers import hooked
 from ...ops import checks
 from ...ops.int8 import supports as int8_supports
 from . import leaves

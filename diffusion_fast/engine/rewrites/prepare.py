@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 from ...conditioning import Context, PerRow
 from ...kernels.layout import channels_last
 from ...models import UNet2DCondition
-from ...models.blocks import Composite, GroupNorm, LayerNorm, ResBlock
+from ...models.blocks import Composite, ResBlock
 from ...models.controlnet import ControlNet
+from ...models.layers import GroupNorm, LayerNorm
 from ...models.unet_encoder import ContextProjections, Residuals, TimeProjections, UNetEncoder
 from ...ops import checks
 from ...ops.cpu.contest import Work

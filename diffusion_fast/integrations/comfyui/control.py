@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor
 
 from ...models import UNet2DCondition
-from ...models.blocks import Residual
 from ...models.config import UNetConfig
+from ...models.layers import Residual
 from ..twin import Unlike
 
 PARTS = ("input", "middle", "output")
