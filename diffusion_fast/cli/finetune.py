@@ -25,7 +25,7 @@ def _run(**given: Any) -> None:
 
     from ..finetuning.plan import plan  # imports Pillow
     from ..finetuning.run import Finetuning
-    from ..training.threads import choose_threads
+    from ..training.threads import take_threads
 
     def tell(line: str) -> None:
         typer.echo(line, err=True)
@@ -36,7 +36,7 @@ def _run(**given: Any) -> None:
             typer.echo(line)
         return
     if settings.device == "cpu" and run.newest is not None:
-        tell(choose_threads(lambda: None, run.newest))
+        tell(take_threads(run.newest))
     try:
         run.train(progress=True)
     except KeyboardInterrupt as interruption:

@@ -101,7 +101,7 @@ def train(
         UniformSampler,
         local_device,
     )
-    from ..training.threads import choose_threads, rehearsal
+    from ..training.threads import take_threads
     from ..training.watch import show_progress
 
     weightings = {"none": None, "p2": P2(), "min_snr": MinSNR()}
@@ -126,12 +126,9 @@ def train(
     if checkpoint_every is not None:
         checkpoints = Checkpoints(out / "checkpoints", checkpoint_every)
     schedule = DiffusionSchedule()
-    if device == "cpu":
-        newest = checkpoints.newest() if checkpoints and resume else None
-        kind = {"prediction_type": prediction_type, "precision": precision}
-        batch = next(batches.starting_at(0))
-        step = rehearsal(UNet2DCondition(config), schedule, batch, **kind)
-        typer.echo(choose_threads(step, newest), err=True)
+    newest = checkpoints.newest() if checkpoints and resume else None
+    if device == "cpu" and newest is not None:
+        typer.echo(take_threads(newest), err=True)
     torch.manual_seed(seed)
     model = UNet2DCondition(config).to(device)
     trainer = Trainer(

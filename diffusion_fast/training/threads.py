@@ -1,17 +1,16 @@
-"""How many threads to train with: PyTorch's own number in programs, and how many share a step.
+"""How many threads share a training step, and PyTorch's number where a run goes on.
 
 At every small op the threads of a process wait for the last of them. Beside another program that is
 a thread which isn't running, so more threads can be many times slower than one. Sums are rounded
-differently by another number of threads, so it is chosen once, before anything that has to be
-reproducible, and a checkpoint remembers it. The library never changes PyTorch's number; its steps
-use fewer where that is faster.
+differently by another number of threads, so a checkpoint remembers both. The library never changes
+PyTorch's number; its steps use fewer where that is faster.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,6 @@ from .loss import diffusion_loss
 from .objective import Objective
 from .options import autocast
 
-ROUNDS = 3
-GAIN = 1.1  # more threads must be that much faster: others may need the cores later
 PASSES = 3  # forward, and in the backward pass two products for each one
 KNOWN = ("torch", "diffusion_fast")  # packages whose modules do nothing but compute
 
@@ -116,9 +113,10 @@ def rehearsal(
         precision: as for a Trainer.
     """
     x_0, context = batch
-    twin = _twin(model, lambda value: value)
+    made = functools.cache(lambda: _twin(model, lambda value: value))  # unless nothing is measured
 
     def step() -> None:
+        twin = made()
         with torch.random.fork_rng(devices=[]):
             with autocast(x_0.device, precision):
                 loss = diffusion_loss(twin, schedule, x_0, context, prediction_type=prediction_type)
@@ -128,14 +126,13 @@ def rehearsal(
     return step
 
 
-def choose_threads(step: Callable[[], object], checkpoint: Path | None = None) -> str:
-    """Set PyTorch's number of threads to the fastest for a step, as far as it is free.
+def take_threads(checkpoint: Path) -> str:
+    """Set PyTorch's number of threads to that with which a checkpoint was made.
 
-    The variable OMP_NUM_THREADS decides where it is set, and otherwise the checkpoint.
+    The variable OMP_NUM_THREADS decides where it is set.
 
     Args:
-        step: a step of training; called a few times by each number of threads.
-        checkpoint: folder of the checkpoint to go on from; None for a new run.
+        checkpoint: folder of the checkpoint to go on from.
 
     Returns:
         A line that says how many there are, and why.
@@ -144,34 +141,11 @@ def choose_threads(step: Callable[[], object], checkpoint: Path | None = None) -
         CheckpointError: the checkpoint can't be read.
         ValueError: the checkpoint has a number of threads that is none.
     """
-    saved = None
-    if checkpoint is not None:
-        saved = read_json(checkpoint / STATE).get("threads")
-        if saved is not None:  # older ones don't have it
-            checks.positive_int(f"{checkpoint / STATE}: threads", saved)
+    count = torch.get_num_threads()
+    saved = read_json(checkpoint / STATE).get("threads", count)  # older ones don't have it
+    checks.positive_int(f"{checkpoint / STATE}: threads", saved)
     if os.environ.get(THREADS):
-        count = torch.get_num_threads()
-        other = "" if saved in (None, count) else f" ({saved} in {checkpoint}: rounded differently)"
+        other = "" if saved == count else f" ({saved} in {checkpoint}: rounded differently)"
         return f"threads: {count}, as {THREADS} says{other}"
-    if saved is not None:
-        torch.set_num_threads(saved)
-        return f"threads: {saved}, as in {checkpoint}"
-    most = torch.get_num_threads()
-    counts = [1 << power for power in range(most.bit_length()) if 1 << power < most] + [most]
-    if most > 1:
-        torch.set_num_threads(_fastest(step, counts))
-    return f"threads: {torch.get_num_threads()} of {most}, the fastest here; {THREADS} sets others"
-
-
-def _fastest(step: Callable[[], object], counts: list[int]) -> int:
-    """The smallest number that is nearly as fast as the fastest, taken in turns."""
-    seconds = dict.fromkeys(counts, 0.0)
-    step()  # the first one of all is slow
-    for _ in range(ROUNDS):
-        for count in counts:
-            torch.set_num_threads(count)
-            start = time.perf_counter()
-            step()
-            seconds[count] += time.perf_counter() - start
-    limit = GAIN * min(seconds.values())
-    return next(count for count in counts if seconds[count] <= limit)
+    torch.set_num_threads(saved)
+    return f"threads: {saved}, as in {checkpoint}"

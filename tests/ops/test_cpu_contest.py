@@ -133,6 +133,22 @@ def test_another_process_goes_on_with_what_one_took(
     assert chosen() == "sdpa"
 
 
+def test_what_one_took_in_doubt_is_not_found_anew(
+    clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cores, "waited", lambda: 0.5 * time.perf_counter())
+    PREPARE()
+    forget()
+    assert chosen() == "sdpa"  # by a result on disk, which is in doubt
+    saved = contest.taken()
+    forget()
+    monkeypatch.setattr(cores, "waited", lambda: 0.0)
+    clock["cpu"] = 0.5
+    contest.take(saved)
+    PREPARE()
+    assert chosen() == "sdpa"
+
+
 def test_results_that_cannot_be_kept_are_used_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     (library.cache_folder() / "tuning").write_text("a file in its place")
     with pytest.warns(UserWarning, match="not kept"):

@@ -131,6 +131,13 @@ def test_beside_other_programs_it_is_measured_by_each_process(step: MakeStep) ->
     assert contest.threads_for(WORK, measured) == 1
 
 
+def test_beside_other_programs_long_steps_are_measured_too(step: MakeStep) -> None:
+    """All threads may take so long only because one of them isn't running."""
+    measured = step({4: 0.08, 2: 0.06, 1: 0.03})
+    measured.waits = 0.5
+    assert contest.threads_for(WORK, measured) == 1
+
+
 @pytest.mark.parametrize("kept", ["", "two", "0", "5"])
 def test_a_number_that_is_none_is_measured_again(kept: str, step: MakeStep) -> None:
     assert contest.threads_for(WORK, step({4: 0.004, 2: 0.001, 1: 0.002})) == 2

@@ -1,4 +1,4 @@
-"""The number of threads: the fastest for the first steps, then the same for the whole run."""
+"""The number of threads where a run goes on, and steps that leave no trace."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from tiny import SCHEDULE, Points, full_trainer
 
 from diffusion_fast.cores import THREADS
 from diffusion_fast.training import Checkpoints
-from diffusion_fast.training.threads import choose_threads, rehearsal
+from diffusion_fast.training.threads import rehearsal, take_threads
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,37 +31,16 @@ def _four(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def taking(seconds: Callable[[int], float]) -> Callable[[], None]:
-    return lambda: time.sleep(seconds(torch.get_num_threads()))
-
-
-@pytest.mark.parametrize(
-    ("seconds", "fastest"),
-    [
-        (lambda n: 0.08 / n, 4),
-        (lambda n: 0.01 * n, 1),
-        (lambda n: {1: 0.06, 2: 0.02}.get(n, 0.06), 2),
-        (lambda n: 0.05, 1),  # more would gain nothing
-    ],
-    ids=["quiet", "busy", "half busy", "all alike"],
-)
-def test_the_fastest_is_taken(seconds: Callable[[int], float], fastest: int) -> None:
-    said = choose_threads(taking(seconds))
-    assert torch.get_num_threads() == fastest
-    assert said.startswith(f"threads: {fastest} of 4, the fastest here")
-    assert "\n" not in said
-
-
 def test_the_variable_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(THREADS, "4")
-    calls: list[int] = []
-    assert choose_threads(lambda: calls.append(1)) == f"threads: 4, as {THREADS} says"
     torch.set_num_threads(1)
     full_trainer(tmp_path).fit(5)
+    newest = Checkpoints(tmp_path).newest()
+    assert newest is not None
+    assert take_threads(newest) == f"threads: 1, as {THREADS} says"
     torch.set_num_threads(4)
-    said = choose_threads(lambda: calls.append(1), Checkpoints(tmp_path).newest())
-    assert said.startswith(f"threads: 4, as {THREADS} says (1 in ")
-    assert (torch.get_num_threads(), calls) == (4, [])
+    assert take_threads(newest).startswith(f"threads: 4, as {THREADS} says (1 in ")
+    assert torch.get_num_threads() == 4
 
 
 def test_a_resumed_run_has_the_threads_of_its_checkpoint(tmp_path: Path) -> None:
@@ -70,18 +48,20 @@ def test_a_resumed_run_has_the_threads_of_its_checkpoint(tmp_path: Path) -> None
     full_trainer(tmp_path).fit(5)
     torch.set_num_threads(4)
     newest = Checkpoints(tmp_path).newest()
-    assert choose_threads(taking(lambda n: 0), newest) == f"threads: 3, as in {newest}"
+    assert newest is not None
+    assert take_threads(newest) == f"threads: 3, as in {newest}"
     assert torch.get_num_threads() == 3
 
 
 def test_a_checkpoint_without_them_or_with_nonsense(tmp_path: Path) -> None:
     file = tmp_path / "state.json"
     file.write_text("{}")
-    assert choose_threads(taking(lambda n: 0.01 * n), tmp_path).startswith("threads: 1 of 4")
+    assert take_threads(tmp_path).startswith("threads: 4")
     for value in (0, "2", True):
         file.write_text(json.dumps({"threads": value}))
         with pytest.raises(ValueError, match=r"state\.json: threads: expected a positive integer"):
-            choose_threads(taking(lambda n: 0), tmp_path)
+            take_threads(tmp_path)
+        assert torch.get_num_threads() == 4
 
 
 def test_a_rehearsal_changes_nothing() -> None:
@@ -97,17 +77,16 @@ def test_a_rehearsal_changes_nothing() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_command_says_it_and_goes_on_with_it(tmp_path: Path) -> None:
+def test_the_command_goes_on_with_it_and_says_so(tmp_path: Path) -> None:
     short = ("--steps", 4, "--batch-size", 4, "--checkpoint-every", 2)
-    done = run("train", "--out", tmp_path, *short)
-    assert done.stderr.count("threads: ") == 1
-    chosen = torch.get_num_threads()
+    torch.set_num_threads(2)
+    run("train", "--out", tmp_path, *short)
     saved = json.loads((tmp_path / "checkpoints" / "step_00000004" / "state.json").read_text())
-    assert saved["threads"] == chosen
+    assert saved["threads"] == 2
     torch.set_num_threads(4)
     done = run("train", "--out", tmp_path, *short, "--resume")
-    assert f"threads: {chosen}, as in {tmp_path}" in done.stderr
-    assert torch.get_num_threads() == chosen
+    assert done.stderr.count(f"threads: 2, as in {tmp_path}") == 1
+    assert torch.get_num_threads() == 2
 
 
 TRAIN = """

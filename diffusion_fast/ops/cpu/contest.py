@@ -332,7 +332,7 @@ def _fastest(step: Callable[[], object], most: int) -> tuple[int, bool]:
     count = best = most
     least = _by(most, step)
     sure = not least.disturbed
-    while count > 1 and least.seconds < LONG:
+    while count > 1 and (least.seconds < LONG or least.disturbed):
         count //= 2
         found = _by(count, step)
         sure &= not found.disturbed
@@ -356,7 +356,11 @@ def _of(contest: Contest, calls: Calls) -> list[tuple[Any, ...]]:
 
 def taken() -> dict[str, Any]:
     """The results that decide in this process, as JSON can hold them; empty without kernels."""
-    return {} if library.machine() else {"machine": _file().name, "ways": dict(results(_file()))}
+    if library.machine():
+        return {}
+    # Those in doubt have decided here, so none of them is to be found anew where they are taken.
+    ways = {key: way.removesuffix(f" {DOUBT}") for key, way in results(_file()).items()}
+    return {"machine": _file().name, "ways": ways}
 
 
 def take(saved: Mapping[str, Any]) -> bool:
