@@ -10,6 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import diffusion_fast as df
+from diffusion_fast.ops.cpu import library, threads
+from diffusion_fast.training.threads import for_step
+
+from ..lib.environment import GPU
 from . import in_diffusers
 from .measure import Call, Variant
 from .networks import Networks
@@ -23,18 +28,22 @@ def gradient_variants(networks: Networks, images: int, steps: int, compiles: boo
     """
     x, t, noise, given = batch(networks, images)
 
-    def ours() -> Call:
+    def ours() -> tuple[nn.Module, Call]:
         shared = {id(p): nn.Parameter(p.detach()) for p in networks.unet.parameters()}
         model = trained(copy.deepcopy(networks.unet, shared))
-        return lambda: gradients(model, lambda: model(x, t, **given), noise)
+        return model, lambda: gradients(model, lambda: model(x, t, **given), noise)
+
+    def as_trainer() -> Call:
+        model, step = ours()
+        return step if GPU else by_fastest(model, (x, given), step)
 
     def theirs() -> Call:
         model, options = trained(in_diffusers.unet(networks)), in_diffusers.unet_options(given)
         return lambda: gradients(model, lambda: model(x, t, **options)[0], noise)
 
     builds: dict[str, Build] = {
-        "eager": lambda: on_reference(ours()),
-        "model": ours,
+        "eager": lambda: on_reference(ours()[1]),
+        "model": as_trainer,
         "diffusers": theirs,
     }
     return variants(builds, networks, compiles)
@@ -55,6 +64,19 @@ def batch(networks: Networks, images: int) -> tuple[Tensor, Tensor, Tensor, dict
     t = torch.randint(1000, (images,), generator=generator).to(networks.device)
     noise = torch.randn(x.shape, generator=generator).to(x)
     return x, t, noise, inputs.positive
+
+
+def by_fastest(model: nn.Module, batch: tuple[Tensor, Any], step: Call) -> Call:
+    """The step by as many threads as a Trainer shares it among, see :func:`for_step`."""
+    objective = df.Trainer(model, [], df.DiffusionSchedule()).objective
+    library.settle()
+    count = for_step(model, objective, batch)
+
+    def shared() -> Tensor:
+        with threads.using(count):
+            return step()
+
+    return shared
 
 
 def trained(model: Any) -> Any:

@@ -32,7 +32,7 @@ SAMPLE_SECONDS = 0.01
 # Before each turn on a CPU, where threads of the turn before it still spin. Then threads and caches
 # are cold, so what takes less than the second number is called once more, untimed.
 PAUSE_SECONDS, COLD_SECONDS = 0.05, 0.1
-LONG_SECONDS = 10.0  # a call that took so long under a profiler is a sample of its own
+LONG_SECONDS = 10.0  # after a call that took so long under a profiler, no other says how long
 ENERGY_SECONDS = 1.0
 
 
