@@ -70,7 +70,8 @@ def by_fastest(model: nn.Module, batch: tuple[Tensor, Any], step: Call) -> Call:
     """The step by as many threads as a Trainer shares it among, see :func:`for_step`."""
     objective = df.Trainer(model, [], df.DiffusionSchedule()).objective
     library.settle()
-    count = for_step(model, objective, batch)
+    with torch.enable_grad():
+        count = for_step(model, objective, batch)
 
     def shared() -> Tensor:
         with threads.using(count):
