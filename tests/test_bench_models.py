@@ -20,11 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_fast import ops
 from diffusion_fast.benchmarks.lib import environment
+from diffusion_fast.benchmarks.lib.traffic import max_error
 from diffusion_fast.benchmarks.models import (
     by_op,
     compare,
     in_diffusers,
     ladder,
+    learning,
     limits,
     measure,
     networks,
@@ -371,6 +373,28 @@ def test_the_ladder_adds_one_technique_after_the_other(small: networks.Networks)
 
 
 @pytest.mark.skipif(measure.GPU, reason="a profile of CPUs")
+def test_gradients_of_all_ways_are_alike(
+    small: networks.Networks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a bench computes, PyTorch keeps no graph by itself, which a rehearsal needs."""
+    rehearsed: list[bool] = []
+
+    def for_step(*_: Any) -> int:
+        rehearsed.append(torch.is_grad_enabled())
+        return 1
+
+    monkeypatch.setattr(learning, "for_step", for_step)
+    wanted = learning.gradient_variants(small, 1, 1, False)
+    truth = learning.gradient_truth(small, 1, 1)
+    with torch.no_grad():
+        found = {
+            one.name: one.build()() for one in wanted if one.name in ("eager", "model", "diffusers")
+        }
+    assert (len(found), rehearsed) == (3, [True])
+    for name, gradients in found.items():
+        assert max_error(gradients, truth) < 1e-4, name
+
+
 def test_the_profile_adds_up_to_the_step(small: networks.Networks) -> None:
     with torch.no_grad():
         rows = by_op.measure_ops(small, 1, 2, 0.0, 1)
