@@ -390,7 +390,7 @@ def test_gradients_of_all_ways_are_alike(
         found = {
             one.name: one.build()() for one in wanted if one.name in ("eager", "model", "diffusers")
         }
-    assert (len(found), rehearsed) == (3, [True])
+    assert (len(found), rehearsed) == (3, [True] * (not environment.GPU))
     for name, gradients in found.items():
         assert max_error(gradients, truth) < 1e-4, name
 
