@@ -372,7 +372,6 @@ def test_the_ladder_adds_one_technique_after_the_other(small: networks.Networks)
         assert "no CUDA device" in rows[-1]["reason"]
 
 
-@pytest.mark.skipif(measure.GPU, reason="a profile of CPUs")
 def test_gradients_of_all_ways_are_alike(
     small: networks.Networks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -395,6 +394,7 @@ def test_gradients_of_all_ways_are_alike(
         assert max_error(gradients, truth) < 1e-4, name
 
 
+@pytest.mark.skipif(measure.GPU, reason="a profile of CPUs")
 def test_the_profile_adds_up_to_the_step(small: networks.Networks) -> None:
     with torch.no_grad():
         rows = by_op.measure_ops(small, 1, 2, 0.0, 1)
