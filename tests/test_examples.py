@@ -72,7 +72,6 @@ def test_digits(tmp_path: Path) -> None:
     assert re.search(r"ddpm\s+│\s+60\s", done.stdout)
     assert "read as asked" in done.stdout
     assert "real, held out" in done.stdout
-    assert "threads: " in done.stderr
     assert re.search(r"training 6/6 +loss .* 0:00 left", done.stderr)
 
 
