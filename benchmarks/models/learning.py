@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import diffusion_fast as df
+from diffusion_fast.conditioning import bind
 from diffusion_fast.ops.cpu import library, threads
+from diffusion_fast.training.gradient import Gradient
 from diffusion_fast.training.threads import for_step
 
 from ..lib.environment import GPU
@@ -35,7 +37,7 @@ def gradient_variants(networks: Networks, images: int, steps: int, compiles: boo
 
     def as_trainer() -> Call:
         model, step = ours()
-        return step if GPU else by_fastest(model, (x, given), step)
+        return step if GPU else by_trainer(model, (x, given), t, noise)
 
     def theirs() -> Call:
         model, options = trained(in_diffusers.unet(networks)), in_diffusers.unet_options(given)
@@ -66,18 +68,25 @@ def batch(networks: Networks, images: int) -> tuple[Tensor, Tensor, Tensor, dict
     return x, t, noise, inputs.positive
 
 
-def by_fastest(model: nn.Module, batch: tuple[Tensor, Any], step: Call) -> Call:
-    """The step by as many threads as a Trainer shares it among, see :func:`for_step`."""
+def by_trainer(model: nn.Module, batch: tuple[Tensor, Any], t: Tensor, noise: Tensor) -> Call:
+    """The step as a Trainer takes it on a CPU: its threads, and its way to a gradient."""
     objective = df.Trainer(model, [], df.DiffusionSchedule()).objective
     library.settle()
     with torch.enable_grad():
         count = for_step(model, objective, batch)
 
-    def shared() -> Tensor:
-        with threads.using(count):
-            return step()
+    def loss(x: Tensor, context: Any) -> tuple[Tensor, None]:
+        return F.mse_loss(bind(model, context)(x, t), noise), None
 
-    return shared
+    gradient = Gradient(model, loss)
+
+    def step() -> Tensor:
+        model.zero_grad()
+        with threads.using(count), torch.enable_grad():
+            gradient(*batch)
+        return in_order(model)
+
+    return step
 
 
 def trained(model: Any) -> Any:
@@ -91,5 +100,10 @@ def gradients(model: nn.Module, predict: Callable[[], Tensor], noise: Tensor) ->
         loss = F.mse_loss(predict(), noise)
     model.zero_grad()
     loss.backward()
+    return in_order(model)
+
+
+def in_order(model: nn.Module) -> Tensor:
+    """The gradients in the order of the parameters' names, in one vector."""
     named = sorted(model.named_parameters())
     return torch.cat([p.grad.flatten() for _, p in named if p.grad is not None])

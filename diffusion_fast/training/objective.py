@@ -16,6 +16,7 @@ from ..ops import checks
 from ..schedule import DiffusionSchedule
 from .batches import moved, split, unpacked
 from .distributed import Processes, shard
+from .gradient import Gradient
 from .loss import image_mse, predict, replace_condition
 from .options import TrainingOptions, autocast
 from .timestep_sampling import UniformSampler
@@ -74,6 +75,11 @@ class Objective:
             self._parallel = DistributedDataParallel(model, find_unused_parameters=True)
         network = self._parallel or model
         self._network = torch.compile(network) if options.compile else network
+        # Several parts would take the memory of a second gradient.
+        alone = processes.count == 1 and options.accumulate == 1 and not options.compile
+        self._gradient: Gradient | None = None
+        if alone and device.type == "cpu":
+            self._gradient = Gradient(model, self._loss)
 
     def backward(self, batch: Any, scale: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Add the batch's gradient to the parameters'; its loss, a scalar of this process.
@@ -102,30 +108,51 @@ class Objective:
         parts = split(x_0, context, self.options.accumulate)
         losses, squares = [], []
         for number, (rows, x, c) in enumerate(parts):
-            own_weight = None if weight is None else weight[rows]
-            # Gradients are exchanged once, with the last part; but with FSDP at once, since whole
-            # ones would take the memory that it saves.
-            with self._alone() if number < len(parts) - 1 else contextlib.nullcontext():
-                with autocast(self.device, self.options.precision):
-                    prediction, target = predict(
-                        *(self._network, self.schedule, x, c, t[rows], noise[rows]),
-                        self.options.prediction_type,
-                        None if perturbed is None else perturbed[rows],
-                    )
-                if root is not None:  # w (a - b)^2 = (sqrt(w) a - sqrt(w) b)^2
-                    prediction, target = prediction * root[rows], target * root[rows]
-                loss = ops.weighted_mse(prediction, target, own_weight)
-                if len(parts) > 1:
-                    loss = loss * (len(x) / len(x_0))
-                (loss if scale is None else scale(loss)).backward()
+            of_images = t, noise, perturbed, weight, root
+            own: list[Any] = [None if one is None else one[rows] for one in of_images]
+            share = len(x) / len(x_0)
+            if self._gradient is not None and scale is None:
+                loss, square = self._gradient(x, c, share, *own)
+            else:
+                # Gradients are exchanged once, with the last part; but with FSDP at once, since
+                # whole ones would take the memory that it saves.
+                with self._alone() if number < len(parts) - 1 else contextlib.nullcontext():
+                    loss, square = self._loss(x, c, share, *own)
+                    (loss if scale is None else scale(loss)).backward()
             losses.append(loss.detach())
-            if self.timestep_sampler.learns:
-                squares.append(image_mse(prediction, target))
+            squares += [] if square is None else [square]
         if squares:
             mine = torch.cat(squares)
             mine = mine if self._loss_weights is None else mine * self._loss_weights[t]
             self.timestep_sampler.update(all_t[:joint], self.processes.gather(mine))
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _loss(
+        self,
+        x_0: Tensor,
+        context: Context,
+        share: float,
+        t: Tensor,
+        noise: Tensor,
+        perturbed: Tensor | None,
+        weight: Tensor | None,
+        root: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The loss of a part of a batch, and where timesteps are learned its images' errors.
+
+        ``share`` of the batch is in this part; ``root`` [B, ...] multiplies the error itself.
+        """
+        with autocast(self.device, self.options.precision):
+            prediction, target = predict(
+                *(self._network, self.schedule, x_0, context, t, noise),
+                self.options.prediction_type,
+                perturbed,
+            )
+        if root is not None:  # w (a - b)^2 = (sqrt(w) a - sqrt(w) b)^2
+            prediction, target = prediction * root, target * root
+        loss = ops.weighted_mse(prediction, target, weight)
+        square = image_mse(prediction, target) if self.timestep_sampler.learns else None
+        return loss if share == 1 else loss * share, square
 
     def _noise(self, x_0: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
         """The noise of ``count`` images, and that of their x_t where it is another."""

@@ -18,23 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..conditioning import Context, bind, form
 from ..cores import THREADS
 from ..engine.rewrites.cost import Calls
 from ..engine.rewrites.plan import OpCall
 from ..files import read_json
-from ..models.layers import hooked
 from ..ops import checks
 from ..ops.cpu import contest, threads
 from ..schedule import DiffusionSchedule
 from .batches import moved, split, unpacked
 from .checkpoint import STATE
-from .loss import diffusion_loss
+from .gradient import Gradient, only_computes
+from .loss import predict
 from .objective import Objective
 from .options import autocast
 
 PASSES = 3  # forward, and in the backward pass two products for each one
-KNOWN = ("torch", "diffusion_fast")  # packages whose modules do nothing but compute
 
 
 def for_step(model: nn.Module, objective: Objective, batch: Any) -> int:
@@ -50,7 +50,7 @@ def for_step(model: nn.Module, objective: Objective, batch: Any) -> int:
         batch: as the objective takes it.
     """
     options = objective.options
-    if objective.processes.count > 1 or options.compile or not _only_computes(model):
+    if objective.processes.count > 1 or options.compile or not only_computes(model):
         return threads.most()
     x_0, context, _ = unpacked(batch, objective.device)
     if options.channels_last and x_0.dim() == 4:
@@ -62,13 +62,6 @@ def for_step(model: nn.Module, objective: Objective, batch: Any) -> int:
     name = f"training {about} {sorted(kind.items())}"
     work = contest.Work(name, lambda: _calls(model, x_0, context) * PASSES)
     return contest.threads_for(work, rehearsal(model, objective.schedule, (x_0, context), **kind))
-
-
-def _only_computes(model: nn.Module) -> bool:
-    modules = list(model.modules())
-    packages = {type(module).__module__.partition(".")[0] for module in modules}
-    backward = any(one._backward_hooks or one._backward_pre_hooks for one in modules)
-    return packages.issubset(KNOWN) and not hooked(*modules) and not backward
 
 
 @torch.no_grad()
@@ -113,14 +106,25 @@ def rehearsal(
         precision: as for a Trainer.
     """
     x_0, context = batch
-    made = functools.cache(lambda: _twin(model, lambda value: value))  # unless nothing is measured
+    generator = torch.Generator().manual_seed(0)
+    t = torch.randint(schedule.timesteps, (len(x_0),), generator=generator)
+    noise = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype)
+
+    @functools.cache
+    def made() -> tuple[nn.Module, Gradient]:  # unless nothing is measured
+        twin = _twin(model, lambda value: value)
+
+        def loss(x: Tensor, c: Context, t: Tensor, noise: Tensor) -> tuple[Tensor, None]:
+            with autocast(x.device, precision):
+                prediction, target = predict(twin, schedule, x, c, t, noise, prediction_type)
+            return ops.weighted_mse(prediction, target), None
+
+        return twin, Gradient(twin, loss)
 
     def step() -> None:
-        twin = made()
-        with torch.random.fork_rng(devices=[]):
-            with autocast(x_0.device, precision):
-                loss = diffusion_loss(twin, schedule, x_0, context, prediction_type=prediction_type)
-            loss.backward()
+        twin, gradient = made()
+        with torch.random.fork_rng(devices=[]):  # for dropout
+            gradient(x_0, context, t, noise)
         twin.zero_grad()
 
     return step

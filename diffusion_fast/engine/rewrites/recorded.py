@@ -2,17 +2,19 @@
 
 What a CUDA graph does for a GPU, for a small network on a CPU: there most of a step is Python that
 walks over blocks, looks at arguments and finds the kernel of each op, each time with the same
-answers.
+answers. A function may take gradients: then its backward pass is among the operators, and calling
+them again needs no graph of autograd.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -32,6 +34,7 @@ _UNWRITTEN = [
     for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 ]
 _watchers = torch._C._len_torch_dispatch_stack
+_PLAIN_VALUES = (bool, int, float, str)
 
 
 def recorded(function: Callable[..., Any], plan: RewritePlan) -> Callable[..., Any]:
@@ -49,11 +52,13 @@ class Recorded:
     autocast, and where something watches PyTorch's operators the function is called as it is.
 
     Args:
-        function: takes nested lists and tuples of tensors, numbers and None, and returns such.
+        function: takes nested lists, tuples and dicts of tensors, numbers, strings and None, and
+            returns lists and tuples of them.
+        gradients: whether it enables gradients, and takes some.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], gradients: bool = False) -> None:
+        self.function, self._gradients = function, gradients
         # Of each kind what computes it; how often it was called until then; None: nothing can.
         self._replays: OrderedDict[Hashable, Callable[..., Any] | int | None] = OrderedDict()
 
@@ -66,7 +71,7 @@ class Recorded:
         if callable(found):
             return found(*tensors.values())
         if found == PLAIN:
-            with _Tape(tensors.values()) as tape:
+            with _Tape(tensors.values(), self._gradients) as tape:
                 result = self.function(*args)
             self._keep(kind, tape.replay(result))
             return result
@@ -94,10 +99,14 @@ def _kind(args: tuple[Any, ...], tensors: dict[int, Tensor]) -> Hashable:
         elif isinstance(value, (list, tuple)):
             parts += (value.__class__, len(value))
             values += value
-        elif value is None or isinstance(value, (bool, int, float)):
+        elif isinstance(value, Mapping):
+            parts += (value.__class__, *value)
+            values += value.values()
+        elif value is None or isinstance(value, _PLAIN_VALUES):
             parts += (value.__class__, value)
         else:
-            raise TypeError(f"expected tensors, numbers or None, got {type(value).__name__}")
+            wanted = "tensors, numbers, strings or None"
+            raise TypeError(f"expected {wanted}, got {type(value).__name__}")
     return tuple(parts)
 
 
@@ -106,15 +115,18 @@ class _Tape(TorchDispatchMode):
 
     Args:
         inputs: the tensors that the function is to take.
+        gradients: whether it takes gradients, by its own.
     """
 
-    def __init__(self, inputs: Collection[Tensor]) -> None:
+    def __init__(self, inputs: Collection[Tensor], gradients: bool) -> None:
         super().__init__()
+        self._gradients = gradients
         self._refused = False  # whether something can't be done again so
         self._names: Any = WeakIdKeyDictionary()  # of tensors
         self._lines: list[tuple[str, list[str]]] = []  # a line, and what it reads
         self._known: dict[str, Any] = {}  # what lines name beside tensors that they make
         self._ours = {op.torch_op: op for op in known_ops.values()}
+        self._made: dict[int, StorageWeakRef] = {}  # where what lines make lies
         self._inputs = [f"x{i}" for i in range(len(inputs))]
         for name, one in zip(self._inputs, inputs, strict=True):
             self._names[one] = name
@@ -122,28 +134,35 @@ class _Tape(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        kwargs, called = kwargs or {}, func
+        if func in self._ours:
+            # As the function itself would have it: in a forward pass that is below autograd here.
+            forward = self._gradients and torch._C._current_autograd_node() is None
+            with torch.set_grad_enabled(forward):
+                args, called = self._ours[func].resolved(*args)
+        result = called(*args, **kwargs)
         made = result if isinstance(result, (list, tuple)) else [result]
-        past = func.overloadpacket in _UNWRITTEN
-        if past or draws(func) or not all(isinstance(one, Tensor) for one in made):
+        past = func.overloadpacket in _UNWRITTEN and result.numel() > 0
+        if past or draws(func) or not all(isinstance(one, Tensor | None) for one in made):
             self._refused = True
         elif not self._refused:
-            self._write(func, args, kwargs, result, made)
+            self._write(called, args, kwargs, result, made)
         return result
 
-    def _write(self, func: Any, args: Any, kwargs: Any, result: Any, made: Any) -> None:
-        called = func
-        if func in self._ours:
-            args, called = self._ours[func].resolved(*args)
+    def _write(self, called: Any, args: Any, kwargs: Any, result: Any, made: Any) -> None:
         reads: list[str] = []
         given = [self._text(one, reads) for one in args]
         given += [f"{name}={self._text(one, reads)}" for name, one in kwargs.items()]
         number = len(self._lines)
-        names = [self._names.get(one, f"t{number}_{i}") for i, one in enumerate(made)]
-        for name, one in zip(names, made, strict=True):
-            self._names[one] = name
-        left = names[0] if isinstance(result, Tensor) else f"[{', '.join(names)}]"
+        names = []
+        for i, one in enumerate(made):
+            names.append("_" if one is None else self._names.get(one, f"t{number}_{i}"))
+            if one is not None:
+                self._names[one] = names[-1]
+                if one.layout == torch.strided:
+                    storage = StorageWeakRef(one.untyped_storage())
+                    self._made[storage.cdata] = storage
+        left = f"[{', '.join(names)}]" if isinstance(result, (list, tuple)) else names[0]
         self._known[f"f{number}"] = called
         self._lines.append((f"{left} = f{number}({', '.join(given)})", [*reads, *names]))
 
@@ -152,6 +171,7 @@ class _Tape(TorchDispatchMode):
         if isinstance(value, Tensor):
             name = self._names.get(value)
             if name is None:  # the function's own, such as a weight
+                self._refused |= self._is_made(value)
                 name = self._names[value] = self._named(value)
             if name[0] != "k":
                 reads.append(name)
@@ -164,6 +184,13 @@ class _Tape(TorchDispatchMode):
             return f"[{', '.join(parts)}]" if isinstance(value, list) else f"({', '.join(parts)},)"
         return self._named(value)
 
+    def _is_made(self, value: Tensor) -> bool:
+        """Whether a line made the memory of a tensor, which has a name that no line gave it."""
+        if value.layout != torch.strided:
+            return False
+        storage = self._made.get(value.untyped_storage()._cdata)
+        return storage is not None and not storage.expired()
+
     def _named(self, value: Any) -> str:
         name = f"k{len(self._known)}"
         self._known[name] = value
@@ -171,10 +198,10 @@ class _Tape(TorchDispatchMode):
 
     def replay(self, result: Any) -> Callable[..., Any] | None:
         """A function of the inputs that gives what the recorded one gave; None where none can."""
-        if self._refused:
-            return None
         returned: list[str] = []
         end = f"return {self._text(result, returned)}"
+        if self._refused:
+            return None
         last = {name: number for number, (_, names) in enumerate(self._lines) for name in names}
         body = []
         for number, (line, names) in enumerate(self._lines):

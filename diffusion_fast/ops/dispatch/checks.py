@@ -10,6 +10,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+_LIBRARY = torch.library.Library("diffusion_fast", "FRAGMENT")
+_watchers = torch._C._len_torch_dispatch_stack
+
 
 def fail(argument: str, expected: str, got: object) -> NoReturn:
     """Raise the ValueError that every check raises: ``argument: expected ..., got ...``."""
@@ -132,14 +135,25 @@ def timesteps(argument: str, t: Any, batch: int, count: int) -> None:
 def values_between(argument: str, value: Tensor, low: int, high: int, meaning: str) -> None:
     """Integers in [low, high], looked at where that costs no transfer and no trace depends on it.
 
-    ``meaning`` is the range as the message prints it.
+    ``meaning`` is the range as the message prints it. What watches PyTorch's operators sees one, so
+    that a recorder can look again where other values are.
     """
     if value.device.type != "cpu" or not value.numel() or torch.compiler.is_compiling():
         return
     if not transformed():
-        least, most = (int(v) for v in torch.aminmax(value))
-        if least < low or most > high:
-            fail(argument, f"values in {meaning}", f"values in [{least}, {most}]")
+        look = torch.ops.diffusion_fast.values_between if _watchers() else _look
+        look(value, argument, low, high, meaning)
+
+
+def _look(value: Tensor, argument: str, low: int, high: int, meaning: str) -> None:
+    least, most = (int(v) for v in torch.aminmax(value))
+    if least < low or most > high:
+        fail(argument, f"values in {meaning}", f"values in [{least}, {most}]")
+
+
+_LIBRARY.define("values_between(Tensor value, str argument, int low, int high, str meaning) -> ()")
+_LIBRARY.impl("values_between", _look, "CompositeExplicitAutograd")
+torch.library.register_fake("diffusion_fast::values_between", lambda *_: None, lib=_LIBRARY)
 
 
 def transformed() -> bool:

@@ -1,0 +1,95 @@
+"""A loss's gradient by the parameters of a network; of a small one without most of its Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..edits import Edit, Watch
+from ..engine.rewrites.recorded import Recorded
+from ..models.layers import hooked
+
+KNOWN = ("torch", "diffusion_fast")  # packages whose modules do nothing but compute
+
+
+def only_computes(model: nn.Module) -> bool:
+    """Whether no call of a network can do more than to compute: no hooks, no foreign modules."""
+    modules = list(model.modules())
+    packages = {type(module).__module__.partition(".")[0] for module in modules}
+    return packages.issubset(KNOWN) and not hooked(*modules) and not _watched(model)
+
+
+def _watched(model: nn.Module) -> bool:
+    """Whether anything is called in the backward pass, or after it."""
+    modules = any(one._backward_hooks or one._backward_pre_hooks for one in model.modules())
+    return modules or any(
+        one._backward_hooks or one._post_accumulate_grad_hooks for one in model.parameters()
+    )
+
+
+class Gradient:
+    """A loss and its gradient, which is added to the parameters', on a CPU in one process.
+
+    From the fourth call of a kind on, the operators of forward and backward pass are called without
+    the network's Python and without autograd, see :class:`~..engine.rewrites.recorded.Recorded`:
+    bit for bit what they give with both. Networks that may do more than to compute are always
+    called themselves.
+
+    Args:
+        network: what has the parameters.
+        loss: called with tensors, numbers and nested dicts of them; returns a scalar, and what else
+            is to be known, without a gradient.
+    """
+
+    def __init__(self, network: nn.Module, loss: Callable[..., tuple[Tensor, Any]]) -> None:
+        self.network, self.loss = network, loss
+        self._watch = Watch()
+        self._state: tuple[list[int], list[bool], bool] = ([], [], False)
+        self._parameters: list[nn.Parameter] = []
+        self._recorded: Recorded | None = None
+
+    def __call__(self, *args: Any) -> tuple[Tensor, Any]:
+        """Add the gradient, and return what the loss function does."""
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        training = [one.training for one in self.network.modules()]
+        state = list(map(id, parameters)), training, _watched(self.network)
+        edit = self._watch.look(self.network, closely=False)
+        if edit is Edit.MODEL or state != self._state:
+            self._parameters, self._state = parameters, state
+            whole = only_computes(self.network)
+            self._recorded = Recorded(self._compute, gradients=True) if whole else None
+        if self._recorded is None:
+            loss, more = self.loss(*args)
+            loss.backward()
+            return loss.detach(), more
+        with torch.no_grad():
+            loss, more, gradients = self._recorded(*args)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if parameter.grad is None:
+                    parameter.grad = gradient
+                elif gradient is not None:
+                    parameter.grad.add_(gradient)
+        return loss, more
+
+    def _compute(self, *args: Any) -> tuple[Tensor, Any, list[Tensor | None]]:
+        with torch.enable_grad():
+            loss, more = self.loss(*args)
+            found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        seen: set[int] = set()
+        pairs = zip(found, self._parameters, strict=True)
+        return loss.detach(), more, [_own(one, like, seen) for one, like in pairs]
+
+
+def _own(gradient: Tensor | None, parameter: Tensor, seen: set[int]) -> Tensor | None:
+    """A gradient laid out as its parameter, in memory that no other one has."""
+    if gradient is None or gradient.layout != torch.strided:
+        return gradient
+    strides = zip(gradient.shape, gradient.stride(), parameter.stride(), strict=True)
+    place = gradient.untyped_storage().data_ptr()
+    if place in seen or any(one != other for size, one, other in strides if size > 1):
+        return torch.zeros_like(parameter).copy_(gradient)
+    seen.add(place)
+    return gradient
