@@ -57,12 +57,18 @@ def processor() -> dict[str, str]:
 BFLOAT16 = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm's BF16"}
 
 
+def bfloat16_products() -> list[str]:
+    """What this CPU multiplies in bfloat16 with, fastest first; empty where float32 is faster.
+
+    Empty as well on systems that don't list the CPU's instructions.
+    """
+    return [name for flag, name in BFLOAT16.items() if flag in cpu_flags()]
+
+
 def _bfloat16() -> str:
-    """Whether this CPU multiplies in bfloat16 or by way of float32."""
-    flags = cpu_flags()
-    if not flags:
+    if not cpu_flags():
         return "unknown: this system does not list its CPU's instructions"
-    found = [name for flag, name in BFLOAT16.items() if flag in flags]
+    found = bfloat16_products()
     return f"fast: {found[0]}" if found else "not fast: the CPU has no products in it"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from captions import HUES, STYLES, Picture, dominant_color, rotated
+from precision import fast_autocast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -89,7 +90,7 @@ def train_judge(
         images = [rotated(pixels[i], rng.uniform(0, 360)) if hues else pixels[i] for i in chosen]
         x = moved(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1)
         targets = torch.tensor([label[pictures[i].name] for i in chosen])
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast("cpu"):
             scores = network(x)
         optimizer.zero_grad()
         F.cross_entropy(scores.float(), targets, label_smoothing=0.1).backward()

@@ -18,6 +18,7 @@ from captions import (
     dominant_color,
     recolored,
 )
+from precision import fast_precision
 from text import make_encoder, token_ids, train_tokenizer
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -158,7 +159,7 @@ def make_trainer(data: Data, out: Path, device: str = "cpu", **options: Any) -> 
         warmup_steps=200,
         gradient_clip=1.0,
         ema_decay=0.999,
-        precision="bfloat16",
+        precision=fast_precision(torch.device(device).type),
         channels_last=True,
         **options,
     )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from captions import COLORS, Picture, recolored
+from precision import fast_autocast
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -85,7 +86,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = RATE * min(1, (self.step + 1) / WARMUP) * fade
         x = x.to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with fast_autocast(self.device.type):
             latents = self.vae.encode(x)
             mean, log_variance = latents.mean.float(), latents.log_variance.float()
             generator = torch.Generator().manual_seed(self.step)
