@@ -126,10 +126,12 @@ class _Tape(TorchDispatchMode):
         self._lines: list[tuple[str, list[str]]] = []  # a line, and what it reads
         self._known: dict[str, Any] = {}  # what lines name beside tensors that they make
         self._ours = {op.torch_op: op for op in known_ops.values()}
-        self._made: dict[int, StorageWeakRef] = {}  # where what lines make lies
+        self._made: dict[int, StorageWeakRef] = {}  # memory that a line, or the caller, filled
         self._inputs = [f"x{i}" for i in range(len(inputs))]
         for name, one in zip(self._inputs, inputs, strict=True):
             self._names[one] = name
+            if gradients:  # autograd saves what it reads, at times as another tensor
+                self._fills(one)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -159,9 +161,7 @@ class _Tape(TorchDispatchMode):
             names.append("_" if one is None else self._names.get(one, f"t{number}_{i}"))
             if one is not None:
                 self._names[one] = names[-1]
-                if one.layout == torch.strided:
-                    storage = StorageWeakRef(one.untyped_storage())
-                    self._made[storage.cdata] = storage
+                self._fills(one)
         left = f"[{', '.join(names)}]" if isinstance(result, (list, tuple)) else names[0]
         self._known[f"f{number}"] = called
         self._lines.append((f"{left} = f{number}({', '.join(given)})", [*reads, *names]))
@@ -184,8 +184,13 @@ class _Tape(TorchDispatchMode):
             return f"[{', '.join(parts)}]" if isinstance(value, list) else f"({', '.join(parts)},)"
         return self._named(value)
 
+    def _fills(self, value: Tensor) -> None:
+        if value.layout == torch.strided:
+            storage = StorageWeakRef(value.untyped_storage())
+            self._made[storage.cdata] = storage
+
     def _is_made(self, value: Tensor) -> bool:
-        """Whether a line made the memory of a tensor, which has a name that no line gave it."""
+        """Whether the memory of a tensor that no line names is filled anew at each call."""
         if value.layout != torch.strided:
             return False
         storage = self._made.get(value.untyped_storage()._cdata)
