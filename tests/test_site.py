@@ -141,3 +141,16 @@ def test_troubleshooting_quotes_messages_that_exist() -> None:
     for part in (part.strip(" ,:()") for line in quoted for part in line.split("…")):
         pieces = [part] if part in known else re.split(r", got|: expected ", part)
         assert all(piece.strip(" ,:()") in known for piece in pieces), part
+
+
+def test_thresholds_are_those_of_the_code() -> None:
+    """Each constant of the table is assigned in the file that the table names."""
+    text = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`[A-Z_`, ]+`) \| .* \| `([\w/]+\.py)` \|$", text, re.MULTILINE)
+    assert len(rows) > 10
+    for names, file in rows:
+        place = ROOT if file.startswith("benchmarks/") else ROOT / "diffusion_fast"
+        tree = ast.parse((place / file).read_text(encoding="utf-8"))
+        targets = [t for node in tree.body if isinstance(node, ast.Assign) for t in node.targets]
+        assigned = {one.id for t in targets for one in ast.walk(t) if isinstance(one, ast.Name)}
+        assert assigned.issuperset(re.findall(r"\w+", names)), f"{names} in {file}"
