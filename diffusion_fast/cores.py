@@ -51,18 +51,23 @@ def _quota(group: Path) -> list[float]:
     return []
 
 
-def too_many_threads() -> str | None:
-    """A line about threads beyond :func:`core_limit` that nobody asked for; None if all is well."""
-    limit, threads = core_limit(), torch.get_num_threads()
-    if limit is None or threads <= limit or os.environ.get(THREADS):
-        return None
+def _exceeded() -> int | None:
+    """The :func:`core_limit` that threads are beyond, whose number nobody asked for."""
+    limit = core_limit()
+    asked = os.environ.get(THREADS)
+    return None if limit is None or asked or torch.get_num_threads() <= limit else limit
+
+
+def _line(limit: int) -> str:
+    threads = torch.get_num_threads()
     return f"PyTorch uses {threads} threads, and this container may use {limit} cores at once"
 
 
 def warn_of_threads() -> None:
     """Warn of threads beyond :func:`core_limit`; a library doesn't change their number."""
-    if line := too_many_threads():
-        warnings.warn(f"{line}: call torch.set_num_threads, or set {THREADS}", stacklevel=3)
+    if limit := _exceeded():
+        line = f"{_line(limit)}: call torch.set_num_threads, or set {THREADS}"
+        warnings.warn(line, stacklevel=3)
 
 
 def limit_threads() -> str | None:
@@ -71,11 +76,12 @@ def limit_threads() -> str | None:
     Returns:
         A line that says so; None where nothing was changed.
     """
-    line, limit = too_many_threads(), core_limit()
-    if line is None or limit is None:
+    limit = _exceeded()
+    if limit is None:
         return None
+    line = f"{_line(limit)}: as many threads are used; {THREADS} sets others"
     torch.set_num_threads(limit)
-    return f"{line}: as many threads are used; {THREADS} sets others"
+    return line
 
 
 def waited(tasks: Path = Path("/proc/self/task")) -> float:

@@ -12,15 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import diffusion_fast as df
+from diffusion_fast import ops
 from diffusion_fast.conditioning import bind
+from diffusion_fast.ops.cpu import library
 from diffusion_fast.training import Batches, MinSNR
 from diffusion_fast.training.gradient import Gradient
 from diffusion_fast.training.threads import only_computes
 
 SCHEDULE = df.DiffusionSchedule(timesteps=100)
 Loss = Callable[..., tuple[Tensor, Any]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _kernels() -> None:
+    """Those for this CPU, of which some have gradients."""
+    library.settle()
 
 
 def unet() -> df.UNet2DCondition:
@@ -114,6 +123,7 @@ def test_a_trainer_takes_the_steps_that_it_takes_without(precision: str) -> None
             loss_weighting=MinSNR(),
             gradient_clip=1.0,
             precision=precision,
+            channels_last=True,
             input_perturbation=0.1,
             seed=0,
         )
@@ -265,6 +275,25 @@ def test_no_two_gradients_share_memory() -> None:
             for one, p in zip(found, [a.weight, a.bias, b.weight], strict=True)
         )
         model.zero_grad()
+    assert pair.calls == 3
+
+
+def test_what_is_computed_again_in_the_backward_pass() -> None:
+    """PyTorch's own is recorded; with kernels of this package the network is called."""
+    model = Net(nn.Linear(4, 8), nn.LayerNorm(8))
+
+    def norm(y: Tensor) -> Tensor:
+        h = y[:, :, None, None].expand(-1, -1, 8, 8)
+        h = h.contiguous(memory_format=torch.channels_last)
+        return ops.group_norm_silu(h, 2, model[1].weight, model[1].bias).square().mean()
+
+    pair = Pair(model, lambda x: (checkpoint(norm, model[0](x), use_reentrant=False), None))
+    for _ in range(5):
+        pair.same(torch.randn(3, 4))
+    assert pair.calls == (3 if library.machine() else 5)
+    pair = Pair(net(), lambda x: (checkpoint(pair.model[0], x, use_reentrant=False).mean(), None))
+    for _ in range(5):
+        pair.same(torch.randn(3, 4))
     assert pair.calls == 3
 
 

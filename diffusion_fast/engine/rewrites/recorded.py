@@ -139,9 +139,11 @@ class _Tape(TorchDispatchMode):
         kwargs, called = kwargs or {}, func
         if func in self._ours:
             # As the function itself would have it: in a forward pass that is below autograd here.
-            forward = self._gradients and torch._C._current_autograd_node() is None
-            with torch.set_grad_enabled(forward):
+            backward = torch._C._current_autograd_node() is not None
+            with torch.set_grad_enabled(self._gradients and not backward):
                 args, called = self._ours[func].resolved(*args)
+            # Part of a forward pass that is computed again has gradients, which nothing tells here.
+            self._refused |= backward and not self._ours[func].name.endswith("_backward")
         result = called(*args, **kwargs)
         made = result if isinstance(result, (list, tuple)) else [result]
         past = func.overloadpacket in _UNWRITTEN and result.numel() > 0
