@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,16 +18,16 @@ KNOWN = ("torch", "diffusion_fast")  # packages whose modules do nothing but com
 
 def only_computes(model: nn.Module) -> bool:
     """Whether no call of a network can do more than to compute: no hooks, no foreign modules."""
-    modules = list(model.modules())
+    modules, parameters = list(model.modules()), list(model.parameters())
     packages = {type(module).__module__.partition(".")[0] for module in modules}
-    return packages.issubset(KNOWN) and not hooked(*modules) and not _watched(model)
+    known = packages.issubset(KNOWN)
+    return known and not hooked(*modules) and not _watched(modules, parameters)
 
 
-def _watched(model: nn.Module) -> bool:
+def _watched(modules: list[nn.Module], parameters: list[nn.Parameter]) -> bool:
     """Whether anything is called in the backward pass, or after it."""
-    modules = any(one._backward_hooks or one._backward_pre_hooks for one in model.modules())
-    return modules or any(
-        one._backward_hooks or one._post_accumulate_grad_hooks for one in model.parameters()
+    return any(one._backward_hooks or one._backward_pre_hooks for one in modules) or any(
+        one._backward_hooks or one._post_accumulate_grad_hooks for one in parameters
     )
 
 
@@ -47,18 +48,23 @@ class Gradient:
     def __init__(self, network: nn.Module, loss: Callable[..., tuple[Tensor, Any]]) -> None:
         self.network, self.loss = network, loss
         self._watch = Watch()
-        self._state: tuple[list[int], list[bool], bool] = ([], [], False)
-        self._parameters: list[nn.Parameter] = []
+        # What the watch doesn't see: which parameters are trained, modes, hooks on the way back.
+        self._state: tuple[list[bool], list[bool], bool] | None = None
+        self._modules: list[nn.Module] = []
+        self._all: list[nn.Parameter] = []
+        self._trained: list[nn.Parameter] = []
         self._recorded: Recorded | None = None
 
     def __call__(self, *args: Any) -> tuple[Tensor, Any]:
         """Add the gradient, and return what the loss function does."""
-        parameters = [p for p in self.network.parameters() if p.requires_grad]
-        training = [one.training for one in self.network.modules()]
-        state = list(map(id, parameters)), training, _watched(self.network)
-        edit = self._watch.look(self.network, closely=False)
-        if edit is Edit.MODEL or state != self._state:
-            self._parameters, self._state = parameters, state
+        if self._watch.look(self.network, closely=False) is Edit.MODEL:
+            self._modules, self._all = list(self.network.modules()), list(self.network.parameters())
+            self._state = None
+        flags = [one.requires_grad for one in self._all]
+        training = [one.training for one in self._modules]
+        state = flags, training, _watched(self._modules, self._all)
+        if state != self._state:
+            self._state, self._trained = state, list(itertools.compress(self._all, flags))
             whole = only_computes(self.network)
             self._recorded = Recorded(self._compute, gradients=True) if whole else None
         if self._recorded is None:
@@ -67,7 +73,7 @@ class Gradient:
             return loss.detach(), more
         with torch.no_grad():
             loss, more, gradients = self._recorded(*args)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
+            for parameter, gradient in zip(self._trained, gradients, strict=True):
                 if parameter.grad is None:
                     parameter.grad = gradient
                 elif gradient is not None:
@@ -77,9 +83,9 @@ class Gradient:
     def _compute(self, *args: Any) -> tuple[Tensor, Any, list[Tensor | None]]:
         with torch.enable_grad():
             loss, more = self.loss(*args)
-            found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+            found = torch.autograd.grad(loss, self._trained, allow_unused=True)
         seen: set[int] = set()
-        pairs = zip(found, self._parameters, strict=True)
+        pairs = zip(found, self._trained, strict=True)
         return loss.detach(), more, [_own(one, like, seen) for one, like in pairs]
 
 

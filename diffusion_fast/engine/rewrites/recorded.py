@@ -48,8 +48,8 @@ class Recorded:
     Arguments are of one kind that agree in shapes, strides and dtypes of their tensors, in which of
     these are the same, and in all that stands beside them. What else the function reads must stay
     as it is, but for the numbers in tensors. What reads one of these on the host, draws random
-    numbers, or writes memory past PyTorch's operators is never recorded. With gradients, under
-    autocast, and where something watches PyTorch's operators the function is called as it is.
+    numbers, or writes memory past PyTorch's operators is never recorded. With gradients enabled,
+    under autocast, and where something watches PyTorch's operators the function is called as it is.
 
     Args:
         function: takes nested lists, tuples and dicts of tensors, numbers, strings and None, and
@@ -100,7 +100,7 @@ def _kind(args: tuple[Any, ...], tensors: dict[int, Tensor]) -> Hashable:
             parts += (value.__class__, len(value))
             values += value
         elif isinstance(value, Mapping):
-            parts += (value.__class__, *value)
+            parts += (value.__class__, tuple(value))
             values += value.values()
         elif value is None or isinstance(value, _PLAIN_VALUES):
             parts += (value.__class__, value)
