@@ -52,12 +52,12 @@ def _kernels() -> None:
 
     The kernels for CPUs are compiled once, and what is measured on this machine decides nothing.
     """
-    from diffusion_fast.ops.cpu import contest, library
+    from unmeasured import unmeasured
+
+    from diffusion_fast.ops.cpu import library
 
     library.settle()
-    patch = pytest.MonkeyPatch()
-    patch.setattr(contest, "prepare", lambda work=None: library.settle())
-    patch.setattr(contest, "known", dict)
+    unmeasured()
 
 
 @pytest.fixture(autouse=True)

@@ -38,6 +38,7 @@ from diffusion_fast.benchmarks.models import (
     weights,
 )
 from diffusion_fast.engine.rewrites.cost import Cost
+from diffusion_fast.training.rehearsal import Way
 
 GROUP = store.Group("unet", "small", "float32", 1, 1)
 FACTS = {
@@ -378,9 +379,9 @@ def test_gradients_of_all_ways_are_alike(
     """Where a bench computes, PyTorch keeps no graph by itself, which a rehearsal needs."""
     rehearsed: list[bool] = []
 
-    def for_step(*_: Any) -> int:
+    def for_step(*_: Any) -> Way:
         rehearsed.append(torch.is_grad_enabled())
-        return 1
+        return Way(1, channels_last=True)
 
     monkeypatch.setattr(learning, "for_step", for_step)
     wanted = learning.gradient_variants(small, 1, 1, False)

@@ -14,7 +14,7 @@ import diffusion_fast as df
 from diffusion_fast.conditioning import bind
 from diffusion_fast.ops.cpu import library, threads
 from diffusion_fast.training.gradient import Gradient
-from diffusion_fast.training.threads import for_step
+from diffusion_fast.training.rehearsal import for_step
 
 from ..lib.environment import GPU
 from . import in_diffusers
@@ -69,11 +69,12 @@ def batch(networks: Networks, images: int) -> tuple[Tensor, Tensor, Tensor, dict
 
 
 def by_trainer(model: nn.Module, batch: tuple[Tensor, Any], t: Tensor, noise: Tensor) -> Call:
-    """The step as a Trainer takes it on a CPU: its threads, and its way to a gradient."""
+    """The step as a Trainer takes it on a CPU: its layout, threads, and way to a gradient."""
     objective = df.Trainer(model, [], df.DiffusionSchedule()).objective
     library.settle()
     with torch.enable_grad():
-        count = for_step(model, objective, batch)
+        count, objective.channels_last = for_step(model, objective, batch)
+    given = objective.unpacked(batch)[:2]
 
     def loss(x: Tensor, context: Any) -> tuple[Tensor, None]:
         return F.mse_loss(bind(model, context)(x, t), noise), None
@@ -83,7 +84,7 @@ def by_trainer(model: nn.Module, batch: tuple[Tensor, Any], t: Tensor, noise: Te
     def step() -> Tensor:
         model.zero_grad()
         with threads.using(count), torch.enable_grad():
-            gradient(*batch)
+            gradient(*given)
         return in_order(model)
 
     return step

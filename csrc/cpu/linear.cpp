@@ -70,9 +70,9 @@ void run(const Linear& l) {
         for (long row = 0; row < rows; ++row)
           std::copy_n(l.x + (first + row) * l.inner + d, depth, values.get() + row * kValuesRow);
         for (long part = 0; part < columns.parts; ++part)
-          multiply(values.get(), kValuesRow,
+          multiply({values.get(), kValuesRow},
                    {l.weight + part * l.inner * columns.padded, l.inner, columns.padded}, d, depth,
-                   sums.get() + part * gates, sums_row, rows, begin, end);
+                   sums.get() + part * gates, sums_row, rows, begin, end, d > 0);
       }
       for (long row = 0; row < rows; ++row)
         finish<kGated>(l, columns, sums.get() + row * sums_row, gates, first + row, begin,

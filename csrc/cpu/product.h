@@ -77,11 +77,17 @@ inline long depth_of(long whole) {
   return (whole + parts - 1) / parts;
 }
 
+// Rows of numbers: element k of row r is at[r * row + k * step].
+struct Values {
+  const float* at;
+  long row, step = 1;
+};
+
 // sums[row][0 to end - begin] (+)= values[row][depth] weight[d to d + depth][begin to end]. A block
 // of the weight stays in the first cache for all rows, and while it is used the next one is
 // fetched.
-inline void multiply(const float* values, long values_row, const Weight& weight, long d, long depth,
-                     float* sums, long sums_row, long rows, long begin, long end) {
+inline void multiply(const Values& values, const Weight& weight, long d, long depth, float* sums,
+                     long sums_row, long rows, long begin, long end, bool onto) {
   for (long panel = begin; panel < end; panel += kPanel) {
     const int vectors = vectors_of(weight.columns - panel);
     const long width = vectors * kLanes;
@@ -94,8 +100,8 @@ inline void multiply(const float* values, long values_row, const Weight& weight,
     for (long row = 0; row < rows; row += kTileRows) {
       for (long i = 0; i < share; i += kLine)
         __builtin_prefetch(next + row / kTileRows * share + i, 0, 2);
-      tile_of(rows - row, vectors, values + row * values_row, values_row, 1, block, width, depth,
-              sums + row * sums_row + panel - begin, sums_row, d > 0);
+      tile_of(rows - row, vectors, values.at + row * values.row, values.row, values.step, block,
+              width, depth, sums + row * sums_row + panel - begin, sums_row, onto);
     }
   }
 }

@@ -219,4 +219,25 @@ inline Vec gelu(Vec x) { return x * normal_cdf(x); }
 
 inline Vec sigmoid(Vec x) { return 1 / (1 + exponential(-x)); }
 
+// to[c][r] = from[r][c], numbers of 32 bits.
+inline void transpose(const float* from, long from_row, long rows, long columns, float* to,
+                      long to_row) {
+  long r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    long c = 0;
+    for (; c + 4 <= columns; c += 4) {
+      __m128 block[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) block[i] = _mm_loadu_ps(from + (r + i) * from_row + c);
+      _MM_TRANSPOSE4_PS(block[0], block[1], block[2], block[3]);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) _mm_storeu_ps(to + (c + i) * to_row + r, block[i]);
+    }
+    for (; c < columns; ++c)
+      for (int i = 0; i < 4; ++i) to[c * to_row + r + i] = from[(r + i) * from_row + c];
+  }
+  for (; r < rows; ++r)
+    for (long c = 0; c < columns; ++c) to[c * to_row + r] = from[r * from_row + c];
+}
+
 }  // namespace

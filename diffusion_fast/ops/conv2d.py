@@ -195,11 +195,14 @@ def _packed_for_onednn(
     return (onednn.pack_conv2d(weight, (batch, channels, height, width), stride, even),)
 
 
+UNPACKED = "winograd_unpacked"  # the way that transforms the weight at each call
+
 # How a weight is laid out for each way of the contest.
 _PACKERS: dict[str, Callable[..., onednn.Packed | None]] = {
     "packed": _packed_for_onednn,
     "winograd": winograd.pack,
     "direct": lambda *_, **__: None,
+    UNPACKED: lambda *_, **__: None,
 }
 
 
@@ -233,6 +236,47 @@ def _fake(
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=format_of(x, weight))
 
 
+def reference_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: Sequence[int],
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch's own gradients by x, weight and bias; empty tensors for those not needed."""
+    both, pads = _joined(x, None, padding)
+    dx, dweight, dbias = torch.ops.aten.convolution_backward(
+        *(grad, both, weight, [weight.shape[0]], [stride] * 2, pads, [1, 1], False, [0, 0], 1),
+        needs,
+    )
+    if needs[0]:
+        if both.shape[2:] != x.shape[2:]:
+            left, _, top, _ = padding
+            dx = dx[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+        dx = dx.contiguous(memory_format=format_of(x, weight))
+    if needs[1]:
+        dweight = dweight.contiguous(memory_format=format_of(weight))
+    dx, dweight, dbias = (
+        one if needed else grad.new_empty(0)
+        for one, needed in zip((dx, dweight, dbias), needs, strict=True)
+    )
+    return dx, dweight, dbias
+
+
+def _fake_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: Any, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    forms = format_of(x, weight), format_of(weight), torch.contiguous_format
+    shapes = zip((x.shape, weight.shape, weight.shape[:1]), forms, needs, strict=True)
+    return tuple(
+        grad.new_empty(0)
+        if not needed
+        else torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=form)
+        for shape, form, needed in shapes
+    )
+
+
 _OP = Op(
     "conv2d",
     reference,
@@ -241,6 +285,7 @@ _OP = Op(
     check=_check,
     policy=_cast,
 )
+_BACKWARD = Op("conv2d_backward", reference_backward, _fake_backward)
 
 
 @_OP.kept
@@ -273,26 +318,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """PyTorch's own gradients of a convolution: no op of its own."""
     x, weight, x2 = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    both, pads = _joined(x, x2, ctx.padding)
-    mask = [needs[0] or needs[5], needs[1], needs[2]]
-    stride = [ctx.stride] * 2
-    dboth, dweight, dbias = torch.ops.aten.convolution_backward(
-        grad, both, weight, [weight.shape[0]], stride, pads, [1, 1], False, [0, 0], 1, mask
-    )
-    dx = dx2 = None
-    if mask[0]:
-        if both.shape[2:] != x.shape[2:]:
-            left, _, top, _ = ctx.padding
-            dboth = dboth[:, :, top : top + x.shape[2], left : left + x.shape[3]]
-        dx, dx2 = dboth[:, : x.shape[1]], dboth[:, x.shape[1] :]
+    both = x if x2 is None else torch.cat((x, x2), 1)
+    wanted = [needs[0] or needs[5], needs[1], needs[2]]
+    dboth, dweight, dbias = _BACKWARD(grad, both, weight, ctx.stride, ctx.padding, wanted)
+    dx, dx2 = (dboth[:, : x.shape[1]], dboth[:, x.shape[1] :]) if wanted[0] else (None, None)
     dadd = grad.sum((2, 3)) if needs[6] else None
     return (
         dx if needs[0] else None,
-        dweight,
-        dbias,
+        dweight if needs[1] else None,
+        dbias if needs[2] else None,
         None,
         None,
         dx2 if needs[5] else None,
@@ -405,17 +441,41 @@ def _kernels() -> ModuleType:
 def _ways(x: Tensor, weight: Tensor, bias: Any, stride: int, pads: Any, *_: Any) -> Ways:
     """What computes a call without a second source, by the contest's names."""
     ways: dict[str, Callable[..., Tensor]] = {}
-    for name, runs in (("packed", _onednn), ("winograd", winograd.forward), ("direct", _onednn)):
-        if name == "winograd" and winograd.fits(weight, stride):
+    for name, packer in _PACKERS.items():
+        ours = name in ("winograd", UNPACKED)
+        if ours and winograd.fits(weight, stride):
             continue
-        packed = _PACKERS[name](weight, size=x.shape, stride=stride, pads=pads)
-        ways[name] = packed_call(runs, packed)
+        packed = packer(weight, size=x.shape, stride=stride, pads=pads)
+        ways[name] = packed_call(winograd.forward if ours else _onednn, packed)
     return ways
 
 
 _CONTEST = Contest(
-    _OP, products.conv2d_kind_of, products.conv2d_example, ways=_ways, names=tuple(_PACKERS)
+    *(_OP, products.conv2d_kind_of, products.conv2d_example),
+    ways=_ways,
+    names=tuple(_PACKERS),
 )
-cpu.add(_OP, lambda: winograd.forward, winograd.supports, forward_only=True)
+_BACKWARD_CONTEST = Contest(
+    *(_BACKWARD, products.conv2d_backward_kind_of, products.conv2d_backward_example),
+    ways=lambda *_: {"reference": reference_backward, cpu.NAME: winograd.backward},
+)
+_direct_is_faster = _CONTEST.slower(UNPACKED, among=("direct", UNPACKED), otherwise="direct")
+
+
+def _slower(*args: Any) -> list[str]:
+    """Why "auto" doesn't transform the weight of a call, unless an engine has done so."""
+    packed = args[-1]
+    if winograd.is_packed(packed):
+        return []
+    return ["its weight is packed for another way"] if packed else _direct_is_faster(*args)
+
+
+cpu.add(_OP, lambda: winograd.forward, winograd.supports, _slower)
+cpu.add(
+    _BACKWARD,
+    lambda: winograd.backward,
+    winograd.backward_supports,
+    _BACKWARD_CONTEST.slower(cpu.NAME, otherwise="reference"),
+)
 _OP.add(Backend("onednn", lambda: _onednn, onednn.machine, _onednn_supports, forward_only=True))
 triton.add(_OP, _kernels, measured=True)

@@ -67,6 +67,8 @@ def linear(
         >>> torch.allclose(y, x @ weight.T + residual, atol=1e-4)
         True
     """
+    if geglu and residual is None and _keeps_product(x, weight, bias):
+        return gate(_OP(x, weight, bias, None, False, *(norm or NO_NORM), ()))
     return _OP(x, weight, bias, residual, geglu, *(norm or NO_NORM), packed or ())
 
 
@@ -231,7 +233,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """Matrix products, for which PyTorch's own are as good as any: no op of its own."""
     x, weight, bias, mean, rstd, sums = ctx.saved_tensors
     needs, rows = ctx.needs_input_grad, math.prod(x.shape[:-1])
     compute = x.dtype if mean is None else mean.dtype
@@ -250,9 +251,28 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         dy = dy * rstd2
         dmean = -(dy @ sums).reshape(mean.shape)
         dsums = -(dy * mean2).sum(0)
-    dx = (dy @ w).to(x.dtype).reshape(x.shape) if needs[0] else None
-    dweight = (dy.mT @ x2).to(x.dtype) if needs[1] else None
+    dx = _product(dy, w.mT).to(x.dtype).reshape(x.shape) if needs[0] else None
+    dweight = _product(dy.mT, x2.mT).to(x.dtype) if needs[1] else None
     return dx, dweight, dbias, grad if needs[3] else None, None, dmean, drstd, dsums, ctx.no_packed
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T of two matrices: on a CPU a linear layer too, whose ways may have been measured."""
+    if _by_libraries(x):
+        return _OP(x, weight, None, None, False, *NO_NORM, ())
+    return x @ weight.mT
+
+
+def _by_libraries(x: Tensor) -> bool:
+    """Whether no kernel of ours computes what needs a gradient."""
+    return not x.is_cuda and requested("linear") in ("auto", "onednn")
+
+
+def _keeps_product(x: Any, weight: Any, bias: Any) -> bool:
+    """Whether a gate is an op of its own: to compute its input again costs a third of a step."""
+    if not checks.needs_gradient(x, weight, bias) or not isinstance(x, Tensor):
+        return False
+    return _by_libraries(x) and isinstance(weight, Tensor) and len(weight) % 2 == 0
 
 
 _OP.autograd(_setup_context, _backward)
@@ -318,8 +338,9 @@ def _ways(x: Tensor, weight: Tensor, bias: Any, residual: Any, geglu: bool, *_: 
     ways: dict[str, Callable[..., Tensor]] = {}
     runs = (_onednn, on_cpu.forward, _onednn, reference)
     small = x.numel() * weight.shape[0] < onednn.SMALL
+    by_rows = x.is_contiguous() and weight.is_contiguous()
     for (name, pack), run in zip(_PACKERS.items(), runs, strict=True):
-        if small and run is _onednn:
+        if (small and run is _onednn) or (name in ("packed", cpu.NAME) and not by_rows):
             continue
         ways[name] = packed_call(run, pack(weight, len(x), geglu))
     return ways
@@ -332,11 +353,15 @@ _CONTEST = Contest(
     ways=_ways,
     names=tuple(_PACKERS),
 )
-_other_is_faster = _CONTEST.slower("onednn", among=("onednn", "reference"))
+_OPEN = ("onednn", "reference")
+_other_is_faster = _CONTEST.slower("onednn", among=_OPEN)
+_other_is_faster_in_training = _CONTEST.slower("onednn", among=_OPEN, otherwise="reference")
 
 
 def _slower(*args: Any) -> list[str]:
     """Why "auto" leaves a call to the definition; a weight that is packed was measured then."""
+    if checks.needs_gradient(*args):
+        return _other_is_faster_in_training(*args)
     return [] if args[-1] else _other_is_faster(*args)
 
 
@@ -349,7 +374,6 @@ _OP.add(
         _onednn_supports,
         _slower,
         _slower,
-        forward_only=True,
     )
 )
 triton.add(_OP, _kernels, _has_columns, measured=True)

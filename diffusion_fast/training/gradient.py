@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -14,13 +14,13 @@ from ..engine.rewrites.recorded import Recorded
 from ..models.layers import hooked
 
 KNOWN = ("torch", "diffusion_fast")  # packages whose modules do nothing but compute
+WITH_ADAPTERS = (*KNOWN, "peft", "transformers")  # those of fine-tuning too
 
 
-def only_computes(model: nn.Module) -> bool:
+def only_computes(model: nn.Module, packages: Collection[str] = KNOWN) -> bool:
     """Whether no call of a network can do more than to compute: no hooks, no foreign modules."""
     modules, parameters = list(model.modules()), list(model.parameters())
-    packages = {type(module).__module__.partition(".")[0] for module in modules}
-    known = packages.issubset(KNOWN)
+    known = {type(one).__module__.partition(".")[0] for one in modules}.issubset(packages)
     return known and not hooked(*modules) and not _watched(modules, parameters)
 
 

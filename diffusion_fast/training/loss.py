@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..conditioning import Context, Model, bind
+from ..kernels.layout import channels_last, format_of
 from ..ops import checks
 from ..schedule import DiffusionSchedule
 
@@ -81,6 +82,8 @@ def predict(
     x_t, target = ops.add_noise(x_0, noise, *levels)
     if perturbed is not None:
         x_t, _ = ops.add_noise(x_0, perturbed, *levels)
+    if format_of(x_0) == torch.channels_last:  # whatever the noise is, and for one channel too
+        x_t = channels_last(x_t)
     prediction = bind(model, context)(x_t, t)
     if not isinstance(prediction, Tensor):
         raise TypeError(f"model: expected it to return a tensor, got {type(prediction).__name__}")

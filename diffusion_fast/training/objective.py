@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import ops
 from ..conditioning import Context
+from ..kernels.layout import channels_last
 from ..ops import checks
 from ..schedule import DiffusionSchedule
 from .batches import moved, split, unpacked
@@ -77,6 +78,7 @@ class Objective:
         self._network = torch.compile(network) if options.compile else network
         # Several parts would take the memory of a second gradient.
         alone = processes.count == 1 and options.accumulate == 1 and not options.compile
+        self.channels_last = options.channels_last  # the layout of images, see .rehearsal
         self._gradient: Gradient | None = None
         if alone and device.type == "cpu":
             self._gradient = Gradient(model, self._loss)
@@ -87,9 +89,7 @@ class Objective:
         ``scale`` makes of the loss what the gradient is taken of; None for the loss itself.
         Every process draws for the batch of all, and keeps its part: see :mod:`.distributed`.
         """
-        x_0, context, emphasis = unpacked(batch, self.device)
-        if self.options.channels_last and x_0.dim() == 4:
-            x_0 = x_0.contiguous(memory_format=torch.channels_last)
+        x_0, context, emphasis = self.unpacked(batch)
         joint = len(x_0) * self.processes.count
         drawn = max(joint, self.batch_size)
 
@@ -126,6 +126,13 @@ class Objective:
             mine = mine if self._loss_weights is None else mine * self._loss_weights[t]
             self.timestep_sampler.update(all_t[:joint], self.processes.gather(mine))
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def unpacked(self, batch: Any) -> tuple[Tensor, Context, Tensor | None]:
+        """A batch on the device, see :func:`.batches.unpacked`, with its images laid out."""
+        x_0, context, emphasis = unpacked(batch, self.device)
+        if self.channels_last and x_0.dim() == 4:
+            x_0 = channels_last(x_0)
+        return x_0, context, emphasis
 
     def _loss(
         self,

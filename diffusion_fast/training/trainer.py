@@ -35,8 +35,8 @@ from .ema import EMA, is_finite, named_tensors
 from .objective import Objective
 from .optimizers import make_optimizer
 from .options import TrainingOptions
+from .rehearsal import Way, for_step
 from .state import load_optimizer_state, load_random_state, optimizer_state, random_state
-from .threads import for_step
 from .timestep_sampling import UniformSampler
 from .validation import validation_loss
 from .watch import Interruption, OnRead, Progress, Stopwatch
@@ -151,7 +151,7 @@ class Trainer:
         self.batches = 0  # read in all runs
         self.losses: list[float] = []  # of this run
         self._resumed: str | None = None
-        self._shared_by: dict[int, int] = {}  # threads of a step, by how many PyTorch has
+        self._ways: dict[int, Way] = {}  # how a step is computed, by PyTorch's number of threads
         self._turns = Turns("Trainer")
         if self.device.type == "cpu":
             cpu_kernels.begin()
@@ -277,13 +277,14 @@ class Trainer:
         return forever(self.dataloader)
 
     def _threads(self, batch: Any) -> contextlib.AbstractContextManager[None]:
-        """On a CPU as many threads as a step is the fastest with, decided at the first one."""
+        """On a CPU the layout and as many threads as make a step the fastest, from the first on."""
         most = threads.most()
         if self.device.type != "cpu":
             return contextlib.nullcontext()
-        if most not in self._shared_by:
-            self._shared_by[most] = for_step(self.model, self.objective, batch)
-        return threads.using(self._shared_by[most])
+        if most not in self._ways:
+            self._ways[most] = for_step(self.model, self.objective, batch)
+        count, self.objective.channels_last = self._ways[most]
+        return threads.using(count)
 
     def _step(self, batch: Any) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
@@ -405,8 +406,10 @@ class Trainer:
         rest: dict[str, Any] = {
             **{"step": self.step, "steps": self.steps, "batches": self.batches},
             **{"threads": torch.get_num_threads(), "settings": self.settings()},
-            **{"contests": contest.taken(), "shared_by": self._shared_by.get(threads.most())},
+            "contests": contest.taken(),
         }
+        if way := self._ways.get(threads.most()):
+            rest |= {"shared_by": way.threads, "images_channels_last": way.channels_last}
         if self.scaler is not None:
             rest["scaler"] = self.scaler.state_dict()
         if self.ema is not None:
@@ -455,7 +458,7 @@ class Trainer:
             if not 1 <= count <= most:
                 wanted = f"expected 1 to {most} threads"
                 raise CheckpointError(f"{origin}: shared_by: {wanted}, got {count}")
-            self._shared_by[most] = count
+            self._ways[most] = Way(count, bool(rest.get("images_channels_last")))
         self.losses, self.step = losses, numbers["step"]
         self.steps, self.batches = numbers["steps"], numbers["batches"]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from small_runs import run
+from unmeasured import unmeasured
 
 from diffusion_fast.finetuning.run import Finetuning
 
@@ -38,6 +39,7 @@ def case(model: Path, images: Path, out: Path, name: str) -> Finetuning:
 
 if __name__ == "__main__":
     signal.alarm(250)  # a process that waits for one that is gone ends all the same
+    unmeasured()
     model, images, out = map(Path, sys.argv[1:4])
     for name in sys.argv[4:]:
         case(model, images, out, name).train()

@@ -42,7 +42,7 @@ def _nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
 def forget() -> None:
     """As in a new process."""
     measurements.known.clear()
-    for name in ("linear", "conv2d", "attention"):
+    for name in ("linear", "conv2d", "conv2d_backward", "attention"):
         known_ops[name].forget()
 
 
@@ -121,6 +121,129 @@ def test_a_call_without_a_packed_weight_goes_the_faster_of_the_other_ways() -> N
     assert ops.explain("linear", ROWS, MATRIX).backend == "reference"
     linear_known("packed onednn reference")
     assert ops.explain("linear", ROWS, MATRIX).backend == "onednn"
+
+
+def needing_gradients(*values: Tensor) -> list[Tensor]:
+    return [one.clone().requires_grad_() for one in values]
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ("packed winograd winograd_unpacked direct", "cpu"),
+        ("winograd direct packed winograd_unpacked", "reference"),
+        ("what nobody knows", "reference"),
+    ],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_convolution_whose_weight_is_not_packed(
+    order: str, expected: str, training: bool
+) -> None:
+    x, weight = needing_gradients(X, WEIGHT)
+
+    def chosen() -> str:
+        with torch.set_grad_enabled(training):
+            return ops.explain("conv2d", x, weight, padding=1).backend
+
+    assert chosen() == "reference"
+    conv2d_known(order)
+    assert chosen() == expected
+
+
+def test_a_weight_need_not_be_packed_for_winograds_algorithm() -> None:
+    conv2d_known("winograd_unpacked winograd packed direct")
+    assert of_conv2d() == ("none", "cpu")
+
+
+BACKWARD = "conv2d_backward"
+
+
+def gradients_of_conv2d(trained: bool = True) -> list[Tensor]:
+    x, weight = needing_gradients(X, WEIGHT)
+    weight.requires_grad_(trained)
+    y = ops.conv2d(x, weight, padding=1)
+    return list(torch.autograd.grad(y.square().sum(), (x, weight) if trained else (x,)))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize(("order", "expected"), [("cpu reference", "cpu"), ("reference cpu",) * 2])
+def test_the_way_of_a_convolutions_gradients(trained: bool, order: str, expected: str) -> None:
+    conv2d_known("winograd_unpacked direct packed winograd")
+    exact = [one.double() for one in (X, WEIGHT)]
+    truth = torch.autograd.functional.vjp(
+        lambda x, weight: F.conv2d(x, weight, padding=1).square().sum(), tuple(exact)
+    )[1]
+    gradients_of_conv2d(trained)
+    assert known_ops[BACKWARD].last_ran == "reference"  # until it is measured
+    kind = products.conv2d_kind(WEIGHT, X.shape, 1, (1, 1, 1, 1))
+    assert kind is not None
+    known(BACKWARD, (True, trained, *kind), order)
+    for found, true in zip(gradients_of_conv2d(trained), truth, strict=False):
+        assert_close(found, true, true.float())
+    assert known_ops[BACKWARD].last_ran == expected.split()[0]
+
+
+def test_products_of_training_go_the_way_that_was_measured() -> None:
+    x, weight = needing_gradients(ROWS, MATRIX)
+    assert ops.explain("linear", x, weight).backend == "reference"
+    linear_known("packed cpu reference onednn")
+    assert ops.explain("linear", x, weight).backend == "reference"
+    linear_known("packed cpu onednn reference")
+    assert ops.explain("linear", x, weight).backend == "onednn"
+    assert ops.explain("linear", x, weight, geglu=True).backend == "onednn"  # the gate follows it
+    bfloat16 = needing_gradients(ROWS.bfloat16(), MATRIX.bfloat16())
+    assert ops.explain("linear", *bfloat16).backend == "reference"
+
+
+@pytest.mark.parametrize("way", ["onednn", "reference"])
+def test_the_products_of_a_linear_layers_gradients(way: str) -> None:
+    linear_known("packed cpu onednn reference")
+    rows, inner, out = len(ROWS), *MATRIX.mT.shape
+    for kind in ((rows, out, inner, False, False, True), (out, rows, inner, False, True, True)):
+        known("linear", kind, f"{way} {'reference' if way == 'onednn' else 'onednn'}")
+    chosen: list[str] = []
+    resolve = known_ops["linear"].resolve
+
+    def watched(*args: Any) -> Any:
+        found = resolve(*args)
+        chosen.append(found.backend)
+        return found
+
+    x, weight = needing_gradients(ROWS, MATRIX)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(known_ops["linear"], "resolve", watched)
+        y = ops.linear(x, weight)
+        cotangent = torch.randn(y.shape)
+        found = torch.autograd.grad(y, (x, weight), cotangent)
+    assert chosen == ["onednn", way, way]
+    truth = cotangent.double() @ MATRIX.double(), cotangent.double().mT @ ROWS.double()
+    plain = cotangent @ MATRIX, cotangent.mT @ ROWS
+    for one, true, known_way in zip(found, truth, plain, strict=True):
+        assert_close(one, true, known_way)
+
+
+@pytest.mark.parametrize(
+    "name", ["linear", "conv2d", BACKWARD], ids=["linear", "conv2d", "gradients"]
+)
+def test_every_way_of_a_contest_computes_the_same(name: str) -> None:
+    """Of the calls that it makes up, which are all that it knows of a kind."""
+    convolution = products.conv2d_kind(WEIGHT, X.shape, 1, (1, 1, 1, 1))
+    assert convolution is not None
+    kinds: dict[str, list[contest.Kind]] = {
+        "linear": [(512, 64, 128, False), (512, 64, 128, False, True, True), (64, 512, 128, True)],
+        "conv2d": [convolution],
+        BACKWARD: [(True, True, *convolution), (True, False, *convolution)],
+    }
+    one = next(one for one in contest._contests if one.op.name == name)
+    for kind in kinds[name]:
+        args = one.example(*kind)
+        assert one.kind_of(*args) == kind
+        ways = one.ways(*args)
+        assert len(ways) > 1
+        assert set(ways) <= set(one.names)
+        results = [run(*args) for run in ways.values()]
+        for other in results[1:]:
+            torch.testing.assert_close(other, results[0], atol=1e-2, rtol=1e-4)
 
 
 def test_a_way_asked_for_by_name_is_taken_whatever_was_measured() -> None:

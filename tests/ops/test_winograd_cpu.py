@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion_fast import ops
+from diffusion_fast.kernels.layout import format_of
 
 pytestmark = needs_cpu_kernels
-LAST = torch.channels_last
+LAST, PLAIN = torch.channels_last, torch.contiguous_format
 
 
 def plain(
@@ -39,8 +40,10 @@ def packed(weight: Tensor, x: Tensor, padding: Any = 1) -> Any:
         return ops.pack_conv2d(weight, (len(x), weight.shape[1], *x.shape[2:]), padding=padding)
 
 
-def check(x: Tensor, weight: Tensor, padding: tuple[int, int, int, int], **more: Any) -> Tensor:
-    made = packed(weight, x, padding)
+def check(
+    x: Tensor, weight: Tensor, padding: tuple[int, int, int, int], pack: bool = True, **more: Any
+) -> Tensor:
+    made = packed(weight, x, padding) if pack else None
     with ops.use_backend(conv2d="cpu"):
         result = ops.conv2d(x, weight, padding=padding, packed=made, **more)
     double = {name: None if one is None else one.double() for name, one in more.items()}
@@ -57,6 +60,7 @@ def check(x: Tensor, weight: Tensor, padding: tuple[int, int, int, int], **more:
     names=st.sets(st.sampled_from(("bias", "add", "residual"))),
     layout=st.sampled_from(("contiguous", "channels_last", "sliced")),
     shared=st.booleans(),
+    pack=st.booleans(),
 )
 def test_any_call(
     size: tuple[int, int, int],
@@ -65,6 +69,7 @@ def test_any_call(
     names: set[str],
     layout: str,
     shared: bool,
+    pack: bool,
 ) -> None:
     batch, height, width = size
     first, second, out = channels
@@ -84,7 +89,98 @@ def test_any_call(
     x2 = image(second, height, width) if second else None
     weight = torch.randn(out, first + second, 3, 3)
     given = {name: more[name] for name in sorted(names)}
-    check(image(first, height, width), weight, padding, x2=x2, **given)
+    check(image(first, height, width), weight, padding, pack, x2=x2, **given)
+
+
+def gradients(x: Tensor, weight: Tensor, bias: Tensor, padding: Any) -> list[Tensor]:
+    """By x, weight and bias, for a cotangent that has a mean."""
+    leaves = [one.detach().requires_grad_() for one in (x, weight, bias)]
+    y = ops.conv2d(*leaves, padding=padding)
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)) + 0.5
+    return list(torch.autograd.grad(y, leaves, cotangent.to(y.dtype)))
+
+
+def check_gradients(x: Tensor, weight: Tensor, padding: tuple[int, int, int, int]) -> None:
+    bias = torch.randn(len(weight))
+    backends = {"conv2d": "cpu", "conv2d_backward": "cpu"}
+    with ops.use_backend(**backends):
+        result = gradients(x, weight, bias, padding)
+    truth = gradients(x.double(), weight.double(), bias.double(), padding)
+    with ops.use_backend("reference"):
+        reference = gradients(x, weight, bias, padding)
+    for found, true, known in zip(result, truth, reference, strict=True):
+        assert_close(found, true, known)
+    assert format_of(result[1]) == format_of(weight)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    size=st.tuples(st.integers(1, 3), st.integers(1, 13), st.integers(1, 13)),
+    channels=st.tuples(st.integers(1, 50), st.integers(1, 150)),
+    padding=st.tuples(*[st.integers(1, 4)] * 4),
+    layout=st.sampled_from(("contiguous", "channels_last", "sliced")),
+    weight_last=st.booleans(),
+)
+def test_gradients_of_any_call(
+    size: tuple[int, int, int],
+    channels: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    layout: str,
+    weight_last: bool,
+) -> None:
+    batch, height, width = size
+    x = torch.randn(batch, channels[0], height, 2 * width)[..., ::2]
+    weight = torch.randn(channels[1], channels[0], 3, 3)
+    if layout != "sliced":
+        x = x.contiguous(memory_format=LAST if layout == "channels_last" else PLAIN)
+    if weight_last:
+        weight = weight.contiguous(memory_format=LAST)
+    check_gradients(x, weight, padding)
+
+
+@pytest.mark.parametrize("size", [(2, 96, 18, 22), (33, 40, 8, 8), (1, 320, 16, 16)], ids=str)
+def test_gradients_over_several_chunks_of_tiles(size: tuple[int, ...]) -> None:
+    x = torch.randn(size).contiguous(memory_format=LAST)
+    check_gradients(x, torch.randn(64, size[1], 3, 3), (1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("padding", [(0, 0, 0, 0), (3, 0, 2, 4)], ids=str)
+def test_gradients_with_padding_of_each_side(padding: tuple[int, int, int, int]) -> None:
+    check_gradients(torch.randn(2, 20, 7, 8), torch.randn(33, 20, 3, 3), padding)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+def test_gradients_that_are_not_needed_are_not_computed(wanted: tuple[int, ...]) -> None:
+    x, weight, bias = torch.randn(2, 20, 7, 8), torch.randn(33, 20, 3, 3), torch.randn(33)
+    found = []
+    for backend in ("cpu", "reference"):
+        leaves = [x.clone(), weight.clone(), bias.clone()]
+        for index in wanted:
+            leaves[index].requires_grad_()
+        with ops.use_backend(conv2d=backend, conv2d_backward=backend):
+            ops.conv2d(*leaves, padding=1).square().sum().backward()
+        found.append([one.grad for one in leaves])
+    for index, (result, expected) in enumerate(zip(*found, strict=True)):
+        assert (result is None) == (expected is None) == (index not in wanted)
+        if result is not None:
+            torch.testing.assert_close(result, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_gradient_of_the_gradient_is_the_definitions() -> None:
+    x, weight = torch.randn(1, 3, 5, 5), torch.randn(4, 3, 3, 3)
+
+    def twice(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [one.to(dtype).requires_grad_() for one in (x, weight)]
+        y = ops.conv2d(*leaves, padding=1)
+        (first,) = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)
+        return list(torch.autograd.grad(first.square().sum(), leaves))
+
+    with ops.use_backend(conv2d="cpu"):
+        result = twice(torch.float32)
+    for one, truth, reference in zip(
+        result, twice(torch.float64), twice(torch.float32), strict=True
+    ):
+        assert_close(one, truth, reference)
 
 
 @pytest.mark.parametrize("padding", [(0, 0, 0, 0), (0, 1, 0, 1), (2, 0, 1, 3)], ids=str)
@@ -124,9 +220,13 @@ def test_threads_do_not_change_a_bit() -> None:
             torch.set_num_threads(count)
             with ops.use_backend(conv2d="cpu"):
                 found.append(ops.conv2d(x, weight, padding=1, packed=packed(weight, x)))
+                found.append(ops.conv2d(x, weight, padding=1))
+                found += gradients(x, weight, torch.ones(70), 1)[:2]
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert torch.equal(found[0], found[1])
+    for number, one in enumerate(found):
+        assert torch.equal(one, found[number % 4])
 
 
 def test_every_backend_takes_a_weight_that_is_packed_for_it() -> None:
@@ -147,8 +247,10 @@ def test_every_backend_takes_a_weight_that_is_packed_for_it() -> None:
     [
         ({"stride": 2}, "for windows of 3x3 and stride 1"),
         ({"weight": torch.ones(4, 4, 2, 2)}, "for windows of 3x3 and stride 1"),
-        ({"packed": None}, "not packed for it"),
-        ({"bias": torch.ones(4, requires_grad=True)}, "a gradient is needed"),
+        (
+            {"weight": torch.ones(4, 4, 3, 3).double(), "x": torch.ones(1, 4, 5, 5).double()},
+            "dtype",
+        ),
     ],
 )
 def test_calls_that_are_not_its_work(change: dict[str, Any], message: str) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tiny import STEPS, full_trainer
+from unmeasured import unmeasured
 
-from diffusion_fast.ops.cpu import contest
 from diffusion_fast.training import Trainer, checkpoint
 
 
@@ -106,7 +106,7 @@ PLACES = {
 }
 
 if __name__ == "__main__":
-    contest.known = dict  # as in the tests' own process: nothing measured decides
+    unmeasured()
     for name, place in PLACES.items():
         child = os.fork()
         if child == 0:

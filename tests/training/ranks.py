@@ -18,6 +18,7 @@ from crash import at_call, nothing
 from tiny import SCHEDULE, STEPS, Points, batches, full_trainer
 from torch import Tensor
 from torch.utils.data import TensorDataset
+from unmeasured import unmeasured
 
 import diffusion_fast as df
 from diffusion_fast.training import Batches, SampleGrids, Trainer
@@ -178,5 +179,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     assert batches(8).batch_size == 8
+    unmeasured()
     signal.alarm(250)  # a process that waits for one that is gone ends all the same
     main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import subprocess
@@ -56,7 +57,11 @@ def assert_bit_for_bit(trainer: Trainer, truth: dict[str, Tensor]) -> None:
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
     command = [sys.executable, HERE / "crash.py", folder]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    path = os.pathsep.join(map(str, (HERE.parents[1], HERE.parent)))
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, env=environment
+    )
     assert done.returncode == 0, done.stderr
     ended = dict(line.split() for line in done.stdout.splitlines())
     assert ended == dict.fromkeys(PLACES, str(int(signal.SIGKILL)))

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run
-from tiny import SCHEDULE, Points, full_trainer
+from tiny import full_trainer
 
 from diffusion_fast.cores import THREADS
 from diffusion_fast.training import Checkpoints
-from diffusion_fast.training.threads import rehearsal, take_threads
+from diffusion_fast.training.threads import take_threads
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,19 +62,6 @@ def test_a_checkpoint_without_them_or_with_nonsense(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"state\.json: threads: expected a positive integer"):
             take_threads(tmp_path)
         assert torch.get_num_threads() == 4
-
-
-def test_a_rehearsal_changes_nothing() -> None:
-    model = Points(dropout=0.5)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    torch.manual_seed(5)
-    rehearsal(model, SCHEDULE, (torch.randn(4, 2), torch.zeros(4, dtype=torch.int64)))()
-    drawn = torch.rand(1)
-    torch.manual_seed(5)
-    torch.randn(4, 2)
-    assert torch.equal(drawn, torch.rand(1))
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_the_command_goes_on_with_it_and_says_so(tmp_path: Path) -> None:

@@ -156,18 +156,24 @@ class Contest:
         """Whether a kind's result is one of another process, which did not have the cores."""
         return self._known().get(self.key(kind), "").endswith(DOUBT)
 
-    def slower(self, name: str, among: Sequence[str] | None = None) -> Callable[..., list[str]]:
-        """A function that says why a backend is not the way to a call; nothing where it is.
+    def slower(
+        self, name: str, among: Sequence[str] | None = None, otherwise: str | None = None
+    ) -> Callable[..., list[str]]:
+        """A function that says why a way is not the one to a call; nothing where it is.
 
         Args:
-            name: the backend's, and that of its way.
+            name: the way's.
             among: the ways that are open to such calls; None for all.
+            otherwise: the way to calls about which nothing is known; None for ``name``.
         """
 
         def why(*args: Any) -> list[str]:
-            kind = self.kind_of(*args)
-            order = self.order(kind) if requested(self.op.name) == "auto" else []
+            if requested(self.op.name) != "auto":
+                return []
+            order = self.order(self.kind_of(*args))
             best = next((way for way in order if among is None or way in among), None)
+            if best is None and otherwise not in (None, name):
+                return ["nothing was measured about such calls here"]
             lost = best not in (None, name)
             return [f"{best} was measured faster for such calls here"] if lost else []
 
@@ -305,26 +311,61 @@ def threads_for(work: Work, step: Callable[[], object]) -> int:
         step: what is measured; it is called several times.
     """
     most = threads.most()
-    if library.machine() or most == 1 or not work.name or by_name():
+    if most == 1:
         return most
-    key = work.key("threads")
+
+    def valid(count: str) -> bool:
+        return count.isdecimal() and 1 <= int(count) <= most
+
+    return int(_of_step(work, "threads", str(most), valid, lambda: _fastest(step, most)))
+
+
+def way_of_step(work: Work, about: str, ways: Mapping[str, Callable[[], object]]) -> str:
+    """Which way to compute a step takes the least time, measured as for :func:`threads_for`.
+
+    Args:
+        work: the step's calls; where it has no name, the first way is taken.
+        about: what the ways are ways of.
+        ways: each computes a step; all but the first have a handicap.
+    """
+    return _of_step(work, about, next(iter(ways)), ways.__contains__, lambda: _first_of(ways))
+
+
+def _of_step(
+    work: Work,
+    about: str,
+    otherwise: str,
+    valid: Callable[[str], bool],
+    measured: Callable[[], tuple[str, bool]],
+) -> str:
+    """What was found about a step, now or by another process; ``otherwise`` if it is large."""
+    if library.machine() or not work.name or by_name():
+        return otherwise
+    key = work.key(about)
     found, _, doubt = known().get(key, "").partition(" ")
-    valid = found.isdecimal() and 1 <= int(found) <= most
-    if not valid or doubt:
+    if not valid(found) or doubt:
         small = 0 < _multiply_adds(work.calls()) < LARGE
-        count, sure = _fastest(step, most) if small else (most, True)
-        found = str(count) if sure or not valid else found
+        new, sure = measured() if small else (otherwise, True)
+        found = new if sure or not valid(found) else found
         _decide(key, found, sure)
-    return int(found)
+    return found
 
 
 def _multiply_adds(calls: Calls) -> int:
-    """Those of the products and convolutions, whose second argument is a weight [N, K, ...]."""
-    products = [args[:2] for name, args in calls if name in ("linear", "conv2d")]
-    return sum(x.numel() // weight.shape[1] * weight.numel() for x, weight in products)
+    """Those of the products and convolutions, and of convolutions' gradients."""
+    count = 0
+    for name, args in calls:
+        if name in ("linear", "conv2d"):
+            x, weight, times = *args[:2], 1
+        elif name == "conv2d_backward":
+            x, weight, times = *args[1:3], sum(args[-1][:2])
+        else:
+            continue
+        count += times * x.numel() // weight.shape[1] * weight.numel()  # a weight is [N, K, ...]
+    return count
 
 
-def _fastest(step: Callable[[], object], most: int) -> tuple[int, bool]:
+def _fastest(step: Callable[[], object], most: int) -> tuple[str, bool]:
     """The number of threads that is the fastest: all of them, or half as many, and so on.
 
     And whether its times are such for which they had the cores.
@@ -339,7 +380,15 @@ def _fastest(step: Callable[[], object], most: int) -> tuple[int, bool]:
         if found.seconds > GAIN * least.seconds:
             break
         best, least = count, found
-    return best, sure
+    return str(best), sure
+
+
+def _first_of(ways: Mapping[str, Callable[[], object]]) -> tuple[str, bool]:
+    """The way that is the fastest with all threads, and whether they had the cores."""
+    times = {name: _by(threads.most(), run) for name, run in ways.items()}
+    seconds = {name: time.seconds for name, time in times.items()}
+    seconds[next(iter(ways))] *= GAIN
+    return min(seconds, key=seconds.__getitem__), not max(times.values()).disturbed
 
 
 def _by(count: int, step: Callable[[], object]) -> Time:

@@ -1,7 +1,6 @@
 """The kinds of linear layers and convolutions that contests are about, and a call of each.
 
-In float32, without a gradient; convolutions in channels_last. What takes but a moment is left to
-the defaults.
+In float32; convolutions in channels_last. What takes but a moment is left to the defaults.
 """
 
 from __future__ import annotations
@@ -37,18 +36,34 @@ def linear_kind(weight: Tensor, rows: int, geglu: bool) -> Kind | None:
 def linear_kind_of(
     x: Tensor, weight: Tensor, bias: Any, residual: Any, geglu: bool, mean: Any, *_: Any
 ) -> Kind | None:
-    """The same of a call of ``linear``."""
+    """The same of a call of ``linear``; the products of a gradient read x or weight by columns."""
     if mean is not None:
         return None
-    return linear_kind(weight, math.prod(x.shape[:-1]), geglu)
+    kind = linear_kind(weight, math.prod(x.shape[:-1]), geglu)
+    columns = _by_columns(x), _by_columns(weight)
+    return (*kind, *columns) if kind is not None and any(columns) else kind
 
 
-def linear_example(rows: int, inner: int, out: int, geglu: bool) -> tuple[Any, ...]:
-    """A call of this kind, with a bias and, where nothing is gated, a residual."""
+def _by_columns(matrix: Tensor) -> bool:
+    return matrix.dim() == 2 and matrix.stride(0) == 1 != matrix.stride(1)
+
+
+def linear_example(
+    rows: int, inner: int, out: int, geglu: bool, x_columns: bool = False, columns: bool = False
+) -> tuple[Any, ...]:
+    """A call of this kind, with a bias and, where nothing is gated, a residual.
+
+    Products of a gradient, where x or the weight is read by columns, have neither.
+    """
     rows = min(rows, max(1, MOST // (inner * out)))
-    x, weight = torch.full((rows, inner), 0.5), torch.full((out, inner), 0.5)
-    residual = None if geglu else torch.full((rows, out), 0.5)
-    return x, weight, torch.full((out,), 0.5), residual, geglu, None, None, None, ()
+    x, weight = (
+        torch.full((inner, count), 0.5).mT if turned else torch.full((count, inner), 0.5)
+        for count, turned in ((rows, x_columns), (out, columns))
+    )
+    plain = not (x_columns or columns)
+    bias = torch.full((out,), 0.5) if plain else None
+    residual = torch.full((rows, out), 0.5) if plain and not geglu else None
+    return x, weight, bias, residual, geglu, None, None, None, ()
 
 
 def conv2d_kind(
@@ -106,6 +121,23 @@ def conv2d_example(
     weight = torch.full((out, channels, rows, columns), 0.5)
     residual = _image(batch, out, *_after((height, width), (rows, columns), stride, pads))
     return x, weight, torch.full((out,), 0.5), stride, list(pads), None, None, residual, ()
+
+
+def conv2d_backward_kind_of(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, pads: Sequence[int], needs: Sequence[bool]
+) -> Kind | None:
+    """The same of a call of ``conv2d_backward``: the convolution, and what of it is trained."""
+    if format_of(x, weight) != torch.channels_last:
+        return None
+    kind = conv2d_kind(weight, x.shape, stride, pads)
+    winograd = weight.shape[2:] == (3, 3) and stride == 1
+    return None if kind is None or not winograd else (*map(bool, needs[:2]), *kind)
+
+
+def conv2d_backward_example(by_x: bool, by_weight: bool, *kind: Any) -> tuple[Any, ...]:
+    """A call of this kind."""
+    x, weight, _, stride, pads, _, _, y, _ = conv2d_example(*kind)
+    return y, x, weight, stride, pads, [by_x, by_weight, by_weight]
 
 
 def _image(*size: int) -> Tensor:

@@ -1,9 +1,9 @@
-"""How many threads share a training step: what is measured leaves no trace; times are made up."""
+"""How a training step is computed: threads, layout and products; times are made up."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,16 @@ from torch.utils.data import TensorDataset
 import diffusion_fast as df
 from diffusion_fast.files import CheckpointError
 from diffusion_fast.kernels import measurements
+from diffusion_fast.kernels.layout import format_of
 from diffusion_fast.ops.cpu import contest, library
 from diffusion_fast.training import Batches, Checkpoints, Trainer
+from diffusion_fast.training.rehearsal import rehearsal
 
 pytestmark = needs_cpu_kernels
-FASTEST = 1
-KNOWN = contest.known  # before other tests are kept from it
+FASTEST, LAYOUT = 1, "contiguous"
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+# As they are outside of tests.
+PREPARE, KNOWN, WAY_OF_STEP = contest.prepare, contest.known, contest.way_of_step
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +33,7 @@ def _two(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Two threads, where nothing was ever measured."""
     monkeypatch.setattr(library, "_final", True)
     monkeypatch.setattr(contest, "known", KNOWN)
+    monkeypatch.setattr(contest, "way_of_step", WAY_OF_STEP)
     monkeypatch.setenv("DIFFUSION_FAST_CACHE", str(tmp_path / "cache"))
     torch.set_num_threads(2)
     yield
@@ -46,7 +51,13 @@ def times(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         step()
         return contest.Time(False, 0.01 + 0.01 * abs(count - FASTEST))
 
+    def first(ways: Mapping[str, Callable[[], object]]) -> tuple[str, bool]:
+        for step in ways.values():
+            step()
+        return LAYOUT, True
+
     monkeypatch.setattr(contest, "_by", by)
+    monkeypatch.setattr(contest, "_first_of", first)
     return timed
 
 
@@ -140,7 +151,7 @@ def test_measuring_leaves_no_trace(times: list[int], changes: dict[str, Any]) ->
     one.model.eval()
     modes = [module.training for module in one.model.modules()]
     contest.known().clear()  # as if never measured
-    one._shared_by.clear()
+    one._ways.clear()
     batch = next(one.dataloader.starting_at(0))  # type: ignore[attr-defined]
     with one._threads(batch):
         pass
@@ -172,9 +183,10 @@ def test_a_resumed_run_has_the_number_of_its_checkpoint(times: list[int], tmp_pa
     trainer(tmp_path).fit(3)
     timed = len(times)
     file = contest._file()
-    for key, value in measurements.results(file).items():
-        assert value == str(FASTEST)
-        measurements.remember(file, key, "2")
+    found = dict(measurements.results(file))
+    assert sorted(found.values()) == [str(FASTEST), LAYOUT]
+    for key in found:
+        measurements.remember(file, key, "channels_last" if key.startswith("layout") else "2")
     again = trainer(tmp_path)
     steps = seen(again)
     assert again.resume() == 3
@@ -219,3 +231,132 @@ def test_where_a_call_may_do_more_nothing_is_measured(times: list[int]) -> None:
     steps = seen(somebodys)
     somebodys.fit(1)
     assert (steps, times) == ([2], [])
+
+
+def larger(**changes: Any) -> df.UNet2DCondition:
+    """A U-Net whose products are worth a measurement."""
+    config = df.UNetConfig(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        block_out_channels=(32,),
+        layers_per_block=1,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        **changes,
+    )
+    torch.manual_seed(7)
+    return df.UNet2DCondition(config)
+
+
+def kinds(model: Any, **changes: Any) -> dict[str, list[contest.Kind]]:
+    """What a first step has measured, by the ops' names."""
+    measured: dict[str, list[contest.Kind]] = {}
+
+    def sure(self: contest.Contest, kind: contest.Kind) -> bool:
+        measured.setdefault(self.op.name, []).append(kind)
+        return True
+
+    states = torch.randn(24, 5, 16)
+    images = TensorDataset(torch.randn(24, 1, 8, 8), states)
+    data = Batches(images, 8, seed=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contest, "prepare", PREPARE)
+        patch.setattr(library, "settle", lambda: [])
+        patch.setattr(contest.Contest, "measure", sure)
+        Trainer(model, data, SCHEDULE, **changes).fit(1)
+    return measured
+
+
+def test_the_products_of_a_step_are_measured_with_their_gradients(times: list[int]) -> None:
+    found = kinds(larger())
+    image = (8, 32, 8, 8, 32, 3, 3, 1, 1, 1, 1, 1)
+    assert image in found["conv2d"]
+    assert (True, True, *image) in found["conv2d_backward"]
+    first = (8, 1, 8, 8, 32, 3, 3, 1, 1, 1, 1, 1)
+    assert (False, True, *first) in found["conv2d_backward"]
+    assert (512, 32, 32, False) in found["linear"]
+    assert (512, 32, 32, False, False, True) in found["linear"]  # by x
+    assert (32, 512, 32, False, True, True) in found["linear"]  # by the weight
+
+
+def test_what_is_frozen_has_no_gradient_to_measure(times: list[int]) -> None:
+    model = larger()
+    model.requires_grad_(False)
+    model.conv_in.requires_grad_(True)
+    for kind in kinds(model)["conv2d_backward"]:
+        assert kind[:2] == ((False, True) if kind[3] == 1 else (True, False))
+
+
+def test_a_network_with_adapters_is_measured_too(times: list[int]) -> None:
+    peft = pytest.importorskip("peft")
+    model = larger()
+    model.requires_grad_(False)
+    config = peft.LoraConfig(r=4, target_modules=["to_q", "to_v"])
+    found = kinds(peft.inject_adapter_in_model(config, model))
+    assert (512, 32, 32, False, False, True) in found["linear"]
+    assert (32, 512, 32, False, True, True) not in found["linear"]
+    assert times == [2, 1]
+
+
+@pytest.fixture
+def layouts(monkeypatch: pytest.MonkeyPatch) -> list[torch.memory_format]:
+    """Those of what U-Nets get."""
+    found: list[torch.memory_format] = []
+    denoise = df.UNet2DCondition.denoise
+
+    def watched(self: df.UNet2DCondition, x: torch.Tensor, *args: Any, **more: Any) -> Any:
+        found.append(format_of(x))
+        return denoise(self, x, *args, **more)
+
+    monkeypatch.setattr(df.UNet2DCondition, "denoise", watched)
+    return found
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_images_are_laid_out_as_was_the_fastest(
+    times: list[int],
+    layouts: list[torch.memory_format],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    layout: str,
+) -> None:
+    """Also where a run goes on, whatever was measured since."""
+    monkeypatch.setattr(contest, "_first_of", lambda ways: (layout, True))
+    one = trainer(tmp_path)
+    one.fit(3)
+    saved = Checkpoints(tmp_path).newest()
+    assert layouts[-1] == FORMATS[layout]
+    for other in FORMATS:
+        contest.known().clear()
+        monkeypatch.setattr(contest, "_first_of", lambda ways, other=other: (other, True))
+        layouts.clear()
+        again = trainer()
+        again.resume(saved)
+        again.fit(4)
+        assert layouts == [FORMATS[layout]]
+
+
+def test_what_is_not_measured_is_laid_out_as_the_options_say(
+    times: list[int], layouts: list[torch.memory_format]
+) -> None:
+    for option in (False, True):
+        model = unet()
+        model.conv_out.register_forward_hook(lambda *_: None)
+        trainer(model=model, channels_last=option).fit(1)
+    assert layouts == [torch.contiguous_format, torch.channels_last]
+
+
+def test_a_rehearsal_changes_nothing() -> None:
+    model = Points(dropout=0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(5)
+    rehearsal(model, SCHEDULE, (torch.randn(4, 2), torch.zeros(4, dtype=torch.int64)))()
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    torch.randn(4, 2)
+    assert torch.equal(drawn, torch.rand(1))
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -1,0 +1,152 @@
+"""How a training step is the fastest on a CPU: tried on a copy, before the first one.
+
+At every small op the threads of a process wait for the last of them. Beside another program that is
+a thread which isn't running, so more threads can be many times slower than one. Images whose
+channels are innermost are what the kernels for a CPU compute; in a small batch, PyTorch's own
+convolutions of small images are faster.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..conditioning import Context, bind, form
+from ..engine.rewrites.cost import Calls
+from ..engine.rewrites.plan import OpCall
+from ..kernels.layout import channels_last
+from ..ops.cpu import contest, library, threads
+from ..schedule import DiffusionSchedule
+from .batches import moved, split, unpacked
+from .gradient import WITH_ADAPTERS, Gradient, only_computes
+from .loss import predict
+from .objective import Objective
+from .options import autocast
+
+
+class Way(NamedTuple):
+    """How a step is computed.
+
+    Attributes:
+        threads: how many threads share it.
+        channels_last: whether images have their channels innermost.
+    """
+
+    threads: int
+    channels_last: bool
+
+
+def for_step(model: nn.Module, objective: Objective, batch: Any) -> Way:
+    """The way in which a training step takes the least time on this CPU.
+
+    Measured once for each network, batch and machine, as an engine measures: products like the
+    step's and those of its gradients, then :func:`rehearsal` of the step in both layouts, and with
+    fewer threads. Where a call may do more than to compute, in a network with hooks or with modules
+    of unknown packages, in several processes, and without kernels for this CPU nothing is measured:
+    the options decide, and all threads share the step.
+
+    Args:
+        model: the network.
+        objective: what trains it.
+        batch: as the objective takes it.
+    """
+    options = objective.options
+    usual = Way(threads.most(), options.channels_last)
+    alone = objective.processes.count == 1 and not options.compile and not library.machine()
+    if not alone or not only_computes(model, WITH_ADAPTERS):
+        return usual
+    x_0, context, _ = unpacked(batch, objective.device)
+    _, x_0, context = split(x_0, context, options.accumulate)[0]
+    last = channels_last(x_0) if x_0.dim() == 4 else x_0
+    weights = [(p.shape, p.stride(), p.dtype, p.requires_grad) for p in _parameters(model)]
+    about = (str(model), weights, x_0.shape, x_0.stride(), x_0.dtype, form(context))
+    kind = {"prediction_type": options.prediction_type, "precision": options.precision}
+    name = f"training {about} {sorted(kind.items())}"
+    work = contest.Work(name, functools.cache(lambda: _calls(model, last, context)))
+    contest.prepare(work)
+    ways = {
+        layout: rehearsal(model, objective.schedule, (images, context), **kind)
+        for layout, images in (("channels_last", last), ("contiguous", x_0))
+    }
+    asked = options.channels_last or x_0.dim() != 4
+    layout = "channels_last" if asked else contest.way_of_step(work, "layout", ways)
+    return Way(contest.threads_for(work, ways[layout]), layout == "channels_last")
+
+
+@torch.enable_grad()
+def _calls(model: nn.Module, x_0: Tensor, context: Context) -> list[OpCall]:
+    """The op calls of forward and backward pass, found on the meta device."""
+    place = torch.device("meta")
+    twin, watch = _twin(model, lambda value: value.to(place)), Calls()
+    t = torch.empty(len(x_0), dtype=torch.int64, device=place)
+    with watch:
+        bind(twin, moved(context, place))(x_0.to(place), t).square().sum().backward()
+    return watch.found
+
+
+def _parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Those of all modules; a network that is fine-tuned tells of what is trained alone."""
+    found = (own for module in model.modules() for own in module._parameters.values())
+    return [own for own in found if own is not None]
+
+
+def _twin(model: nn.Module, as_its: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of the model, in training, with other tensors in the place of its weights."""
+    memory: dict[int, Any] = {}
+    for parameter in _parameters(model):
+        own = nn.Parameter(as_its(parameter.detach()), parameter.requires_grad)
+        memory[id(parameter)] = own
+    for module in model.modules():
+        for buffer in filter(torch.is_tensor, module._buffers.values()):
+            memory[id(buffer)] = as_its(buffer.detach()).clone()
+    return copy.deepcopy(model, memory).train()
+
+
+def rehearsal(
+    model: nn.Module,
+    schedule: DiffusionSchedule,
+    batch: tuple[Any, Context],
+    *,
+    prediction_type: str = "epsilon",
+    precision: str = "float32",
+) -> Callable[[], None]:
+    """A training step without consequences: on a copy of the model, with generators kept.
+
+    The copy shares the memory of the weights, which no step without an optimizer writes to.
+
+    Args:
+        model: network to train.
+        schedule: the noise schedule.
+        batch: x_0 and its context, on the device of the model.
+        prediction_type: what the model predicts.
+        precision: as for a Trainer.
+    """
+    x_0, context = batch
+    generator = torch.Generator().manual_seed(0)
+    t = torch.randint(schedule.timesteps, (len(x_0),), generator=generator)
+    noise = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype)
+
+    @functools.cache
+    def made() -> tuple[nn.Module, Gradient]:  # unless nothing is measured
+        twin = _twin(model, lambda value: value)
+
+        def loss(x: Tensor, c: Context, t: Tensor, noise: Tensor) -> tuple[Tensor, None]:
+            with autocast(x.device, precision):
+                prediction, target = predict(twin, schedule, x, c, t, noise, prediction_type)
+            return ops.weighted_mse(prediction, target), None
+
+        return twin, Gradient(twin, loss)
+
+    def step() -> None:
+        twin, gradient = made()
+        with torch.random.fork_rng(devices=[]):  # for dropout
+            gradient(x_0, context, t, noise)
+        twin.zero_grad()
+
+    return step
