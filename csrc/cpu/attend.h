@@ -14,7 +14,7 @@
 //   scores(a, head, rows, block, seen, s)   of the block's queries and such keys
 //   weigh(a, bias, rows, seen, s)      scores to weights; older sums scaled to match
 //   add_up(a, head, rows, block, seen, s)   weights times values onto the sums
-//   end(a, rows, weights, out, s)      writes the sums by the sums of their weights; or with the
+//   end(a, rows, weights, out, lse, s) writes the sums by the sums of their weights; or with the
 //                                      weights of a part adds them, weighted
 #pragma once
 
@@ -83,7 +83,8 @@ void attend(const Attention& a, const std::vector<Block>& blocks, long item, lon
     if (block + 1 != blocks.end() && block[1].part == block->part) continue;
     if (block->part > 0)
       weights = a.weights + item * of[0] + (block->part - 1) * of[1] + begin * of[2];
-    Way::end(a, rows, weights, out, s);
+    float* lse = a.lse ? a.lse + (item * a.heads + index) * a.queries + begin : nullptr;
+    Way::end(a, rows, weights, out, lse, s);
   }
 }
 

@@ -113,8 +113,9 @@ struct Vectors {
     s.empty = false;
   }
 
-  static void end(const Attention& a, long rows, const float* weights, T* out, Scratch& s) {
-    s.write(a, rows, weights, out);
+  static void end(const Attention& a, long rows, const float* weights, T* out, float* lse,
+                  Scratch& s) {
+    s.write(a, rows, weights, out, lse);
   }
 };
 

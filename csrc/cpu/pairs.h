@@ -105,8 +105,9 @@ struct InPairs {
     store(s.total + at, load(s.total + at, Full{}) + (totals[0] + totals[1]), Full{});
   }
 
-  static void end(const Attention& a, long rows, const float* weights, BFloat16* out, Scratch& s) {
-    s.write(a, rows, weights, out);
+  static void end(const Attention& a, long rows, const float* weights, BFloat16* out, float* lse,
+                  Scratch& s) {
+    s.write(a, rows, weights, out, lse);
   }
 };
 

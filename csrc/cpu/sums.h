@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "attention.h"
@@ -49,8 +50,10 @@ struct Sums {
 
   // Writes them by the sums of their weights; or with the weights of a part adds them, weighted.
   template <class T>
-  void write(const Attention& a, long count, const float* weights, T* out) {
+  void write(const Attention& a, long count, const float* weights, T* out, float* lse) {
     const long dim = a.dim;
+    if (lse)
+      for (long r = 0; r < count; ++r) lse[r] = float((most[r] + std::log2(total[r])) / kLog2E);
     if (empty) std::fill(sums.begin(), sums.end(), 0.f);
     transpose(sums.data(), kQueries, dim, count, rows.data(), row);
     for (long r = 0; r < count; ++r, out += a.heads * dim) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import attention_onednn, onednn
 from .cpu import attention as on_cpu
 from .cpu import library as cpu
-from .cpu.contest import Contest
+from .cpu.contest import Contest, Ways
 from .cuda import attention as attention_cuda
 from .cuda.contest import Contest as GpuContest
 from .dispatch import Backend, Op, autocast, checks
@@ -242,10 +243,17 @@ def reference_backward(
     compute = _statistics(q)
     batch = q.shape[0]
     scores, blind = _scores(q, k, scale, bias, key_lengths)
+    again = checks.needs_gradient(grad, q, k, v, bias)
+    if again:  # the one that is saved has no gradient of its own
+        lse = _lse(scores, blind)
     weights = _where_seen(torch.exp(scores - lse[..., None]), blind)  # [B, H, Sq, Sk]
     grad, value = grad.to(compute), v.to(compute).expand(batch, -1, -1, -1)
-    delta = (grad * out.to(compute)).sum(-1).transpose(1, 2)[..., None]  # [B, H, Sq, 1]
-    dscores = weights * (torch.einsum("bqhd,bkhd->bhqk", grad, value) - delta)
+    dweights = torch.einsum("bqhd,bkhd->bhqk", grad, value)
+    if again:
+        delta = (weights * dweights).sum(-1, keepdim=True)
+    else:
+        delta = (grad * out.to(compute)).sum(-1).transpose(1, 2)[..., None]  # [B, H, Sq, 1]
+    dscores = weights * (dweights - delta)
     dq = torch.einsum("bhqk,bkhd->bqhd", dscores, k.to(compute).expand(batch, -1, -1, -1)) * scale
     dk = torch.einsum("bhqk,bqhd->bkhd", dscores, q.to(compute)) * scale
     dv = torch.einsum("bhqk,bqhd->bkhd", weights, grad)
@@ -378,6 +386,60 @@ _OP.add(
     )
 )
 CONTEST = Contest(_OP, on_cpu.kind_of, on_cpu.example, always=on_cpu.KINDS)
+
+
+def _with_gradients(forward: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]:
+    """A way to attention and its gradients through autograd, by arguments of the backward op."""
+
+    @torch.enable_grad()
+    def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+        leaves = [value.detach().requires_grad_() for value in (q, k, v)]
+        return torch.autograd.grad(forward(*leaves, *rest[2:], False)[0], leaves, grad)
+
+    return run
+
+
+def _on_cpu_with_gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Any,
+    lse: Any,
+    scale: float,
+    bias: Any,
+    key_lengths: Tensor | None,
+) -> Any:
+    out, lse = on_cpu.forward(q, k, v, scale, bias, key_lengths, True)
+    return on_cpu.backward(grad, q, k, v, out, lse, scale, bias, key_lengths)[:3]
+
+
+def _training_ways(grad: Tensor, q: Tensor, k: Tensor, *_: Any) -> Ways:
+    usual = {"sdpa": _with_gradients(sdpa)}
+    if q.shape[1] * k.shape[1] <= SHORT:
+        usual = {"reference": _with_gradients(reference)}
+    return usual | {cpu.NAME: _on_cpu_with_gradients}
+
+
+_TRAINING = Contest(
+    *(_BACKWARD, on_cpu.training_kind_of, on_cpu.training_example), ways=_training_ways
+)
+_is_slower_on_cpu = CONTEST.slower(cpu.NAME)
+
+
+def _slower_on_cpu(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, *rest: Any
+) -> list[str]:
+    """Why "auto" doesn't take the kernel for a CPU; with a gradient, both of its kernels."""
+    if not checks.needs_gradient(q, k, v, bias) or requested("attention") != "auto":
+        return _is_slower_on_cpu(q, k, v, scale, bias, *rest)
+    order = _TRAINING.order(on_cpu.training_kind(q, k, v, bias))
+    if not order:
+        return ["nothing was measured about such calls here"]
+    lost = order[0] != cpu.NAME
+    return [f"{order[0]} was measured faster for such calls here"] if lost else []
+
+
 _OP.add(
     Backend(
         "onednn",
@@ -389,7 +451,8 @@ _OP.add(
         forward_only=True,
     )
 )
-cpu.add(_OP, lambda: on_cpu.forward, on_cpu.supports, CONTEST.slower(cpu.NAME), True)
+cpu.add(_OP, lambda: on_cpu.forward, on_cpu.supports, _slower_on_cpu)
+cpu.add(_BACKWARD, lambda: on_cpu.backward, on_cpu.backward_supports)
 _OP.add(
     Backend(
         "cuda",

@@ -42,7 +42,7 @@ def _nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
 def forget() -> None:
     """As in a new process."""
     measurements.known.clear()
-    for name in ("linear", "conv2d", "conv2d_backward", "attention"):
+    for name in ("linear", "conv2d", "conv2d_backward", "attention", "attention_backward"):
         known_ops[name].forget()
 
 
@@ -222,9 +222,26 @@ def test_the_products_of_a_linear_layers_gradients(way: str) -> None:
         assert_close(one, true, known_way)
 
 
-@pytest.mark.parametrize(
-    "name", ["linear", "conv2d", BACKWARD], ids=["linear", "conv2d", "gradients"]
-)
+@pytest.mark.parametrize("best", ["cpu", "sdpa"])
+def test_attention_in_training_goes_the_way_that_was_measured(best: str) -> None:
+    q, k, v = needing_gradients(*torch.randn(3, 1, 128, 2, 40))
+    assert ops.explain("attention", q, k, v).backend == "sdpa"  # until it is measured
+    other = "sdpa" if best == "cpu" else "cpu"
+    known("attention_backward", (1, 128, 128, 40), f"{best} {other}")
+    known_ops["attention"].forget()
+    assert ops.explain("attention", q, k, v).backend == best
+    with torch.no_grad():  # another contest
+        assert ops.explain("attention", q, k, v).backend == "cpu"
+    found = torch.autograd.grad(ops.attention(q, k, v).square().sum(), (q, k, v))
+    with ops.use_backend("reference"):
+        wide = needing_gradients(q.double(), k.double(), v.double())
+        truth = torch.autograd.grad(ops.attention(*wide).square().sum(), wide)
+        plain = torch.autograd.grad(ops.attention(q, k, v).square().sum(), (q, k, v))
+    for one, true, by_definition in zip(found, truth, plain, strict=True):
+        assert_close(one, true, by_definition, factor=3)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", BACKWARD, "attention_backward"])
 def test_every_way_of_a_contest_computes_the_same(name: str) -> None:
     """Of the calls that it makes up, which are all that it knows of a kind."""
     convolution = products.conv2d_kind(WEIGHT, X.shape, 1, (1, 1, 1, 1))
@@ -233,6 +250,7 @@ def test_every_way_of_a_contest_computes_the_same(name: str) -> None:
         "linear": [(512, 64, 128, False), (512, 64, 128, False, True, True), (64, 512, 128, True)],
         "conv2d": [convolution],
         BACKWARD: [(True, True, *convolution), (True, False, *convolution)],
+        "attention_backward": [(1, 60, 70, 24), (1, 100, 77, 40)],
     }
     one = next(one for one in contest._contests if one.op.name == name)
     for kind in kinds[name]:

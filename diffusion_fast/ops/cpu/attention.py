@@ -1,4 +1,4 @@
-"""Attention on the kernels of csrc/cpu, forward only: sums in float32.
+"""Attention on the kernels of csrc/cpu: sums in float32; gradients of float32 alone.
 
 In bfloat16 products are by AMX or AVX512-BF16, whichever the CPU has, or in float32.
 """
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import library
+from ..dispatch import checks
+from . import library, threads
 from .contest import Kind
 from .library import DTYPES
 
@@ -50,8 +51,46 @@ KINDS: list[Kind] = [
 ]
 
 
-# ``Attention`` of csrc/cpu/attention.h.
-_ARGUMENTS = struct.Struct("@8P 9q 7q 6q d 3i")
+def training_kind(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Kind | None:
+    """The kind of a call that needs a gradient: heads, as many as threads can take, and sizes.
+
+    None where none is measured.
+    """
+    if _untrained(q, k, v, bias):
+        return None
+    heads = min(len(q) * q.shape[2], threads.most())
+    return heads, q.shape[1], k.shape[1], q.shape[3]
+
+
+def training_kind_of(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Any, lse: Any, scale: Any, bias: Any, _: Any
+) -> Kind | None:
+    """The same of a call of ``attention_backward``."""
+    return training_kind(q, k, v, bias)
+
+
+def training_example(heads: int, queries: int, keys: int, width: int) -> tuple[Any, ...]:
+    """A call of ``attention_backward`` of this kind, whose result is still to be computed."""
+    generator = torch.Generator().manual_seed(0)
+    q, grad, k, v = (
+        torch.randn(1, count, heads, width, generator=generator)
+        for count in (queries, queries, keys, keys)
+    )
+    return grad, q, k, v, None, None, width**-0.5, None, None
+
+
+def _untrained(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> list[str]:
+    """Why the kernels give no gradient of a call; empty if they do."""
+    if bias is not None:
+        return ["a gradient is needed, and there is a bias"]
+    if q.dtype != torch.float32:
+        return [f"a gradient is needed, and q is {q.dtype}"]
+    return [] if len(k) == len(q) else ["a gradient is needed, and keys are shared by the batch"]
+
+
+# ``Attention`` and ``AttentionGradients`` of csrc/cpu/attention.h.
+_ARGUMENTS = struct.Struct("@9P 9q 7q 6q d 3i")
+_OF_GRADIENTS = struct.Struct("@10P 15q 5q d i")
 
 
 def supports(
@@ -64,7 +103,7 @@ def supports(
     save_lse: bool,
 ) -> list[str]:
     """Why this call is not for the kernel; empty if it is."""
-    return ["it keeps no log-sum-exp"] if save_lse else []
+    return _untrained(q, k, v, bias) if checks.needs_gradient(q, k, v, bias) else []
 
 
 def forward(
@@ -76,11 +115,13 @@ def forward(
     key_lengths: Tensor | None,
     save_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, Sq, H, D], and no log-sum-exp."""
+    """out [B, Sq, H, D], and the log-sum-exp [B, H, Sq] where it is to be saved, else [0]."""
+    batch, queries, heads, _ = q.shape
     if bias is not None:
-        bias = bias.float().expand(len(q), q.shape[2], q.shape[1], k.shape[1])
-    out = _run(q, k, v, scale, bias, key_lengths, (k.shape[1],), None)
-    return out, q.new_empty(0, dtype=torch.float32)
+        bias = bias.float().expand(batch, heads, queries, k.shape[1])
+    lse = q.new_empty((batch, heads, queries) if save_lse else 0, dtype=torch.float32)
+    out = _run(q, k, v, scale, bias, key_lengths, (k.shape[1],), None, lse)
+    return out, lse
 
 
 def in_parts(
@@ -106,14 +147,16 @@ def _run(
     key_lengths: Tensor | None,
     parts: Sequence[int],
     weights: Tensor | None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Call the kernel: bias [B, H, Sq, Sk] and weights [B, parts - 1, Sq] are of float32."""
-    q, k, v = (value if value.stride(-1) == 1 else value.contiguous() for value in (q, k, v))
+    q, k, v = (_by_channels(value) for value in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype)
     if key_lengths is not None:
         key_lengths = key_lengths.long().contiguous()
     counts = array("q", parts)
-    pointers = (0 if value is None else value.data_ptr() for value in (q, k, v, out, bias))
+    lse = None if lse is None or not lse.numel() else lse
+    pointers = (0 if value is None else value.data_ptr() for value in (q, k, v, out, lse, bias))
     arguments = _ARGUMENTS.pack(
         *pointers,
         0 if key_lengths is None else key_lengths.data_ptr(),
@@ -128,3 +171,51 @@ def _run(
     )
     library.kernels.attention(arguments)
     return out
+
+
+def _by_channels(value: Tensor) -> Tensor:
+    return value if value.stride(-1) == 1 else value.contiguous()
+
+
+def backward_supports(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+) -> list[str]:
+    """Why these gradients are not for the kernel; empty if they are."""
+    return library.first_order(grad, q, k, v) or _untrained(q, k, v, bias)
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients by q, k and v, contiguous, and an empty one by the bias that there isn't."""
+    given = tuple(_by_channels(value) for value in (q, k, v, out, grad))
+    lse = lse.contiguous()
+    dq, dk, dv = (torch.empty(value.shape) for value in (q, k, v))
+    if key_lengths is not None:
+        key_lengths = key_lengths.long().contiguous()
+    arguments = _OF_GRADIENTS.pack(
+        *(value.data_ptr() for value in (*given, lse)),
+        0 if key_lengths is None else key_lengths.data_ptr(),
+        *(value.data_ptr() for value in (dq, dk, dv)),
+        *(n for value in given for n in value.stride()[:3]),
+        *(len(q), q.shape[2], q.shape[1], k.shape[1], q.shape[3]),
+        *(scale, torch.get_num_threads()),
+    )
+    library.kernels.attention_gradients(arguments)
+    return dq, dk, dv, q.new_empty(0)
