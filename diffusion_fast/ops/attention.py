@@ -424,20 +424,23 @@ def _training_ways(grad: Tensor, q: Tensor, k: Tensor, *_: Any) -> Ways:
 _TRAINING = Contest(
     *(_BACKWARD, on_cpu.training_kind_of, on_cpu.training_example), ways=_training_ways
 )
-_is_slower_on_cpu = CONTEST.slower(cpu.NAME)
+_TRAINING.decides(_OP)
+_lost_forward = CONTEST.slower(cpu.NAME)
+_lost_with_gradients = _TRAINING.slower(
+    cpu.NAME,
+    otherwise="sdpa",
+    kind_of=lambda q, k, v, _, bias, *__: on_cpu.training_kind(q, k, v, bias),
+)
 
 
 def _slower_on_cpu(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, *rest: Any
 ) -> list[str]:
     """Why "auto" doesn't take the kernel for a CPU; with a gradient, both of its kernels."""
-    if not checks.needs_gradient(q, k, v, bias) or requested("attention") != "auto":
-        return _is_slower_on_cpu(q, k, v, scale, bias, *rest)
-    order = _TRAINING.order(on_cpu.training_kind(q, k, v, bias))
-    if not order:
-        return ["nothing was measured about such calls here"]
-    lost = order[0] != cpu.NAME
-    return [f"{order[0]} was measured faster for such calls here"] if lost else []
+    if requested("attention") != "auto":
+        return []
+    trains = checks.needs_gradient(q, k, v, bias)
+    return (_lost_with_gradients if trains else _lost_forward)(q, k, v, scale, bias, *rest)
 
 
 _OP.add(

@@ -157,7 +157,11 @@ class Contest:
         return self._known().get(self.key(kind), "").endswith(DOUBT)
 
     def slower(
-        self, name: str, among: Sequence[str] | None = None, otherwise: str | None = None
+        self,
+        name: str,
+        among: Sequence[str] | None = None,
+        otherwise: str | None = None,
+        kind_of: Callable[..., Kind | None] | None = None,
     ) -> Callable[..., list[str]]:
         """A function that says why a way is not the one to a call; nothing where it is.
 
@@ -165,12 +169,14 @@ class Contest:
             name: the way's.
             among: the ways that are open to such calls; None for all.
             otherwise: the way to calls about which nothing is known; None for ``name``.
+            kind_of: the kind of a call, where another op than the contest's asks.
         """
+        kind_of = kind_of or self.kind_of
 
         def why(*args: Any) -> list[str]:
             if requested(self.op.name) != "auto":
                 return []
-            order = self.order(self.kind_of(*args))
+            order = self.order(kind_of(*args))
             best = next((way for way in order if among is None or way in among), None)
             if best is None and otherwise not in (None, name):
                 return ["nothing was measured about such calls here"]
