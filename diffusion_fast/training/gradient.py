@@ -18,10 +18,29 @@ WITH_ADAPTERS = (*KNOWN, "peft", "transformers")  # those of fine-tuning too
 
 
 def only_computes(model: nn.Module, packages: Collection[str] = KNOWN) -> bool:
-    """Whether no call of a network can do more than to compute: no hooks, no foreign modules."""
+    """Whether no call of a network can do more than to compute: no hooks, no foreign modules.
+
+    Args:
+        model: the network.
+        packages: whose modules may be in it. Those beside :data:`KNOWN` may have hooks of their
+            own: by these transformers notes what its layers return.
+    """
     modules, parameters = list(model.modules()), list(model.parameters())
     known = {type(one).__module__.partition(".")[0] for one in modules}.issubset(packages)
-    return known and not hooked(*modules) and not _watched(modules, parameters)
+    return known and not _hooked(modules, packages) and not _watched(modules, parameters)
+
+
+def _hooked(modules: list[nn.Module], packages: Collection[str]) -> bool:
+    """Whether a call of a module does more, or something else, than these packages have it do."""
+    theirs = set(packages).difference(KNOWN)
+    hooks = (
+        hook
+        for one in hooked(*modules)
+        for hook in (*one._forward_hooks.values(), *one._forward_pre_hooks.values())
+    )
+    return any("forward" in vars(one) for one in modules) or any(
+        str(getattr(hook, "__module__", "")).partition(".")[0] not in theirs for hook in hooks
+    )
 
 
 def _watched(modules: list[nn.Module], parameters: list[nn.Parameter]) -> bool:

@@ -8,6 +8,7 @@ convolutions of small images are faster.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable
@@ -69,23 +70,28 @@ def for_step(model: nn.Module, objective: Objective, batch: Any) -> Way:
     kind = {"prediction_type": options.prediction_type, "precision": options.precision}
     name = f"training {about} {sorted(kind.items())}"
     work = contest.Work(name, functools.cache(lambda: _calls(model, last, context)))
-    contest.prepare(work)
     ways = {
         layout: rehearsal(model, objective.schedule, (images, context), **kind)
         for layout, images in (("channels_last", last), ("contiguous", x_0))
     }
-    asked = options.channels_last or x_0.dim() != 4
-    layout = "channels_last" if asked else contest.way_of_step(work, "layout", ways)
+    layout = "channels_last" if options.channels_last else "contiguous"
+    if options.precision == "float32":  # what contests are about
+        contest.prepare(work)
+        if x_0.dim() == 4 and not options.channels_last:
+            layout = contest.way_of_step(work, "layout", ways)
     return Way(contest.threads_for(work, ways[layout]), layout == "channels_last")
 
 
 @torch.enable_grad()
 def _calls(model: nn.Module, x_0: Tensor, context: Context) -> list[OpCall]:
-    """The op calls of forward and backward pass, found on the meta device."""
+    """The op calls of forward and backward pass, found on the meta device.
+
+    As far as that goes, where it lacks an operator of PyTorch's.
+    """
     place = torch.device("meta")
     twin, watch = _twin(model, lambda value: value.to(place)), Calls()
     t = torch.empty(len(x_0), dtype=torch.int64, device=place)
-    with watch:
+    with watch, contextlib.suppress(NotImplementedError):
         bind(twin, moved(context, place))(x_0.to(place), t).square().sum().backward()
     return watch.found
 

@@ -219,6 +219,32 @@ def test_a_number_that_is_none_is_named(times: list[int], tmp_path: Path, count:
         trainer(tmp_path).resume()
 
 
+class Lacking(torch.autograd.Function):
+    """What the meta device has no operator for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        if x.is_meta:
+            raise NotImplementedError
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
+
+
+def test_what_cannot_be_foreseen_is_not_measured(
+    times: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoise = df.UNet2DCondition.denoise
+
+    def lacking(self: df.UNet2DCondition, x: torch.Tensor, *args: Any, **more: Any) -> Any:
+        return Lacking.apply(denoise(self, x, *args, **more))
+
+    monkeypatch.setattr(df.UNet2DCondition, "denoise", lacking)
+    assert "conv2d_backward" not in kinds(larger())
+
+
 def test_where_a_call_may_do_more_nothing_is_measured(times: list[int]) -> None:
     hooked, watched = unet(), unet()
     hooked.conv_out.register_forward_hook(lambda *_: None)
