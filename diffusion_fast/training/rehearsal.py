@@ -43,43 +43,68 @@ class Way(NamedTuple):
     channels_last: bool
 
 
+class Step(NamedTuple):
+    """A step that may be measured.
+
+    Attributes:
+        work: its op calls.
+        ways: computes it, by the layouts of images that are open.
+    """
+
+    work: contest.Work
+    ways: dict[str, Callable[[], None]]
+
+
 def for_step(model: nn.Module, objective: Objective, batch: Any) -> Way:
     """The way in which a training step takes the least time on this CPU.
 
-    Measured once for each network, batch and machine, as an engine measures: products like the
-    step's and those of its gradients, then :func:`rehearsal` of the step in both layouts, and with
-    fewer threads. Where a call may do more than to compute, in a network with hooks or with modules
-    of unknown packages, in several processes, and without kernels for this CPU nothing is measured:
-    the options decide, and all threads share the step.
+    Measured once for each network, batch and machine, as an engine measures: its products as by
+    :func:`measured`, then a :func:`rehearsal` in both layouts, and with fewer threads. Where
+    nothing is measured the options decide, and all threads share the step.
 
     Args:
         model: the network.
         objective: what trains it.
         batch: as the objective takes it.
     """
+    step = measured(model, objective, batch)
+    if step is None:
+        return Way(threads.most(), objective.options.channels_last)
+    layout = contest.way_of_step(step.work, "layout", step.ways)
+    return Way(contest.threads_for(step.work, step.ways[layout]), layout == "channels_last")
+
+
+def measured(model: nn.Module, objective: Objective, batch: Any) -> Step | None:
+    """A step; products like its own and those of its gradients have been measured, in float32.
+
+    None where a call may do more than to compute, in a network with hooks or with modules of
+    unknown packages, in several processes, and without kernels for this CPU. Arguments as for
+    :func:`for_step`.
+    """
     options = objective.options
-    usual = Way(threads.most(), options.channels_last)
     alone = objective.processes.count == 1 and not options.compile and not library.machine()
     if not alone or not only_computes(model, WITH_ADAPTERS):
-        return usual
+        return None
     x_0, context, _ = unpacked(batch, objective.device)
     _, x_0, context = split(x_0, context, options.accumulate)[0]
-    last = channels_last(x_0) if x_0.dim() == 4 else x_0
+    exact = options.precision == "float32"  # what contests are about
+    images = {"contiguous": x_0}
+    if x_0.dim() == 4 and (options.channels_last or exact):
+        last = {"channels_last": channels_last(x_0)}
+        images = last if options.channels_last else last | images
     weights = [(p.shape, p.stride(), p.dtype, p.requires_grad) for p in _parameters(model)]
     about = (str(model), weights, x_0.shape, x_0.stride(), x_0.dtype, form(context))
     kind = {"prediction_type": options.prediction_type, "precision": options.precision}
+    first = next(iter(images.values()))
     name = f"training {about} {sorted(kind.items())}"
-    work = contest.Work(name, functools.cache(lambda: _calls(model, last, context)))
-    ways = {
-        layout: rehearsal(model, objective.schedule, (images, context), **kind)
-        for layout, images in (("channels_last", last), ("contiguous", x_0))
-    }
-    layout = "channels_last" if options.channels_last else "contiguous"
-    if options.precision == "float32":  # what contests are about
+    work = contest.Work(name, functools.cache(lambda: _calls(model, first, context)))
+    if exact:
         contest.prepare(work)
-        if x_0.dim() == 4 and not options.channels_last:
-            layout = contest.way_of_step(work, "layout", ways)
-    return Way(contest.threads_for(work, ways[layout]), layout == "channels_last")
+    ways = {
+        layout: rehearsal(model, objective.schedule, (x, context), **kind)
+        for layout, x in images.items()
+    }
+    return Step(work, ways)
 
 
 @torch.enable_grad()

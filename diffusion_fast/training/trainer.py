@@ -21,7 +21,7 @@ from ..ops.cpu import contest, threads
 from ..ops.cpu import library as cpu_kernels
 from ..schedule import DiffusionSchedule
 from ..turns import Turns
-from .batches import Batches, forever
+from .batches import Batches, forever, unpacked
 from .checkpoint import (
     Checkpoints,
     Groups,
@@ -35,7 +35,7 @@ from .ema import EMA, is_finite, named_tensors
 from .objective import Objective
 from .optimizers import make_optimizer
 from .options import TrainingOptions
-from .rehearsal import Way, for_step
+from .rehearsal import Way, for_step, measured
 from .state import load_optimizer_state, load_random_state, optimizer_state, random_state
 from .timestep_sampling import UniformSampler
 from .validation import validation_loss
@@ -152,6 +152,7 @@ class Trainer:
         self.losses: list[float] = []  # of this run
         self._resumed: str | None = None
         self._ways: dict[int, Way] = {}  # how a step is computed, by PyTorch's number of threads
+        self._measured: set[tuple[int, torch.Size]] = set()  # and for which batches
         self._turns = Turns("Trainer")
         if self.device.type == "cpu":
             cpu_kernels.begin()
@@ -281,8 +282,12 @@ class Trainer:
         most = threads.most()
         if self.device.type != "cpu":
             return contextlib.nullcontext()
+        kind = most, unpacked(batch, self.device)[0].shape
         if most not in self._ways:
             self._ways[most] = for_step(self.model, self.objective, batch)
+        elif kind not in self._measured:
+            measured(self.model, self.objective, batch)
+        self._measured.add(kind)
         count, self.objective.channels_last = self._ways[most]
         return threads.using(count)
 

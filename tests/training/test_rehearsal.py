@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,7 @@ def test_measuring_leaves_no_trace(times: list[int], changes: dict[str, Any]) ->
     modes = [module.training for module in one.model.modules()]
     contest.known().clear()  # as if never measured
     one._ways.clear()
+    one._measured.clear()
     batch = next(one.dataloader.starting_at(0))  # type: ignore[attr-defined]
     with one._threads(batch):
         pass
@@ -277,22 +278,20 @@ def larger(**changes: Any) -> df.UNet2DCondition:
     return df.UNet2DCondition(config)
 
 
-def kinds(model: Any, **changes: Any) -> dict[str, list[contest.Kind]]:
-    """What a first step has measured, by the ops' names."""
+def kinds(model: Any, sizes: Sequence[int] = (8,)) -> dict[str, list[contest.Kind]]:
+    """What steps with batches of these sizes have measured, by the ops' names."""
     measured: dict[str, list[contest.Kind]] = {}
 
     def sure(self: contest.Contest, kind: contest.Kind) -> bool:
         measured.setdefault(self.op.name, []).append(kind)
         return True
 
-    states = torch.randn(24, 5, 16)
-    images = TensorDataset(torch.randn(24, 1, 8, 8), states)
-    data = Batches(images, 8, seed=3)
+    data = [(torch.randn(size, 1, 8, 8), torch.randn(size, 5, 16)) for size in sizes]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contest, "prepare", PREPARE)
         patch.setattr(library, "settle", lambda: [])
         patch.setattr(contest.Contest, "measure", sure)
-        Trainer(model, data, SCHEDULE, **changes).fit(1)
+        Trainer(model, data, SCHEDULE).fit(len(data))
     return measured
 
 
@@ -306,6 +305,14 @@ def test_the_products_of_a_step_are_measured_with_their_gradients(times: list[in
     assert (512, 32, 32, False) in found["linear"]
     assert (512, 32, 32, False, False, True) in found["linear"]  # by x
     assert (32, 512, 32, False, True, True) in found["linear"]  # by the weight
+
+
+def test_batches_of_another_size_are_measured_too(times: list[int]) -> None:
+    """Once each, for the way of a step that was found for the first."""
+    found = kinds(larger(), sizes=(9, 6, 6, 9))["conv2d"]
+    assert {kind[0] for kind in found} == {9, 6}
+    assert len(found) == len(set(found))
+    assert times == [2, 1]
 
 
 def test_what_is_frozen_has_no_gradient_to_measure(times: list[int]) -> None:

@@ -334,7 +334,10 @@ def way_of_step(work: Work, about: str, ways: Mapping[str, Callable[[], object]]
         about: what the ways are ways of.
         ways: each computes a step; all but the first have a handicap.
     """
-    return _of_step(work, about, next(iter(ways)), ways.__contains__, lambda: _first_of(ways))
+    first = next(iter(ways))
+    if len(ways) == 1:
+        return first
+    return _of_step(work, about, first, ways.__contains__, lambda: _first_of(ways))
 
 
 def _of_step(
