@@ -433,7 +433,7 @@ for choice in ops.explain():
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert set(done.stdout.split()) == {"attention", "attention_backward"}
+    assert set(done.stdout.split()) == {"attention", "attention_backward", "conv2d_backward"}
 
 
 def test_every_config_runs() -> None:

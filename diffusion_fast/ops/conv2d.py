@@ -322,7 +322,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad
     both = x if x2 is None else torch.cat((x, x2), 1)
     wanted = [needs[0] or needs[5], needs[1], needs[2]]
-    dboth, dweight, dbias = _BACKWARD(grad, both, weight, ctx.stride, ctx.padding, wanted)
+    backward = _BACKWARD if _has_kernels(grad) else reference_backward
+    dboth, dweight, dbias = backward(grad, both, weight, ctx.stride, ctx.padding, wanted)
     dx, dx2 = (dboth[:, : x.shape[1]], dboth[:, x.shape[1] :]) if wanted[0] else (None, None)
     dadd = grad.sum((2, 3)) if needs[6] else None
     return (
@@ -336,6 +337,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad if needs[7] else None,
         ctx.no_packed,
     )
+
+
+def _has_kernels(grad: Tensor) -> bool:
+    """Whether gradients are an op of their own; off a CPU they are PyTorch's."""
+    return not grad.is_cuda and requested(_BACKWARD.name) in ("auto", "reference", cpu.NAME)
 
 
 _OP.autograd(_setup_context, _backward)

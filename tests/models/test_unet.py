@@ -303,4 +303,5 @@ def test_exports_with_any_batch() -> None:
         dynamic_shapes={"x": {0: batch}, "t": {0: batch}, "context": {0: batch}},
     )
     x, t, labels = torch.randn(5, 4, 8, 8), torch.arange(5), torch.arange(5)
-    assert error(program.module()(x, t, labels), ours(x, t, labels)) <= 1e-6
+    with torch.no_grad():  # where a gradient is recorded, calls may go other ways than in a program
+        assert error(program.module()(x, t, labels), ours(x, t, labels)) <= 1e-6
