@@ -14,7 +14,7 @@ from diffusion_fast import hardware
 from diffusion_fast.engine.buffers import Clock
 from diffusion_fast.engine.rewrites.controlled import prepare
 from diffusion_fast.engine.rewrites.plan import Rewritable
-from diffusion_fast.ops.cpu import contest, threads
+from diffusion_fast.ops.cpu import contest, step_contest, threads
 from diffusion_fast.pipelines.parts import Parts
 from diffusion_fast.pipelines.stable_diffusion import StableDiffusion
 
@@ -164,7 +164,7 @@ def engine_step(model: Rewritable, x: Tensor, t: Tensor, given: dict[str, Any]) 
         return replayed(step)
     work = network.work(x.shape[2:])
     contest.prepare(work)
-    count = contest.threads_for(work, step)
+    count = step_contest.threads_for(work, step)
 
     def shared() -> Tensor:
         with threads.using(count):

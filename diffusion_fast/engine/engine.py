@@ -376,8 +376,9 @@ def _threads(loop: Loop | None) -> str:
     most = threads.most()
     if loop is None or loop.buffers.layout.device.type != "cpu":
         return "not decided"
-    count = loop.shared_by(most)
-    return f"{count} of {most}" + ", measured to be faster" * (count < most)
+    count, work = loop.shared_by(most), loop.predictor.work(loop.buffers.layout.shape[2:])
+    why = ", for so small a network" if work.tiny else ", measured to be faster"
+    return f"{count} of {most}" + why * (count < most)
 
 
 def _track(rows: range, label: str, enabled: bool) -> Iterable[int]:

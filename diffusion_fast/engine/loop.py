@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import ops
 from ..conditioning import Context, PerRow
 from ..ops import Philox, checks
-from ..ops.cpu import contest, threads
+from ..ops.cpu import contest, step_contest, threads
 from ..samplers.table import StepTable
 from .buffers import Buffers, Clock, Generators, Layout, Noise, noise_source
 from .graphs.policy import Capturable, Way
@@ -233,7 +233,7 @@ class Loop:
             self.clock.start()
             self.buffers.x.zero_()
             self.buffers.write_input()
-            self._shared_by[most] = contest.threads_for(work, self.predicted)
+            self._shared_by[most] = step_contest.threads_for(work, self.predicted)
         return threads.using(self._shared_by[most])
 
     def shared_by(self, most: int) -> int:

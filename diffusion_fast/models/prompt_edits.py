@@ -83,7 +83,7 @@ class _Bracket:
 
 def is_edited(prompt: str, name: str = "prompt") -> bool:
     """Whether a prompt changes with the steps. Raises ValueError as :func:`at_steps`."""
-    return _edited(_read(prompt, name))
+    return "[" in prompt and _edited(_read(prompt, name))
 
 
 def at_steps(prompt: str, steps: int, name: str = "prompt") -> list[str]:

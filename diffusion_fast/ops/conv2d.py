@@ -185,24 +185,18 @@ def pack_conv2d(
     return _packer(weight, size, stride, padding)(weight)
 
 
-def _packed_for_onednn(
-    weight: Tensor, size: Sequence[int], stride: int, pads: Sequence[int]
-) -> onednn.Packed:
-    (batch, channels, height, width), (left, right, top, bottom) = size, pads
-    even = [top, left]
-    if (left, top) != (right, bottom):  # then conv2d pads the input itself
-        height, width, even = height + top + bottom, width + left + right, [0, 0]
-    return (onednn.pack_conv2d(weight, (batch, channels, height, width), stride, even),)
+def _not_packed(*_: Any, **__: Any) -> None:
+    """A weight is read as it is."""
 
 
 UNPACKED = "winograd_unpacked"  # the way that transforms the weight at each call
 
 # How a weight is laid out for each way of the contest.
 _PACKERS: dict[str, Callable[..., onednn.Packed | None]] = {
-    "packed": _packed_for_onednn,
+    "packed": onednn.pack_conv2d,
     "winograd": winograd.pack,
-    "direct": lambda *_, **__: None,
-    UNPACKED: lambda *_, **__: None,
+    "direct": _not_packed,
+    UNPACKED: _not_packed,
 }
 
 
@@ -347,10 +341,6 @@ def _has_kernels(grad: Tensor) -> bool:
 _OP.autograd(_setup_context, _backward)
 
 
-def _for_onednn(packed: Sequence[Tensor]) -> bool:
-    return bool(packed) and packed[0].is_mkldnn
-
-
 def _pointwise(weight: Tensor, stride: int, padding: Sequence[int]) -> bool:
     """Whether the convolution is a linear layer on each pixel."""
     return weight.shape[2:] == (1, 1) and stride == 1 and not any(padding)
@@ -373,20 +363,19 @@ def _onednn(
     residual: Tensor | None,
     packed: Sequence[Tensor],
 ) -> Tensor:
-    form = format_of(x, weight)
-    both, pads = _joined(x, x2, padding)
+    form, both = format_of(x, weight), x if x2 is None else torch.cat((x, x2), 1)
     if residual is not None:
         residual = residual.contiguous(memory_format=form)
-    if _for_onednn(packed):
+    if packed and packed[0].is_mkldnn:
         both = both.contiguous(memory_format=form)
-        y = onednn.conv2d(both, packed[0], bias, stride, pads, residual)
+        y = onednn.conv2d(both, packed[0], bias, stride, padding, residual)
     elif _pointwise(weight, stride, padding):
         y = _product(both.permute(0, 2, 3, 1), weight.flatten(1), bias, residual)
     elif _few_pixels(x, weight, stride, padding):
-        y = _product(*_windows(both, weight, stride, pads), bias, residual)
+        y = _product(*_windows(both, weight, stride, padding), bias, residual)
     else:
         both = both.contiguous(memory_format=form)
-        y = onednn.conv2d(both, weight, bias, stride, pads, residual)
+        y = onednn.conv2d(both, weight, bias, stride, padding, residual)
     if add is not None:
         y = y.add_(add[..., None, None])
     return y.contiguous(memory_format=form)
@@ -406,8 +395,7 @@ def _windows(
 
     K counts channels and places in the window in the order in which the weight lies in memory.
     """
-    top, left = padding
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, *padding))
     for dim, size in enumerate(weight.shape[2:], 1):
         x = x.unfold(dim, size, stride)  # at last [B, H', W', C, kh, kw]
     if format_of(weight) == torch.channels_last:
@@ -426,11 +414,12 @@ def _onednn_supports(
     residual: Tensor | None,
     packed: Sequence[Tensor],
 ) -> list[str]:
+    if packed and packed[0].is_mkldnn:
+        return onednn.takes(x)
     batch, _, height, width = _output_size(x, weight, stride, padding)
-    laid_out = _for_onednn(packed)
-    if not laid_out and batch * height * width * weight.numel() < onednn.SMALL:
+    if batch * height * width * weight.numel() < onednn.SMALL:
         return [onednn.TOO_SMALL]
-    if not laid_out and residual is None:
+    if residual is None:
         last = format_of(x, weight) == torch.channels_last
         pointwise = last and _pointwise(weight, stride, padding)
         if not pointwise and not _few_pixels(x, weight, stride, padding):

@@ -134,8 +134,8 @@ def pack_linear(weight: Tensor, rows: int, *, geglu: bool = False) -> onednn.Pac
         geglu: whether the packed weight is for calls with ``geglu=True``, and for those only.
 
     Returns:
-        None where packing does nothing: off the CPU, without oneDNN, for the weight's dtype, or
-        where an engine has measured another way to be faster on this CPU.
+        None where packing does nothing: off the CPU, without oneDNN, for the weight's dtype, for
+        a small product, or where an engine has measured another way to be faster on this CPU.
 
     Raises:
         ValueError: not a floating [N, K], an odd N with ``geglu``, or rows below 1.
@@ -153,14 +153,9 @@ def pack_linear(weight: Tensor, rows: int, *, geglu: bool = False) -> onednn.Pac
 Packer = Callable[[Tensor, int, bool], onednn.Packed | None]
 
 
-def _packed_for_onednn(weight: Tensor, rows: int, geglu: bool) -> onednn.Packed:
-    parts = weight.chunk(2) if geglu else (weight,)
-    return tuple(onednn.pack_linear(part, rows) for part in parts)
-
-
 # How a weight is laid out for each way of the contest.
 _PACKERS: dict[str, Packer] = {
-    "packed": _packed_for_onednn,
+    "packed": onednn.pack_linear,
     "cpu": on_cpu.pack,
     "onednn": lambda *_: None,
     "reference": lambda *_: None,
@@ -218,7 +213,8 @@ def _packer(weight: Tensor, rows: int, geglu: bool) -> Packer:
         checks.fail("weight", "shape [N, K], N even with geglu", list(weight.shape))
     if not onednn.supports(weight.device.type, weight.dtype):
         return _PACKERS["reference"]
-    asked, order = requested("linear"), ["packed"]
+    large = rows * weight.numel() >= onednn.SMALL  # those that oneDNN takes, see below
+    asked, order = requested("linear"), ["packed" if large else "reference"]
     if asked == cpu.NAME and weight.dtype == torch.float32 and not cpu.settle():
         order = ["cpu"]
     elif asked == "auto":

@@ -8,10 +8,12 @@ They record no gradient.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # Multiply-adds below which oneDNN's set-up costs more than its products save.
 SMALL = 2**21
@@ -63,10 +65,13 @@ def linear(
 
 
 def conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: list[int], other: Any
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pads: Sequence[int], other: Any
 ) -> Tensor:
-    """The convolution plus ``other``, which may be None."""
-    sizes = padding, (stride, stride), _ONE, 1
+    """The convolution plus ``other``, which may be None; pads are left, right, top, bottom."""
+    left, right, top, bottom = pads
+    if (left, top) != (right, bottom):
+        x, left, top = F.pad(x, tuple(pads)), 0, 0
+    sizes = [top, left], (stride, stride), _ONE, 1
     # What PyTorch 2.11 can't add itself: it takes such a tensor for one in another layout.
     alike = other is not None and (other.shape[1] == 1 or other.shape[2:] == (1, 1))
     if other is None or alike:
@@ -77,12 +82,21 @@ def conv2d(
     )
 
 
-def pack_linear(weight: Tensor, rows: int) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
+def pack_linear(weight: Tensor, rows: int, geglu: bool) -> Packed:
+    """A weight [N, K] for x of so many rows; with ``geglu`` both halves, each for itself."""
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+    parts = weight.detach().chunk(2) if geglu else (weight.detach(),)
+    return tuple(reorder(part.contiguous(), rows) for part in parts)
 
 
-def pack_conv2d(weight: Tensor, size: tuple[int, ...], stride: int, padding: list[int]) -> Tensor:
-    packed = weight.detach().contiguous().to_mkldnn()
-    return torch.ops.aten.mkldnn_reorder_conv2d_weight(
-        packed, padding, (stride, stride), _ONE, 1, list(size)
-    )
+def pack_conv2d(
+    weight: Tensor, size: Sequence[int], stride: int, pads: Sequence[int]
+) -> tuple[Tensor]:
+    """A weight [O, C, kh, kw] for an input of a size [B, C, H, W] with those zeros around it."""
+    (batch, channels, height, width), (left, right, top, bottom) = size, pads
+    even = [top, left]
+    if (left, top) != (right, bottom):  # then :func:`conv2d` puts them into the input
+        height, width, even = height + top + bottom, width + left + right, [0, 0]
+    reorder = torch.ops.aten.mkldnn_reorder_conv2d_weight
+    plain, size = weight.detach().contiguous().to_mkldnn(), [batch, channels, height, width]
+    return (reorder(plain, even, (stride, stride), _ONE, 1, size),)

@@ -22,7 +22,7 @@ from ..conditioning import Context, bind, form
 from ..engine.rewrites.cost import Calls
 from ..engine.rewrites.plan import OpCall
 from ..kernels.layout import channels_last
-from ..ops.cpu import contest, library, threads
+from ..ops.cpu import contest, library, step_contest, threads
 from ..schedule import DiffusionSchedule
 from .batches import moved, split, unpacked
 from .gradient import WITH_ADAPTERS, Gradient, only_computes
@@ -70,8 +70,8 @@ def for_step(model: nn.Module, objective: Objective, batch: Any) -> Way:
     step = measured(model, objective, batch)
     if step is None:
         return Way(threads.most(), objective.options.channels_last)
-    layout = contest.way_of_step(step.work, "layout", step.ways)
-    return Way(contest.threads_for(step.work, step.ways[layout]), layout == "channels_last")
+    layout = step_contest.way_of_step(step.work, "layout", step.ways)
+    return Way(step_contest.threads_for(step.work, step.ways[layout]), layout == "channels_last")
 
 
 def measured(model: nn.Module, objective: Objective, batch: Any) -> Step | None:

@@ -459,3 +459,12 @@ def test_a_layer_that_is_more_than_its_weights_sees_every_run() -> None:
     network.prepare(given, GRID)
     assert error(network(x, at(1)), plain(model, x, 1, given)) <= 1e-9
     assert error(network(x, at(1)), before) > 1e-6
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_takes_no_more_than_its_work_says(variant: str) -> None:
+    model = unet(**VARIANTS[variant])
+    work = prepared(model, conditions(model, 4)).work((9, 6))
+    products = [args for name, args in work.calls() if name in ("linear", "conv2d")]
+    count = sum(x.numel() // weight.shape[1] * weight.numel() for x, weight, *_ in products)
+    assert 0 < count <= work.most < 100 * count

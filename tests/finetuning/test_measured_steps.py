@@ -12,11 +12,11 @@ from compilers import needs_cpu_kernels
 from small_runs import run
 
 from diffusion_fast.kernels import measurements
-from diffusion_fast.ops.cpu import contest, library
+from diffusion_fast.ops.cpu import contest, library, step_contest
 
 pytestmark = needs_cpu_kernels
 # As they are outside of tests.
-PREPARE, KNOWN, WAY_OF_STEP = contest.prepare, contest.known, contest.way_of_step
+PREPARE, KNOWN, WAY_OF_STEP = contest.prepare, contest.known, step_contest.way_of_step
 TEXT = {"train_text": True, "text_learning_rate": 1e-3}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {**TEXT, "targets": ("all",), "dora": True},
@@ -40,7 +40,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[s
     monkeypatch.setattr(library, "settle", lambda: [])
     monkeypatch.setattr(contest, "known", KNOWN)
     monkeypatch.setattr(contest, "prepare", PREPARE)
-    monkeypatch.setattr(contest, "way_of_step", WAY_OF_STEP)
+    monkeypatch.setattr(step_contest, "way_of_step", WAY_OF_STEP)
     monkeypatch.setattr(contest.Contest, "measure", sure)
     monkeypatch.setattr(contest, "LEAST_ROUNDS", 1)
     monkeypatch.setattr(contest, "ROUNDS", 1)

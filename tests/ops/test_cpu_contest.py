@@ -76,6 +76,16 @@ def test_the_first_way_stays_where_little_is_gained(clock: dict[str, float]) -> 
     assert chosen() == "cpu"
 
 
+def test_nothing_is_measured_for_a_tiny_network() -> None:
+    def calls() -> list[tuple[str, tuple[object, ...]]]:
+        raise AssertionError("its calls are not looked for")
+
+    PREPARE(contest.Work("a network", calls, contest.FEW - 1))
+    assert chosen() == "cpu"
+    with pytest.raises(AssertionError):
+        PREPARE(contest.Work("a network", calls, contest.FEW))
+
+
 def test_a_way_asked_for_by_name_needs_no_contest() -> None:
     PREPARE()
     with ops.use_backend(attention="cpu"):

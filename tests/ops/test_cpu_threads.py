@@ -15,7 +15,7 @@ import diffusion_fast as df
 from diffusion_fast import cores
 from diffusion_fast.engine.loop import Loop
 from diffusion_fast.kernels import measurements
-from diffusion_fast.ops.cpu import contest, library, threads
+from diffusion_fast.ops.cpu import contest, library, step_contest, threads
 
 pytestmark = needs_cpu_kernels
 CALLS = [("linear", (torch.empty(8, 64, device="meta"), torch.empty(32, 64, device="meta")))]
@@ -98,53 +98,53 @@ def test_a_number_that_is_set_inside_stays() -> None:
 def test_the_fastest_number_is_taken(
     seconds: dict[int, float], expected: int, step: MakeStep
 ) -> None:
-    assert contest.threads_for(WORK, step(seconds)) == expected
+    assert step_contest.threads_for(WORK, step(seconds)) == expected
 
 
 def test_it_is_measured_once(step: MakeStep) -> None:
     measured = step({4: 0.004, 2: 0.001, 1: 0.002})
-    assert contest.threads_for(WORK, measured) == 2
+    assert step_contest.threads_for(WORK, measured) == 2
     calls = measured.calls
     forget()  # in another process it is on disk
-    assert contest.threads_for(WORK, measured) == 2
+    assert step_contest.threads_for(WORK, measured) == 2
     assert measured.calls == calls
-    assert contest.threads_for(contest.Work("another", lambda: CALLS), measured) == 2
+    assert step_contest.threads_for(contest.Work("another", lambda: CALLS), measured) == 2
     assert measured.calls > calls
 
 
 def test_beside_other_programs_it_is_measured_by_each_process(step: MakeStep) -> None:
     measured = step({4: 0.004, 2: 0.001, 1: 0.002})
     measured.waits = 0.5
-    assert contest.threads_for(WORK, measured) == 2
+    assert step_contest.threads_for(WORK, measured) == 2
     calls = measured.calls
-    assert contest.threads_for(WORK, measured) == 2
+    assert step_contest.threads_for(WORK, measured) == 2
     assert measured.calls == calls
     forget()
     measured.seconds[1] = 0.0001
-    assert contest.threads_for(WORK, measured) == 2
+    assert step_contest.threads_for(WORK, measured) == 2
     assert measured.calls > calls
     forget()
     measured.waits = 0.0
-    assert contest.threads_for(WORK, measured) == 1
+    assert step_contest.threads_for(WORK, measured) == 1
     forget()
     measured.seconds[1] = 0.002
-    assert contest.threads_for(WORK, measured) == 1
+    assert step_contest.threads_for(WORK, measured) == 1
 
 
 def test_beside_other_programs_long_steps_are_measured_too(step: MakeStep) -> None:
     """All threads may take so long only because one of them isn't running."""
     measured = step({4: 0.08, 2: 0.06, 1: 0.03})
     measured.waits = 0.5
-    assert contest.threads_for(WORK, measured) == 1
+    assert step_contest.threads_for(WORK, measured) == 1
 
 
 @pytest.mark.parametrize("kept", ["", "two", "0", "5"])
 def test_a_number_that_is_none_is_measured_again(kept: str, step: MakeStep) -> None:
-    assert contest.threads_for(WORK, step({4: 0.004, 2: 0.001, 1: 0.002})) == 2
+    assert step_contest.threads_for(WORK, step({4: 0.004, 2: 0.001, 1: 0.002})) == 2
     (file,) = (library.cache_folder() / "tuning").iterdir()
     ((key, _),) = measurements.results(file).items()
     measurements.remember(file, key, kept)
-    assert contest.threads_for(WORK, step({4: 0.004, 2: 0.003, 1: 0.002})) == 1
+    assert step_contest.threads_for(WORK, step({4: 0.004, 2: 0.003, 1: 0.002})) == 1
 
 
 def test_where_the_work_is_much_or_unknown_nothing_is_measured(step: MakeStep) -> None:
@@ -152,7 +152,7 @@ def test_where_the_work_is_much_or_unknown_nothing_is_measured(step: MakeStep) -
     for calls in ([], [("attention", large)], [("linear", large)]):
         for name in ("", f"of {calls}"):
             measured = step({})
-            assert contest.threads_for(contest.Work(name, lambda c=calls: c), measured) == 4
+            assert step_contest.threads_for(contest.Work(name, lambda c=calls: c), measured) == 4
             assert measured.calls == 0
 
 
@@ -172,11 +172,11 @@ def test_an_engine_takes_that_many_and_says_so(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Loop, "predicted", step)
     results = []
     for count, told in ((4, "4 of 4"), (1, "1 of 4, measured to be faster")):
-        monkeypatch.setattr(contest, "threads_for", lambda work, step, count=count: count)
+        monkeypatch.setattr(step_contest, "threads_for", lambda work, step, count=count: count)
         engine = df.Engine(model, df.DiffusionSchedule(), sampler="ddim", steps=3)
         assert engine.explain()["threads"] == "not decided"
-        x_T = torch.ones(1, 1, 8, 8)
-        results.append(engine.sample((1, 1, 8, 8), label, x_T=x_T, callback=callback))
+        x_T = torch.ones(1, 1, 32, 32)
+        results.append(engine.sample((1, 1, 32, 32), label, x_T=x_T, callback=callback))
         assert engine.explain()["threads"] == told
     assert in_steps == [4] * 3 + [1] * 3
     assert in_callbacks == [4] * 6
@@ -201,9 +201,9 @@ def test_mkl_takes_fewer_threads_too() -> None:
 def test_a_backend_that_is_asked_for_is_not_measured(step: MakeStep) -> None:
     measured = step({})
     with df.use_backend("reference"):
-        assert contest.threads_for(WORK, measured) == 4
+        assert step_contest.threads_for(WORK, measured) == 4
     with df.use_backend(linear="reference"):
-        assert contest.threads_for(WORK, measured) == 4
+        assert step_contest.threads_for(WORK, measured) == 4
     assert measured.calls == 0
 
 
@@ -214,3 +214,16 @@ def test_what_has_hooks_is_not_called_to_be_timed() -> None:
     engine.sample((1, 1, 8, 8), torch.tensor([3]))
     assert calls == [4, 4, 4]
     assert engine.explain()["threads"] == "4 of 4"
+
+
+def test_one_for_a_tiny_network_without_a_measurement(step: MakeStep) -> None:
+    measured = step({4: 0.001, 2: 0.002, 1: 0.003})
+    tiny = contest.Work("a network", lambda: CALLS, contest.FEW - 1)
+    assert step_contest.threads_for(tiny, measured) == 1
+    assert measured.calls == 0
+    large = contest.Work("a network", lambda: CALLS, contest.FEW)
+    assert step_contest.threads_for(large, measured) == 4
+    model = df.UNet2DCondition(df.UNetConfig.preset("digits"))
+    engine = df.Engine(model, df.DiffusionSchedule(), sampler="ddim", steps=3)
+    engine.sample((1, 1, 8, 8), torch.tensor([3]))
+    assert engine.explain()["threads"] == "1 of 4, for so small a network"

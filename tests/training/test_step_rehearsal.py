@@ -17,7 +17,7 @@ import diffusion_fast as df
 from diffusion_fast.files import CheckpointError
 from diffusion_fast.kernels import measurements
 from diffusion_fast.kernels.layout import format_of
-from diffusion_fast.ops.cpu import contest, library
+from diffusion_fast.ops.cpu import contest, library, step_contest
 from diffusion_fast.training import Batches, Checkpoints, Trainer
 from diffusion_fast.training.rehearsal import rehearsal
 
@@ -25,7 +25,7 @@ pytestmark = needs_cpu_kernels
 FASTEST, LAYOUT = 1, "contiguous"
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # As they are outside of tests.
-PREPARE, KNOWN, WAY_OF_STEP = contest.prepare, contest.known, contest.way_of_step
+PREPARE, KNOWN, WAY_OF_STEP = contest.prepare, contest.known, step_contest.way_of_step
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def _two(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Two threads, where nothing was ever measured."""
     monkeypatch.setattr(library, "_final", True)
     monkeypatch.setattr(contest, "known", KNOWN)
-    monkeypatch.setattr(contest, "way_of_step", WAY_OF_STEP)
+    monkeypatch.setattr(step_contest, "way_of_step", WAY_OF_STEP)
     monkeypatch.setenv("DIFFUSION_FAST_CACHE", str(tmp_path / "cache"))
     torch.set_num_threads(2)
     yield
@@ -56,8 +56,8 @@ def times(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             step()
         return LAYOUT, True
 
-    monkeypatch.setattr(contest, "_by", by)
-    monkeypatch.setattr(contest, "_first_of", first)
+    monkeypatch.setattr(step_contest, "_by", by)
+    monkeypatch.setattr(step_contest, "_first_of", first)
     return timed
 
 
@@ -357,14 +357,14 @@ def test_images_are_laid_out_as_was_the_fastest(
     layout: str,
 ) -> None:
     """Also where a run goes on, whatever was measured since."""
-    monkeypatch.setattr(contest, "_first_of", lambda ways: (layout, True))
+    monkeypatch.setattr(step_contest, "_first_of", lambda ways: (layout, True))
     one = trainer(tmp_path)
     one.fit(3)
     saved = Checkpoints(tmp_path).newest()
     assert layouts[-1] == FORMATS[layout]
     for other in FORMATS:
         contest.known().clear()
-        monkeypatch.setattr(contest, "_first_of", lambda ways, other=other: (other, True))
+        monkeypatch.setattr(step_contest, "_first_of", lambda ways, other=other: (other, True))
         layouts.clear()
         again = trainer()
         again.resume(saved)

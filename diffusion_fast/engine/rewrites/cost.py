@@ -238,15 +238,20 @@ class DryRun:
                 predictor(self._x, clock)
 
 
-def named(found: Callable[[], list[OpCall]], *parts: object) -> Work:
+def work_of(
+    network: nn.Module, pixels: int, found: Callable[[], list[OpCall]], *parts: object
+) -> Work:
     """Op calls that a machine has to find once.
 
     Args:
-        found: finds them.
+        network: whose weights they read, each at most once for a pixel.
+        pixels: of all images at their largest.
+        found: finds the calls.
         parts: what decides them beside the code, by their texts.
     """
     texts = [repr(sorted(part) if isinstance(part, frozenset) else part) for part in parts]
-    return Work(" ".join([*texts, _code()]), found)
+    most = pixels * sum(weight.numel() for weight in network.parameters())
+    return Work(" ".join([*texts, _code()]), found, most)
 
 
 @functools.cache

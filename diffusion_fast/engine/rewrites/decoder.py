@@ -75,7 +75,9 @@ class PreparedDecoder:
                     decoder._decoded(torch.empty(tuple(shape), dtype=dtype))
             return watch.found
 
-        return cost.named(calls, vae.__name__, self.vae.config, self.on, dtype, tuple(shape))
+        pixels = shape[0] * shape[2] * shape[3] * self.vae.downsampling**2
+        parts = vae.__name__, self.vae.config, self.on, dtype, tuple(shape)
+        return cost.work_of(self._decoder, pixels, calls, *parts)
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -341,7 +341,8 @@ class PreparedUNet(PreparedNetwork[UNet2DCondition]):
         plan, config = self.plan, self.model.config
         sizes = plan.dtype, plan.batch, plan.halves, (size[0], size[1])
         found = functools.partial(cost.calls, config, PreparedUNet, plan.on, *sizes)
-        return cost.named(found, config, plan.on, *sizes)
+        pixels = plan.halves * plan.batch * size[0] * size[1]
+        return cost.work_of(self.model, pixels, found, config, plan.on, *sizes)
 
     def explain(self) -> list[RewriteReport]:
         """A report of each rewrite, see :class:`RewriteReport`.

@@ -150,7 +150,7 @@ def _run(
     lse: Tensor | None = None,
 ) -> Tensor:
     """Call the kernel: bias [B, H, Sq, Sk] and weights [B, parts - 1, Sq] are of float32."""
-    q, k, v = (_by_channels(value) for value in (q, k, v))
+    q, k, v = [one if one.stride(-1) == 1 else one.contiguous() for one in (q, k, v)]
     out = torch.empty(q.shape, dtype=q.dtype)
     if key_lengths is not None:
         key_lengths = key_lengths.long().contiguous()
@@ -171,10 +171,6 @@ def _run(
     )
     library.kernels.attention(arguments)
     return out
-
-
-def _by_channels(value: Tensor) -> Tensor:
-    return value if value.stride(-1) == 1 else value.contiguous()
 
 
 def backward_supports(
@@ -204,7 +200,7 @@ def backward(
     key_lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients by q, k and v, contiguous, and an empty one by the bias that there isn't."""
-    given = tuple(_by_channels(value) for value in (q, k, v, out, grad))
+    given = [one if one.stride(-1) == 1 else one.contiguous() for one in (q, k, v, out, grad)]
     lse = lse.contiguous()
     dq, dk, dv = (torch.empty(value.shape) for value in (q, k, v))
     if key_lengths is not None:

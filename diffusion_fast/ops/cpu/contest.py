@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import math
 import sys
 import time
 from collections import Counter
@@ -30,7 +31,7 @@ from ... import cores
 from ...hardware import cpu_flags, processor
 from ...kernels.measurements import adopt, file_of, remember, results
 from ..dispatch import Op
-from ..dispatch.backend import BACKENDS, by_name, requested
+from ..dispatch.backend import BACKENDS, requested
 from . import library, threads
 
 ROUNDS, LEAST_ROUNDS = 9, 2
@@ -41,10 +42,7 @@ LOST = 2.0  # a way that takes so much longer than the best one has no further r
 DOUBT = "?"  # ends a result on disk whose times are such that waited for cores
 GAIN = 0.95  # a way that is not first must take at most so much of the first one's time
 MANY = 8  # kinds from which a line says that they are measured
-
-# Of a step of a network, see :func:`threads_for`.
-LONG, LARGE = 0.05, 10**10  # seconds, and multiply-adds, in which there is work for all threads
-WARM = 3  # calls before those that count: the third one is recorded
+FEW = 2**28  # multiply-adds of a step, about a millisecond, below which nothing is measured
 
 Kind = tuple[object, ...]
 Ways = Mapping[str, Callable[..., Any]]
@@ -76,7 +74,7 @@ def _timed(run: Callable[[], object]) -> Time:
     return Time(cores.waited() - waited > BUSY * seconds, seconds)
 
 
-def _least(ways: Mapping[str, Callable[[], object]]) -> dict[str, Time]:
+def least_times(ways: Mapping[str, Callable[[], object]]) -> dict[str, Time]:
     """The least time of each way; they take turns."""
     least, began = dict.fromkeys(ways, NEVER), time.perf_counter()
     for turn in itertools.count():
@@ -100,10 +98,17 @@ class Work:
             there is no such name.
         calls: finds them: names of ops, and arguments of which no data is read. That is as much
             Python as a step.
+        most: multiply-adds that they have at most, as far as that is known without finding them.
     """
 
     name: str = ""
     calls: Callable[[], Calls] = tuple
+    most: float = math.inf
+
+    @property
+    def tiny(self) -> bool:
+        """Whether a step takes so little that nothing is measured for it."""
+        return self.most < FEW
 
     def key(self, of: str) -> str:
         """The name of a result about it."""
@@ -147,7 +152,9 @@ class Contest:
 
     def order(self, kind: Kind | None) -> list[str]:
         """The names of the ways to a kind, the fastest first; empty where nothing is known."""
-        order = [] if kind is None else self._known().get(self.key(kind), "").split()
+        if kind is None or not (found := self._known()):
+            return []
+        order = found.get(self.key(kind), "").split()
         if order[-1:] == [DOUBT]:
             order.pop()
         return order if all(name in self.names for name in order) else []
@@ -209,7 +216,7 @@ class Contest:
             Whether the ways had the cores; otherwise another process is to measure again.
         """
         order, sure = self._measured(kind)
-        _decide(self.key(kind), " ".join(order), sure)
+        decide(self.key(kind), " ".join(order), sure)
         self.forget()
         return sure
 
@@ -220,7 +227,7 @@ class Contest:
         """
         args = self.example(*kind)
         ways = self.ways(*args)
-        times = _least({name: functools.partial(run, *args) for name, run in ways.items()})
+        times = least_times({name: functools.partial(run, *args) for name, run in ways.items()})
         seconds = {name: time.seconds for name, time in times.items()}
         seconds[next(iter(ways))] *= GAIN
         return sorted(ways, key=seconds.__getitem__), not max(times.values()).disturbed
@@ -245,7 +252,8 @@ def packed_call(
 
 @torch.no_grad()
 def prepare(work: Work = NO_WORK) -> None:
-    """Have the kernels compiled, and take all times that are missing for a network.
+    """Have the kernels compiled, and take all times that are missing for a network, unless it is
+    tiny.
 
     Where the number of threads is another than the last time, or the cache folder, other results
     decide from now on.
@@ -257,7 +265,7 @@ def prepare(work: Work = NO_WORK) -> None:
         _decides = _file()
         for contest in _contests:
             contest.forget()
-    if work.name and _complete(known().get(work.key("measured"), "")):
+    if work.tiny or (work.name and _complete(known().get(work.key("measured"), ""))):
         return
     calls = list(work.calls())
     wanted = [(contest, contest.wanted(_of(contest, calls))) for contest in _contests]
@@ -280,7 +288,7 @@ def prepare(work: Work = NO_WORK) -> None:
         remember(_file(), work.key("measured"), "\n".join(one.key(kind) for one, kind in pairs))
 
 
-def _decide(key: str, result: str, sure: bool) -> None:
+def decide(key: str, result: str, sure: bool) -> None:
     """Have a result decide in this process, and in others: where it is not sure, for now."""
     remember(_file(), key, result if sure else f"{result} {DOUBT}")
     known()[key] = result
@@ -303,109 +311,6 @@ def told(work: Work) -> str:
         counts = Counter(order[0] for order in orders if order)
         parts += [f"{contest.op.name} {name} {count}" for name, count in counts.most_common()]
     return ", ".join(parts) or "nothing was measured"
-
-
-def threads_for(work: Work, step: Callable[[], object]) -> int:
-    """The number of threads with which a step takes the least time, PyTorch's at most.
-
-    In a small network an op is done in microseconds, in which threads can't even begin together.
-    Measured once for each network, machine and number of PyTorch's threads.
-
-    Args:
-        work: the step's calls; where it has no name, all threads are used. So they are where a
-            backend is asked for by name.
-        step: what is measured; it is called several times.
-    """
-    most = threads.most()
-    if most == 1:
-        return most
-
-    def valid(count: str) -> bool:
-        return count.isdecimal() and 1 <= int(count) <= most
-
-    return int(_of_step(work, "threads", str(most), valid, lambda: _fastest(step, most)))
-
-
-def way_of_step(work: Work, about: str, ways: Mapping[str, Callable[[], object]]) -> str:
-    """Which way to compute a step takes the least time, measured as for :func:`threads_for`.
-
-    Args:
-        work: the step's calls; where it has no name, the first way is taken.
-        about: what the ways are ways of.
-        ways: each computes a step; all but the first have a handicap.
-    """
-    first = next(iter(ways))
-    if len(ways) == 1:
-        return first
-    return _of_step(work, about, first, ways.__contains__, lambda: _first_of(ways))
-
-
-def _of_step(
-    work: Work,
-    about: str,
-    otherwise: str,
-    valid: Callable[[str], bool],
-    measured: Callable[[], tuple[str, bool]],
-) -> str:
-    """What was found about a step, now or by another process; ``otherwise`` if it is large."""
-    if library.machine() or not work.name or by_name():
-        return otherwise
-    key = work.key(about)
-    found, _, doubt = known().get(key, "").partition(" ")
-    if not valid(found) or doubt:
-        small = 0 < _multiply_adds(work.calls()) < LARGE
-        new, sure = measured() if small else (otherwise, True)
-        found = new if sure or not valid(found) else found
-        _decide(key, found, sure)
-    return found
-
-
-def _multiply_adds(calls: Calls) -> int:
-    """Those of the products and convolutions, and of convolutions' gradients."""
-    count = 0
-    for name, args in calls:
-        if name in ("linear", "conv2d"):
-            x, weight, times = *args[:2], 1
-        elif name == "conv2d_backward":
-            x, weight, times = *args[1:3], sum(args[-1][:2])
-        else:
-            continue
-        count += times * x.numel() // weight.shape[1] * weight.numel()  # a weight is [N, K, ...]
-    return count
-
-
-def _fastest(step: Callable[[], object], most: int) -> tuple[str, bool]:
-    """The number of threads that is the fastest: all of them, or half as many, and so on.
-
-    And whether its times are such for which they had the cores.
-    """
-    count = best = most
-    least = _by(most, step)
-    sure = not least.disturbed
-    while count > 1 and (least.seconds < LONG or least.disturbed):
-        count //= 2
-        found = _by(count, step)
-        sure &= not found.disturbed
-        if found.seconds > GAIN * least.seconds:
-            break
-        best, least = count, found
-    return str(best), sure
-
-
-def _first_of(ways: Mapping[str, Callable[[], object]]) -> tuple[str, bool]:
-    """The way that is the fastest with all threads, and whether they had the cores."""
-    times = {name: _by(threads.most(), run) for name, run in ways.items()}
-    seconds = {name: time.seconds for name, time in times.items()}
-    seconds[next(iter(ways))] *= GAIN
-    return min(seconds, key=seconds.__getitem__), not max(times.values()).disturbed
-
-
-def _by(count: int, step: Callable[[], object]) -> Time:
-    """The least time of a step by so many threads."""
-    with threads.using(count):
-        for _ in range(WARM):
-            step()
-        return _least({"": step})[""]
 
 
 def _of(contest: Contest, calls: Calls) -> list[tuple[Any, ...]]:

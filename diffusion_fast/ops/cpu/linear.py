@@ -53,7 +53,7 @@ def supports(
         return [f"dtype {weight.dtype}"]
     if mean is not None:
         return ["a LayerNorm is folded into it"]
-    return [] if is_packed(packed) else ["its weight is not packed for it"]
+    return [] if packed and is_packed(packed) else ["its weight is not packed for it"]
 
 
 def forward(

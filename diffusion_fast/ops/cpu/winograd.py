@@ -58,10 +58,9 @@ _PACKED: Strides = (0, 0, 0)
 
 def _dense(weight: Tensor) -> tuple[Tensor, Strides]:
     """A weight in one of two layouts, and its strides."""
-    weight = weight.contiguous(memory_format=format_of(weight))
-    channels = weight.shape[1]
-    last = format_of(weight) == _LAST
-    return weight, (9 * channels, 1, channels) if last else (9 * channels, 9, 1)
+    form, channels = format_of(weight), weight.shape[1]
+    strides = (9 * channels, 1, channels) if form == _LAST else (9 * channels, 9, 1)
+    return weight.contiguous(memory_format=form), strides
 
 
 def supports(
