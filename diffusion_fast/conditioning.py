@@ -62,6 +62,11 @@ class PerRow:
     order: Sequence[int]
 
 
+def contexts_of(context: Context | PerRow) -> Sequence[Context]:
+    """All contexts of a run."""
+    return context.contexts if isinstance(context, PerRow) else [context]
+
+
 def bind(model: Model, context: Context) -> Callable[[Tensor, Tensor], Tensor]:
     """The model as a function of x and t: ``model(x, t)``, ``model(x, t, context)`` or keywords."""
     if context is None:

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..conditioning import Context, Model, PerRow, bind, form
+from ..conditioning import Context, Model, PerRow, bind, contexts_of, form
 from ..models import UNet2DCondition
 from ..models.controlled import ControlledUNet
 from ..ops import checks
 from ..ops.cpu.contest import NO_WORK, Work
-from .buffers import Clock
-from .order import Order, contexts_of
+from .buffers import Clock, Order
 from .rewrites.controlled import prepare
 from .rewrites.derived import Executor, eagerly
 from .rewrites.plan import LOSSY, REWRITES, Bypassed, RewriteReport

@@ -11,8 +11,8 @@ from ..engine.rewrites.decoder import FreshDecoder
 from ..files import AnyPath
 from ..models import UNet2DCondition
 from ..models.tiny_autoencoder import AutoencoderTiny
+from ..models.vae_memory import Autoencoding
 from ..ops import checks
-from .latents import Autoencoding
 
 
 class Previews:

@@ -11,8 +11,8 @@ from ..engine.slots import Job
 from ..ops import checks
 from ..samplers import SamplerOptions, table_of
 from ..samplers.table import StepTable
-from . import asked, given, inputs
-from .prompts import Told
+from . import call, inputs
+from .call import Told
 from .result import Result
 from .stable_diffusion import OUTPUTS, StableDiffusion
 
@@ -85,8 +85,8 @@ def checked(
         checks.fail("denoising_start", expected, more["denoising_start"])
     [number] = inputs.seed_list(inputs.plain(seed), 1)
     parts = pipe._parts()
-    images, masks = asked.pictures(parts, image, mask, inputs.plain(size), 1)
-    options, strength, scale = asked.options_of(
+    images, masks = call.pictures(parts, image, mask, inputs.plain(size), 1)
+    options, strength, scale = call.options_of(
         parts,
         *(steps, guidance_scale, sampler, strength),
         *(images is not None, masks is not None, negative_prompt, more),
@@ -95,10 +95,10 @@ def checked(
     if len(table) > max_steps:
         checks.fail("steps", f"at most {max_steps} model calls", len(table))
     negatives = None if negative_prompt is None else [negative_prompt]
-    told = asked.told(parts, [prompt], negatives, table.halves == "both", lambda: table.steps)
+    told = call.told(parts, [prompt], negatives, table.halves == "both", lambda: table.steps)
     pipe.text.check_clip_skip(clip_skip)
     if images is None:
-        height, width = asked.size_of(parts, inputs.plain(size))
+        height, width = call.size_of(parts, inputs.plain(size))
     else:
         height, width = images.shape[2:]
     return Request(
@@ -125,13 +125,13 @@ def job(pipe: StableDiffusion, request: Request) -> tuple[Job, tuple[int, int]]:
         The image to sample; height and width of its latents.
     """
     options, parts = request.options, pipe._parts()
-    beside = given.embedded_guidance(parts, request.scale)
-    context, null_context = given.contexts(
+    beside = call.embedded_guidance(parts, request.scale)
+    context, null_context = call.contexts(
         parts, request.told, request.clip_skip, 1, request.size, (beside, beside)
     )
-    shape = given.latent_shape(parts, 1, *request.size)
+    shape = call.latent_shape(parts, 1, *request.size)
     pictured = request.images, request.masks, options.strength
-    start = given.start(parts, pipe._autoencoding(), shape, *pictured, [request.seed])
+    start = call.start(parts, pipe._autoencoding(), shape, *pictured, [request.seed])
     made = Job(
         table=request.table,
         context=context,

@@ -20,14 +20,14 @@ from ..models.autoencoder import Autoencoder
 from ..models.controlled import ControlledUNet
 from ..models.embeddings import Embeddings
 from ..models.lora import LoRAs
+from ..models.vae_memory import Autoencoding
 from ..ops import checks
 from ..prediction import PREDICTION_TYPES
 from ..samplers import SamplerOptions, reads_unconditional, table_of
 from ..schedule import DiffusionSchedule
-from . import asked, given, inputs
+from . import call, inputs
 from .controls import Controls, Steering
 from .ip_adapters import IPAdapters
-from .latents import Autoencoding
 from .loading import load
 from .parts import Parts
 from .previews import Previews
@@ -310,14 +310,14 @@ class StableDiffusion:
             unfinished = inputs.unfinished(image, len(seeds), self.unet.config.out_channels, mask)
             image = None
         begun = unfinished is not None
-        images, masks = asked.pictures(parts, image, mask, size, len(seeds), begun)
+        images, masks = call.pictures(parts, image, mask, size, len(seeds), begun)
         if images is not None:
             height, width = images.shape[2:]
         else:
             if size is None and not begun:
                 size = steering.size(self.vae.downsampling)
-            height, width = asked.size_of(parts, size, unfinished)
-        options, strength, scale = asked.options_of(
+            height, width = call.size_of(parts, size, unfinished)
+        options, strength, scale = call.options_of(
             parts,
             *(steps, guidance_scale, sampler, strength),
             *(images is not None, masks is not None, negative_prompt, more),
@@ -325,27 +325,25 @@ class StableDiffusion:
         table = {one.name: getattr(options, one.name) for one in fields(options)}
         both = reads_unconditional(options) or inputs.guided(options.guidance_scale)
         schedule = self.scheduler.schedule
-        told = asked.told(
-            parts, prompts, negatives, both, lambda: table_of(options, schedule).steps
-        )
-        shape = given.latent_shape(parts, len(seeds), height, width)
+        told = call.told(parts, prompts, negatives, both, lambda: table_of(options, schedule).steps)
+        shape = call.latent_shape(parts, len(seeds), height, width)
         both = inputs.guided(options.guidance_scale)
         latent_size = shape[2], shape[3]
         pictured, blank = self.ip_adapters.context(
             ip_adapter_image, ip_adapter_image_embeds, ip_adapter_masks, latent_size, both
         )
         model, halves = self._steered(steering, options, (height, width), len(seeds))
-        embedded = given.embedded_guidance(parts, scale)
+        embedded = call.embedded_guidance(parts, scale)
         seen = zip(halves, (pictured, blank), strict=True)
         beside = [{**embedded, **half, **shown} for half, shown in seen]
         vae = self._autoencoding()
         latents = self._engine_now(model, table, progress).sample(
             shape,
-            *given.contexts(parts, told, clip_skip, batch, (height, width), beside, scores),
+            *call.contexts(parts, told, clip_skip, batch, (height, width), beside, scores),
             callback=callback,
             preview=preview,
             table=table,
-            **given.start(parts, vae, shape, images, masks, options.strength, seeds, unfinished),
+            **call.start(parts, vae, shape, images, masks, options.strength, seeds, unfinished),
         )
         drawn, flagged = (latents, None) if output == "latent" else self._decoded(vae, latents)
         settings = {

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from ..pipelines import Pending, StableDiffusion, asked
+from ..pipelines import Pending, StableDiffusion, call
 from ..pipelines.batcher import Statistics
 
 
@@ -39,7 +39,7 @@ class Model:
         cls, pipe: StableDiffusion, name: str, loras: Mapping[str, float] | None = None
     ) -> Model:
         """That of a pipeline."""
-        height, width = asked.size_of(pipe._parts(), None)
+        height, width = call.size_of(pipe._parts(), None)
         return cls(
             name,
             dict(loras or {}),

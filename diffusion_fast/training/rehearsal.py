@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from .. import ops
 from ..conditioning import Context, bind, form
 from ..engine.rewrites.cost import Calls
 from ..engine.rewrites.plan import OpCall
+from ..files import CheckpointError
 from ..kernels.layout import channels_last
 from ..ops.cpu import contest, library, step_contest, threads
 from ..schedule import DiffusionSchedule
@@ -53,6 +54,69 @@ class Step(NamedTuple):
 
     work: contest.Work
     ways: dict[str, Callable[[], None]]
+
+
+class Rehearsals:
+    """How the steps of a run are computed: rehearsed before its first one.
+
+    Args:
+        model: the network.
+        objective: what trains it.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        self.model, self.objective = model, objective
+        self._ways: dict[int, Way] = {}  # by PyTorch's number of threads
+        self._measured: set[tuple[int, torch.Size]] = set()  # that number, and a batch's shape
+
+    def ready(self, batch: Any) -> contextlib.AbstractContextManager[None]:
+        """On a CPU lay images out as is the fastest, and share steps among as many threads.
+
+        Products of a batch of another shape are measured when the first of them comes.
+        """
+        if self.objective.device.type != "cpu":
+            return contextlib.nullcontext()
+        most = threads.most()
+        kind = most, unpacked(batch, self.objective.device)[0].shape
+        if most not in self._ways:
+            self._ways[most] = for_step(self.model, self.objective, batch)
+        elif kind not in self._measured:
+            measured(self.model, self.objective, batch)
+        self._measured.add(kind)
+        count, self.objective.channels_last = self._ways[most]
+        return threads.using(count)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was found, as JSON can hold it: sums are rounded by it."""
+        found: dict[str, Any] = {"contests": contest.taken()}
+        if way := self._ways.get(threads.most()):
+            found |= {"shared_by": way.threads, "images_channels_last": way.channels_last}
+        return found
+
+    def load_state_dict(self, saved: Mapping[str, Any], origin: str) -> None:
+        """Go on as :meth:`state_dict` says, if that was on this machine.
+
+        Args:
+            saved: a checkpoint's values; older ones lack some.
+            origin: the checkpoint, for errors.
+
+        Raises:
+            CheckpointError: a value that can't be.
+        """
+        contests = saved.get("contests", {})
+        ways = contests.get("ways", {}) if isinstance(contests, dict) else None
+        if not isinstance(ways, dict) or not all(isinstance(way, str) for way in ways.values()):
+            wanted = "expected ways by kinds of calls"
+            raise CheckpointError(f"{origin}: contests: {wanted}, got {contests!r:.60}")
+        if not contest.take(contests) or saved.get("shared_by") is None:
+            return
+        most, count, last = threads.most(), saved["shared_by"], saved.get("images_channels_last")
+        if type(count) is not int or not 1 <= count <= most:
+            raise CheckpointError(f"{origin}: shared_by: expected 1 to {most}, got {count!r}")
+        if not isinstance(last, bool | None):
+            wanted = "expected true or false"
+            raise CheckpointError(f"{origin}: images_channels_last: {wanted}, got {last!r}")
+        self._ways[most] = Way(count, bool(last))
 
 
 def for_step(model: nn.Module, objective: Objective, batch: Any) -> Way:

@@ -17,11 +17,10 @@ from ..conditioning import Context
 from ..cores import warn_of_threads
 from ..files import AnyPath, CheckpointError
 from ..ops import checks
-from ..ops.cpu import contest, threads
 from ..ops.cpu import library as cpu_kernels
 from ..schedule import DiffusionSchedule
 from ..turns import Turns
-from .batches import Batches, forever, unpacked
+from .batches import Batches, forever
 from .checkpoint import (
     Checkpoints,
     Groups,
@@ -35,7 +34,7 @@ from .ema import EMA, is_finite, named_tensors
 from .objective import Objective
 from .optimizers import make_optimizer
 from .options import TrainingOptions
-from .rehearsal import Way, for_step, measured
+from .rehearsal import Rehearsals
 from .state import load_optimizer_state, load_random_state, optimizer_state, random_state
 from .timestep_sampling import UniformSampler
 from .validation import validation_loss
@@ -151,8 +150,7 @@ class Trainer:
         self.batches = 0  # read in all runs
         self.losses: list[float] = []  # of this run
         self._resumed: str | None = None
-        self._ways: dict[int, Way] = {}  # how a step is computed, by PyTorch's number of threads
-        self._measured: set[tuple[int, torch.Size]] = set()  # and for which batches
+        self._rehearsals = Rehearsals(model, self.objective)
         self._turns = Turns("Trainer")
         if self.device.type == "cpu":
             cpu_kernels.begin()
@@ -204,7 +202,7 @@ class Trainer:
                 while self.step < steps:
                     with self._watch.waiting():
                         batch = next(batches)
-                    with self._threads(batch):
+                    with self._rehearsals.ready(batch):
                         pending.append(self._step(batch))
                     # Several processes must agree to stop, which they do where all pause.
                     alone = interruption.asked and self.processes.count == 1
@@ -276,20 +274,6 @@ class Trainer:
         if isinstance(self.dataloader, Batches):
             return self.dataloader.starting_at(self.batches, self.processes)
         return forever(self.dataloader)
-
-    def _threads(self, batch: Any) -> contextlib.AbstractContextManager[None]:
-        """On a CPU the layout and as many threads as make a step the fastest, from the first on."""
-        most = threads.most()
-        if self.device.type != "cpu":
-            return contextlib.nullcontext()
-        kind = most, unpacked(batch, self.device)[0].shape
-        if most not in self._ways:
-            self._ways[most] = for_step(self.model, self.objective, batch)
-        elif kind not in self._measured:
-            measured(self.model, self.objective, batch)
-        self._measured.add(kind)
-        count, self.objective.channels_last = self._ways[most]
-        return threads.using(count)
 
     def _step(self, batch: Any) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
@@ -411,10 +395,8 @@ class Trainer:
         rest: dict[str, Any] = {
             **{"step": self.step, "steps": self.steps, "batches": self.batches},
             **{"threads": torch.get_num_threads(), "settings": self.settings()},
-            "contests": contest.taken(),
+            **self._rehearsals.state_dict(),
         }
-        if way := self._ways.get(threads.most()):
-            rest |= {"shared_by": way.threads, "images_channels_last": way.channels_last}
         if self.scaler is not None:
             rest["scaler"] = self.scaler.state_dict()
         if self.ema is not None:
@@ -457,13 +439,7 @@ class Trainer:
         sampler.load_state_dict(dict(groups.get("timesteps", {})))
         if self.scaler is not None:
             self.scaler.load_state_dict(rest["scaler"])
-        here = contest.take(rest.get("contests", {}))  # older checkpoints don't have them
-        if here and rest.get("shared_by") is not None:
-            most, count = threads.most(), _count(rest["shared_by"], f"{origin}: shared_by")
-            if not 1 <= count <= most:
-                wanted = f"expected 1 to {most} threads"
-                raise CheckpointError(f"{origin}: shared_by: {wanted}, got {count}")
-            self._ways[most] = Way(count, bool(rest.get("images_channels_last")))
+        self._rehearsals.load_state_dict(rest, origin)
         self.losses, self.step = losses, numbers["step"]
         self.steps, self.batches = numbers["steps"], numbers["batches"]
 

@@ -26,18 +26,24 @@ def on_white(colors: Tensor, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize(
     ("style", "name", "passes"),
-    [(0.5, 0.9, (True, True, True)), (0.18, 0.95, (False, False, True)),
-     (0.35, 0.95, (False, True, True)), (0.9, 0.5, (True, True, False))],
-)  # fmt: skip
+    [
+        (0.5, 0.9, (True, True, True, True)),
+        (0.18, 0.95, (False, False, False, True)),
+        (0.29, 0.95, (False, True, False, True)),
+        (0.35, 0.95, (False, True, True, True)),
+        (0.9, 0.5, (True, True, True, False)),
+    ],
+)
 def test_what_passes(style: float, name: float, passes: tuple[bool, ...]) -> None:
-    from style_lora import verdict
+    from style_lora import STYLES, verdict
 
     rows = {
         "base": {"style": 0.05, "name": 1.0},
         "tint": {"style": 0.17, "name": 0.99},
         "lora": {"style": style, "name": name},
     }
-    lines = verdict({"decoded": {"style": 0.8, "name": 0.5}}, {"1": rows})
+    own = {f"base, {one}": {"style": 0.5, "name": 0.99} for one in STYLES}
+    lines = verdict({"decoded": {"style": 0.8, "name": 0.5}, **own}, {"1": rows})
     assert [line.endswith("passes") for line in lines] == list(passes)
 
 

@@ -19,7 +19,7 @@ from diffusion_fast.kernels import measurements
 from diffusion_fast.kernels.layout import format_of
 from diffusion_fast.ops.cpu import contest, library, step_contest
 from diffusion_fast.training import Batches, Checkpoints, Trainer
-from diffusion_fast.training.rehearsal import rehearsal
+from diffusion_fast.training.rehearsal import Rehearsals, rehearsal
 
 pytestmark = needs_cpu_kernels
 FASTEST, LAYOUT = 1, "contiguous"
@@ -151,10 +151,8 @@ def test_measuring_leaves_no_trace(times: list[int], changes: dict[str, Any]) ->
     one.model.eval()
     modes = [module.training for module in one.model.modules()]
     contest.known().clear()  # as if never measured
-    one._ways.clear()
-    one._measured.clear()
     batch = next(one.dataloader.starting_at(0))  # type: ignore[attr-defined]
-    with one._threads(batch):
+    with Rehearsals(one.model, one.objective).ready(batch):
         pass
     assert len(times) > timed
     assert [module.training for module in one.model.modules()] == modes
@@ -210,13 +208,25 @@ def test_another_machine_measures_for_itself(times: list[int], tmp_path: Path) -
     assert steps == [FASTEST]
 
 
-@pytest.mark.parametrize("count", [0, 5, "two"])
-def test_a_number_that_is_none_is_named(times: list[int], tmp_path: Path, count: object) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("shared_by", count) for count in (0, 5, "two", True, 1.0)),
+        *(("images_channels_last", value) for value in ("yes", 1, [True])),
+        *(
+            ("contests", value)
+            for value in ([], "none", {"ways": ["cpu"]}, {"ways": {"linear": 1}})
+        ),
+    ],
+)
+def test_a_value_that_cannot_be_is_named(
+    times: list[int], tmp_path: Path, name: str, value: object
+) -> None:
     one = trainer(tmp_path)
     state = one.state
-    one.state = lambda: (state()[0], state()[1] | {"shared_by": count})  # type: ignore[method-assign]
+    one.state = lambda: (state()[0], state()[1] | {name: value})  # type: ignore[method-assign]
     one.fit(3)
-    with pytest.raises(CheckpointError, match="shared_by: expected"):
+    with pytest.raises(CheckpointError, match=f"{name}: expected"):
         trainer(tmp_path).resume()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...conditioning import Context, PerRow
+from ...conditioning import Context, PerRow, contexts_of
 from ...models import UNet2DCondition
 from ...models.controlled import SHARED, ControlledUNet, by_place
 from ...models.controlnet import ControlNet
@@ -18,7 +18,6 @@ from ...models.unet_encoder import Residuals
 from ...ops import checks
 from ...ops.cpu.contest import Work
 from ..buffers import Clock
-from ..order import contexts_of
 from . import cost
 from .derived import Executor, Kept, eagerly
 from .plan import Rewritable, RewritePlan, RewriteReport, make_plan

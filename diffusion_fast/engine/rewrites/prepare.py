@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ...conditioning import Context, PerRow
+from ...conditioning import Context, PerRow, contexts_of
 from ...kernels.layout import channels_last
 from ...models import UNet2DCondition
 from ...models.blocks import Composite, ResBlock
@@ -21,9 +21,8 @@ from ...models.layers import GroupNorm, LayerNorm
 from ...models.unet_encoder import ContextProjections, Residuals, TimeProjections, UNetEncoder
 from ...ops import checks
 from ...ops.cpu.contest import Work
-from ..buffers import Clock
+from ..buffers import Clock, Order
 from ..graphs.policy import surroundings
-from ..order import Order, contexts_of
 from . import cost
 from .derived import Derived, Executor, eagerly
 from .leaves import Leaf, modules, plain_leaves
