@@ -102,10 +102,12 @@ void run(const Attention& a) {
     head.keys.resize(Way::keys_size(a, packed_end(blocks.back())));
     head.values.resize(Way::values_size(a, packed_end(blocks.back())));
   }
+  std::atomic<bool> failed = false;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    typename Way::Scratch scratch(a);
-    for (long begin = 0; begin < heads; begin += together) {
+    Own<typename Way::Scratch> scratch(failed, a);
+#pragma omp barrier
+    for (long begin = 0; begin < heads && !failed; begin += together) {
       const long count = std::min(together, heads - begin);
 #pragma omp for schedule(static)
       for (long unit = 0; unit < count * pieces; ++unit) {
@@ -121,10 +123,11 @@ void run(const Attention& a) {
       for (long unit = 0; unit < count * turns; ++unit) {
         const long head = begin + unit / turns;
         attend<Way>(a, blocks, head / a.heads, head % a.heads, unit % turns * Way::kQueries,
-                    packed[unit / turns], scratch);
+                    packed[unit / turns], *scratch);
       }
     }
   }
+  check(failed);
 }
 
 }  // namespace

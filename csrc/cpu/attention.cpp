@@ -121,9 +121,11 @@ struct Vectors {
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) void attention(const Attention* a) {
-  if (a->dtype == 0) run<Vectors<float>>(*a);
-  if (a->dtype == 1 && !attention_in_tiles(*a) && !attention_in_pairs(*a))
-    run<Vectors<BFloat16>>(*a);
-  if (a->dtype == 2) run<Vectors<Float16>>(*a);
+extern "C" __attribute__((visibility("default"))) int attention(const Attention* a) {
+  return out_of_memory([&] {
+    if (a->dtype == 0) run<Vectors<float>>(*a);
+    if (a->dtype == 1 && !attention_in_tiles(*a) && !attention_in_pairs(*a))
+      run<Vectors<BFloat16>>(*a);
+    if (a->dtype == 2) run<Vectors<Float16>>(*a);
+  });
 }

@@ -138,27 +138,33 @@ struct Head {
   }
 };
 
-}  // namespace
-
-extern "C" __attribute__((visibility("default"))) void attention_gradients(
-    const AttentionGradients* given) {
-  const AttentionGradients& a = *given;
+void run(const AttentionGradients& a) {
   const long heads = a.batch * a.heads, blocks = (a.queries + kQueries - 1) / kQueries;
   const double work = 2.5 * heads * a.queries * a.keys * a.dim;
   const int threads = std::min<long>(threads_for_products(work, a.threads), heads);
+  std::atomic<bool> failed = false;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Head head(a);
+    Own<Head> head(failed, a);
+#pragma omp barrier
 #pragma omp for schedule(dynamic)
-    for (long unit = 0; unit < heads; ++unit) {
+    for (long unit = 0; unit < (failed ? 0 : heads); ++unit) {
       const long item = unit / a.heads, index = unit % a.heads;
       const long seen = a.lengths ? std::clamp<long>(a.lengths[item], 0, a.keys) : a.keys;
-      head.begin(a, item, index, seen);
+      head->begin(a, item, index, seen);
       for (long group = 0; group < seen; group += kGroup)
         for (long block = 0; block < blocks; ++block)
           for (long first = group; first < std::min(group + kGroup, seen); first += kKeys)
-            head.add(first, std::min(kKeys, std::min(group + kGroup, seen) - first), block);
-      head.end(a, item, index);
+            head->add(first, std::min(kKeys, std::min(group + kGroup, seen) - first), block);
+      head->end(a, item, index);
     }
   }
+  check(failed);
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) int attention_gradients(
+    const AttentionGradients* a) {
+  return out_of_memory([&] { run(*a); });
 }

@@ -2,9 +2,11 @@
 // several.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <memory>
 #include <new>
+#include <optional>
 #include <vector>
 
 namespace {
@@ -41,5 +43,34 @@ struct Release {
 using Memory = std::unique_ptr<float[], Release>;
 
 inline Memory allocate(long count) { return Memory(new (std::align_val_t(64)) float[count]); }
+
+// What a thread of a parallel region works with. No exception may leave a region: memory that is
+// not to be had is noted, and after a barrier no thread goes on.
+template <class T>
+struct Own : std::optional<T> {
+  template <class... From>
+  explicit Own(std::atomic<bool>& failed, const From&... from) {
+    try {
+      this->emplace(from...);
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
+  }
+};
+
+inline void check(const std::atomic<bool>& failed) {
+  if (failed) throw std::bad_alloc();
+}
+
+// Runs what may throw, for Python: whether there was too little memory.
+template <class Body>
+int out_of_memory(Body body) {
+  try {
+    body();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <vector>
 
+#include "buffer.h"
 #include "threads.h"
 #include "walk.h"
 
@@ -318,8 +319,10 @@ void run(const GroupNorm& n) {
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) void group_norm_silu(const GroupNorm* n) {
-  if (n->dtype == 0) run<float>(*n);
-  if (n->dtype == 1) run<BFloat16>(*n);
-  if (n->dtype == 2) run<Float16>(*n);
+extern "C" __attribute__((visibility("default"))) int group_norm_silu(const GroupNorm* n) {
+  return out_of_memory([&] {
+    if (n->dtype == 0) run<float>(*n);
+    if (n->dtype == 1) run<BFloat16>(*n);
+    if (n->dtype == 2) run<Float16>(*n);
+  });
 }

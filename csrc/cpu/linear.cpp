@@ -43,6 +43,13 @@ void finish(const Linear& l, const Columns& columns, const float* sums, long gat
   if (c < count) vector(c, Part{int(count - c)});
 }
 
+// Rows that a thread works on: what it multiplies, and the sums.
+struct Rows {
+  Memory values, sums;
+  Rows(long count, long sums_row)
+      : values(allocate(count * kValuesRow)), sums(allocate(count * sums_row)) {}
+};
+
 template <bool kGated>
 void run(const Linear& l) {
   const Columns columns(l.outputs, kGated);
@@ -55,12 +62,14 @@ void run(const Linear& l) {
   const long groups = std::min(least, panels);
   const long gates = (panels + groups - 1) / groups * kPanel,
              sums_row = columns.parts * gates + kLine;
+  std::atomic<bool> failed = false;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const long most = std::min(kBlock, l.rows);
-    const Memory values = allocate(most * kValuesRow), sums = allocate(most * sums_row);
+    const Own<Rows> own(failed, std::min(kBlock, l.rows), sums_row);
+#pragma omp barrier
 #pragma omp for schedule(dynamic)
-    for (long unit = 0; unit < blocks * groups; ++unit) {
+    for (long unit = 0; unit < (failed ? 0 : blocks * groups); ++unit) {
+      float *values = own->values.get(), *sums = own->sums.get();
       const long first = unit / groups * kBlock, group = unit % groups;
       const long rows = std::min(kBlock, l.rows - first);
       const long begin = panels * group / groups * kPanel;
@@ -68,26 +77,29 @@ void run(const Linear& l) {
       for (long d = 0; d < l.inner; d += most_depth) {
         const long depth = std::min(most_depth, l.inner - d);
         for (long row = 0; row < rows; ++row)
-          std::copy_n(l.x + (first + row) * l.inner + d, depth, values.get() + row * kValuesRow);
+          std::copy_n(l.x + (first + row) * l.inner + d, depth, values + row * kValuesRow);
         for (long part = 0; part < columns.parts; ++part)
-          multiply({values.get(), kValuesRow},
+          multiply({values, kValuesRow},
                    {l.weight + part * l.inner * columns.padded, l.inner, columns.padded}, d, depth,
-                   sums.get() + part * gates, sums_row, rows, begin, end, d > 0);
+                   sums + part * gates, sums_row, rows, begin, end, d > 0);
       }
       for (long row = 0; row < rows; ++row)
-        finish<kGated>(l, columns, sums.get() + row * sums_row, gates, first + row, begin,
+        finish<kGated>(l, columns, sums + row * sums_row, gates, first + row, begin,
                        std::min(end, columns.real) - begin);
     }
   }
+  check(failed);
 }
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) void linear(const Linear* l) {
-  if (l->geglu)
-    run<true>(*l);
-  else
-    run<false>(*l);
+extern "C" __attribute__((visibility("default"))) int linear(const Linear* l) {
+  return out_of_memory([&] {
+    if (l->geglu)
+      run<true>(*l);
+    else
+      run<false>(*l);
+  });
 }
 
 // A weight [N, K] as panels of columns [panel][K][width], see Weight; with a gate the first half of

@@ -249,12 +249,15 @@ void run_few(const Winograd& w, int threads) {
   const long outputs = rounded_up(w.outputs, kLine);
   const std::vector<float> zeros(w.channels + kLanes);
   const Planes values(rows, w.channels);
+  std::atomic<bool> failed = false;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const Planes block(kFewChannels, kFewOutputs), sums(rows, kFewOutputs);
-    transform(w, 0, tiles, zeros.data(), values);
+    const Own<Planes> own_block(failed, kFewChannels, kFewOutputs), own(failed, rows, kFewOutputs);
+#pragma omp barrier
+    if (!failed) transform(w, 0, tiles, zeros.data(), values);
 #pragma omp for schedule(dynamic)
-    for (long begin = 0; begin < outputs; begin += kFewOutputs) {
+    for (long begin = 0; begin < (failed ? 0 : outputs); begin += kFewOutputs) {
+      const Planes &block = *own_block, &sums = *own;
       const long columns = std::min(kFewOutputs, outputs - begin);
       for (long d = 0; d < w.channels; d += kFewChannels) {
         const long depth = std::min(kFewChannels, w.channels - d);
@@ -274,6 +277,7 @@ void run_few(const Winograd& w, int threads) {
                std::min(begin + columns, long(w.outputs)));
     }
   }
+  check(failed);
 }
 
 }  // namespace
@@ -296,22 +300,22 @@ extern "C" __attribute__((visibility("default"))) void winograd_pack(
   }
 }
 
-extern "C" __attribute__((visibility("default"))) void winograd(const Winograd* w) {
-  const long tiles = tiles_of(*w);
-  const double work = double(tiles) * w->channels * w->outputs * kPlanes;
-  const int threads = threads_for_products(work, w->threads);
-  if (!w->window) return run(*w, threads);
-  if (tiles <= kTiles) return run_few(*w, threads);
+namespace {
+
+void run(const Winograd& w) {
+  const long tiles = tiles_of(w);
+  const double work = double(tiles) * w.channels * w.outputs * kPlanes;
+  const int threads = threads_for_products(work, w.threads);
+  if (!w.window) return run(w, threads);
+  if (tiles <= kTiles) return run_few(w, threads);
   const Memory packed =
-      allocate(kPlanes * plane_of_weight(w->channels, rounded_up(w->outputs, kLine)));
-  winograd_pack(w->weight, packed.get(), w->outputs, w->channels, w->output, w->channel, w->window,
+      allocate(kPlanes * plane_of_weight(w.channels, rounded_up(w.outputs, kLine)));
+  winograd_pack(w.weight, packed.get(), w.outputs, w.channels, w.output, w.channel, w.window,
                 threads);
-  Winograd of_packed = *w;
+  Winograd of_packed = w;
   of_packed.weight = packed.get();
   run(of_packed, threads);
 }
-
-namespace {
 
 // A e A^T of the result's gradient in a tile, as row `index` of 16 weights of `columns` columns.
 void transform(const WinogradGradient& w, const Tile& tile, const float* zeros, float* planes,
@@ -387,7 +391,10 @@ void run(const WinogradGradient& w) {
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) void winograd_gradient(
-    const WinogradGradient* w) {
-  run(*w);
+extern "C" __attribute__((visibility("default"))) int winograd(const Winograd* w) {
+  return out_of_memory([&] { run(*w); });
+}
+
+extern "C" __attribute__((visibility("default"))) int winograd_gradient(const WinogradGradient* w) {
+  return out_of_memory([&] { run(*w); });
 }

@@ -86,7 +86,9 @@ class BucketBatches(Batches):
         if joint == count:
             return batch
         x_0, context, *weight = batch
-        factor = torch.tensor([joint / count if item >= 0 else 0.0 for item in items])
+        factor = torch.tensor(
+            [joint / count if item >= 0 else 0.0 for item in items], dtype=torch.float32
+        )
         if weight:
             factor = weight[0] * factor.view(-1, *(1,) * (weight[0].dim() - 1))
         return x_0, context, factor

@@ -112,12 +112,16 @@ class Examples(Dataset[Any]):
             top, left = corner
             if flipped:  # of the mirrored picture
                 left = how.scaled[1] - how.shape[1] - left
-            context["time_ids"] = torch.tensor([*picture.size, top, left, *how.shape]).float()
+            context["time_ids"] = torch.tensor(
+                [*picture.size, top, left, *how.shape], dtype=torch.float32
+            )
         if picture.hint is not None and self.hints:
             context["hint"] = picture.hint_pixels(how, corner, flipped)
         if self.weights is None and self.grain is None:
             return x_0, context
-        weight = torch.tensor(1.0 if self.weights is None else self.weights[picture.prior])
+        weight = torch.tensor(
+            1.0 if self.weights is None else self.weights[picture.prior], dtype=torch.float32
+        )
         if self.grain is not None:
             weight = weight * picture.weights(how, corner, flipped, self.grain)
         return x_0, context, weight

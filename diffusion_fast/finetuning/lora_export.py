@@ -93,7 +93,7 @@ def save_kohya(
             if part == "dora_scale":  # one number for each row of the weight
                 value = value.reshape(-1, *(1,) * (parts["lora_down"].dim() - 1))
             tensors[stem + (f".{part}" if part == "dora_scale" else f".{part}.weight")] = value
-        tensors[f"{stem}.alpha"] = torch.tensor(alphas[component, layer])
+        tensors[f"{stem}.alpha"] = torch.tensor(alphas[component, layer], dtype=torch.float32)
     save_tensors(tensors, path, about)
 
 

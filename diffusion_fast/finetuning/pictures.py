@@ -57,7 +57,7 @@ class Picture:
             ValueError: the mask can't be read; names it.
         """
         if self.mask is None:
-            whole = torch.ones(1, *how.shape)
+            whole = torch.ones(1, *how.shape, dtype=torch.float32)
         else:
             try:
                 mask = _alpha(self.mask) if self.mask == self.file else read_picture(self.mask, "L")

@@ -70,7 +70,9 @@ class Denoiser(nn.Module):
         """
         count = len(self.sigmas) if steps is None else steps
         checks.positive_int("steps", count)
-        t = torch.linspace(len(self.sigmas) - 1, 0, count, device=self.sigmas.device)
+        t = torch.linspace(
+            len(self.sigmas) - 1, 0, count, dtype=torch.float32, device=self.sigmas.device
+        )
         return torch.cat((self.t_to_sigma(t), self.sigmas.new_zeros(1)))
 
     def t_to_sigma(self, t: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def guidance_embedding(scale: Tensor, dim: int) -> Tensor:
         [N, dim], float32: of 1000 (w - 1) at the frequencies 10000^(-i / (dim / 2 - 1)).
     """
     half = dim // 2
-    exponent = torch.log(torch.tensor(10000.0)) / (half - 1)
+    exponent = torch.log(torch.tensor(10000.0, dtype=torch.float32)) / (half - 1)
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -exponent).to(scale.device)
     angle = ((scale - 1).float() * 1000)[:, None] * frequencies  # [N, dim / 2]
     return F.pad(torch.cat((angle.sin(), angle.cos()), dim=1), (0, dim % 2))

@@ -158,7 +158,7 @@ def tokenize(
     split = [_chunks(prompt, tokenizer, length - 2, embeddings) for prompt in prompts]
     shape = len(split), max(map(len, split)), length
     ids = torch.full(shape, tokenizer.pad_token_id, dtype=torch.int64)
-    weights = torch.ones(shape)
+    weights = torch.ones(shape, dtype=torch.float32)
     vectors = {}
     ids[..., 0] = tokenizer.bos_token_id
     ids[..., 1] = tokenizer.eos_token_id

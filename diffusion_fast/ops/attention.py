@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -292,6 +293,8 @@ def _fake_backward(
 def _sdpa_supports(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, *_: Any
 ) -> list[str]:
+    if forward_ad._current_level >= 0:
+        return ["SDPA's kernels have no forward-mode AD"]
     if bias is not None and bias.dtype != q.dtype:
         return [f"the bias is {bias.dtype} and SDPA would round it to {q.dtype}"]
     return []

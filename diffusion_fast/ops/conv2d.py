@@ -126,6 +126,11 @@ def _check(
         ("add", add, size[:2], "[B, O]"),
         ("residual", residual, size, "[B, O, H', W']"),
     )
+    if packed:
+        sizes = [list(one.shape) for one in packed]
+        own = winograd.packed_size(weight) if winograd.is_packed(packed) else weight.shape
+        if sizes != [list(own)]:
+            checks.fail("packed", f"what is made of a weight {list(weight.shape)}", sizes)
 
 
 def _output_size(
@@ -297,12 +302,18 @@ def _packer(
         return lambda weight: (weight.detach().contiguous(memory_format=torch.channels_last),)
     if weight.shape[2:] == (1, 1) or not onednn.supports(weight.device.type, weight.dtype):
         return _PACKERS["direct"]
-    asked, order = requested("conv2d"), ["packed"]
-    if asked == cpu.NAME and not winograd.fits(weight, stride) and not cpu.settle():
-        order = ["winograd"]
+    left, right, top, bottom = pads
+    if size[2] + top + bottom < weight.shape[2] or size[3] + left + right < weight.shape[3]:
+        checks.fail("size", f"at least the window {list(weight.shape[2:])}", list(size))
+    asked, way = requested("conv2d"), "packed"
+    if asked == cpu.NAME:
+        way = "winograd"
     elif asked == "auto":
-        order = _CONTEST.order(products.conv2d_kind(weight, size, stride, pads)) or order
-    return functools.partial(_PACKERS[order[0]], size=size, stride=stride, pads=pads)
+        kind = products.conv2d_kind(weight, size, stride, pads)
+        way = next(iter(_CONTEST.order(kind)), way)
+    if way == "winograd" and (winograd.fits(weight, stride) or cpu.settle()):
+        way = "packed"
+    return functools.partial(_PACKERS[way], size=size, stride=stride, pads=pads)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -318,7 +329,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     wanted = [needs[0] or needs[5], needs[1], needs[2]]
     backward = _BACKWARD if _has_kernels(grad) else reference_backward
     dboth, dweight, dbias = backward(grad, both, weight, ctx.stride, ctx.padding, wanted)
-    dx, dx2 = (dboth[:, : x.shape[1]], dboth[:, x.shape[1] :]) if wanted[0] else (None, None)
+    dx, dx2 = (dboth, None) if x2 is None else (dboth[:, : x.shape[1]], dboth[:, x.shape[1] :])
     dadd = grad.sum((2, 3)) if needs[6] else None
     return (
         dx if needs[0] else None,

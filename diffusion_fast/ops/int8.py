@@ -73,7 +73,9 @@ def rounded(x: Tensor) -> tuple[Tensor, float, int]:
     low, high = min(low, 0.0), max(high, 0.0)
     scale = max((high - low) / STEPS, LEAST)
     zero = math.ceil(-low / scale)
-    q = torch.add(torch.tensor(ROUNDING + zero), x, alpha=1 / scale)
+    q = torch.add(
+        torch.tensor(ROUNDING + zero, dtype=torch.float32, device=x.device), x, alpha=1 / scale
+    )
     return q.view(torch.int32).to(torch.uint8), scale, zero
 
 
@@ -92,7 +94,7 @@ def pack_linear(weight: Tensor, rows: int, *, geglu: bool = False) -> Packed | N
     parts = whole.chunk(2) if geglu else (whole,)
     # It reads memory in the order of a contiguous [N, K], whatever the strides are.
     packed = (torch.ops.onednn.qlinear_prepack(part.contiguous(), None) for part in parts)
-    return (scales, torch.zeros(len(scales), dtype=torch.int64), *packed)
+    return (scales, torch.zeros_like(scales, dtype=torch.int64), *packed)
 
 
 def linear(
@@ -167,7 +169,7 @@ def pack_conv2d(
     # The input's own scale and zero point are told at each call; here a zero that isn't 0 says that
     # there will be one.
     packed = torch.ops.onednn.qconv_prepack(whole, scales, 1.0, 1, *window, [1, *size[1:]])
-    return scales, torch.zeros(len(scales), dtype=torch.int64), packed
+    return scales, torch.zeros_like(scales, dtype=torch.int64), packed
 
 
 def conv2d(

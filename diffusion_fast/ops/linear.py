@@ -103,8 +103,12 @@ def _check(
         checks.fail("weight", "an even number of rows with geglu", list(weight.shape))
     result = *x.shape[:-1], out // (2 if geglu else 1)
     checks.shapes(("bias", bias, (out,), "[N]"), ("residual", residual, result, "[..., N]"))
-    if packed and len(packed) != 1 + geglu and not on_cpu.is_packed(packed):
-        checks.fail("packed", f"{1 + geglu} tensors, packed with geglu={geglu}", len(packed))
+    if packed:
+        own, sizes = on_cpu.packed_size(weight, geglu), [list(one.shape) for one in packed]
+        wanted = [own] if on_cpu.is_packed(packed) else [own[1:]] * (1 + geglu)
+        if sizes != wanted:
+            expected = f"what is made of a weight {list(weight.shape)} with geglu={geglu}"
+            checks.fail("packed", expected, sizes)
     if mean is None:
         return
     compute = torch.promote_types(x.dtype, torch.float32)
@@ -214,12 +218,15 @@ def _packer(weight: Tensor, rows: int, geglu: bool) -> Packer:
     if not onednn.supports(weight.device.type, weight.dtype):
         return _PACKERS["reference"]
     large = rows * weight.numel() >= onednn.SMALL  # those that oneDNN takes, see below
-    asked, order = requested("linear"), ["packed" if large else "reference"]
-    if asked == cpu.NAME and weight.dtype == torch.float32 and not cpu.settle():
-        order = ["cpu"]
+    asked, usual = requested("linear"), "packed" if large else "reference"
+    way = usual
+    if asked == cpu.NAME:
+        way = "cpu"
     elif asked == "auto":
-        order = _CONTEST.order(products.linear_kind(weight, rows, geglu)) or order
-    return _PACKERS[order[0]]
+        way = next(iter(_CONTEST.order(products.linear_kind(weight, rows, geglu))), usual)
+    if way == "cpu" and (weight.dtype != torch.float32 or cpu.settle()):
+        way = usual
+    return _PACKERS[way]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

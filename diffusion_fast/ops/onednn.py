@@ -58,6 +58,7 @@ def linear(
     other: Tensor | None = None,
 ) -> Tensor:
     """x W^T + bias, then ``post``: ``"gelu"`` (exact), or ``"add"`` or ``"mul"`` of ``other``."""
+    bias = None if bias is None else bias.contiguous()  # whose strides oneDNN's operators ignore
     if other is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, post)
     post = post if post == "gelu" else "none"
@@ -68,6 +69,7 @@ def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pads: Sequence[int], other: Any
 ) -> Tensor:
     """The convolution plus ``other``, which may be None; pads are left, right, top, bottom."""
+    bias = None if bias is None else bias.contiguous()  # as above
     left, right, top, bottom = pads
     if (left, top) != (right, bottom):
         x, left, top = F.pad(x, tuple(pads)), 0, 0

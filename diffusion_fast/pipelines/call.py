@@ -301,7 +301,10 @@ def start(
         return {**start, "x_T": unfinished.to(device, torch.float32)}
     if images is not None and (strength is not None or not parts.inpainting):
         start["x_0"] = vae.encode(images, generators).to(device)
-    noise = [torch.randn(shape[1:], generator=generator) for generator in generators]
+    noise = [
+        torch.randn(shape[1:], generator=one, dtype=torch.float32, device="cpu")
+        for one in generators
+    ]
     start["x_T"] = torch.stack(noise).to(device)
     if images is not None and masks is not None:
         small = inputs.small_mask(masks, parts.vae.downsampling).to(device)

@@ -166,10 +166,10 @@ class Steering:
         ]
         both = {
             "hints": torch.stack(hints, dim=1).to(weight),
-            "windows": torch.tensor([windows] * count, device=weight.device),
+            "windows": torch.tensor([windows] * count, dtype=torch.float32, device=weight.device),
         }
         conditional, other = (
-            torch.tensor([scales] * count, device=weight.device)
+            torch.tensor([scales] * count, dtype=torch.float32, device=weight.device)
             for scales in (self.scales, ignored)
         )
         return {**both, "scales": conditional}, {**both, "scales": other}

@@ -200,14 +200,18 @@ class IPAdapters:
         places = len(self.unet.cross_attentions())
         what = f"scale of {name!r}"
         if isinstance(scale, Mapping):
-            return torch.tensor(self._by_block(what, scale))[:, None].expand(-1, count)
+            return torch.tensor(self._by_block(what, scale), dtype=torch.float32)[:, None].expand(
+                -1, count
+            )
         several: list[Any] = list(scale) if isinstance(scale, (list, tuple)) else [scale] * count
         if len(several) != count:
             expected = f"a number, or with masks one for each of its {count} images"
             checks.fail(what, expected, f"{len(several)} numbers")
         for one in several:
             checks.finite(what, one)
-        return torch.tensor([[float(one) for one in several]]).expand(places, -1)
+        return torch.tensor([[float(one) for one in several]], dtype=torch.float32).expand(
+            places, -1
+        )
 
     def _by_block(self, what: str, scale: Mapping[str, Any]) -> list[float]:
         """The scale at each cross-attention of a dict by blocks."""

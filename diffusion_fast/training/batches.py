@@ -169,7 +169,12 @@ class Batches:
         turn, drawn = number // len(self), self._drawn
         if drawn is None or drawn[0] != turn:
             order = torch.randperm(self._count, generator=self._generator(_ORDER, turn))
-            flips = torch.rand(self._count, generator=self._generator(_FLIPS, turn)) < 0.5
+            flips = (
+                torch.rand(
+                    self._count, generator=self._generator(_FLIPS, turn), dtype=torch.float32
+                )
+                < 0.5
+            )
             self._drawn = drawn = turn, order, flips
         return drawn[1:]
 

@@ -10,6 +10,7 @@ lists is damaged and named.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -80,7 +81,8 @@ class Checkpoints:
         for path in self.all():
             with contextlib.suppress(CheckpointError):  # damaged, which resuming it names
                 loss = _read_mark(path).get("validation_loss")
-                known |= {path: loss} if isinstance(loss, (int, float)) else {}
+                if isinstance(loss, (int, float)) and not math.isnan(loss):
+                    known[path] = loss
         return min(known, key=lambda path: known[path], default=None)
 
     def save(

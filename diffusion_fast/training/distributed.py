@@ -87,7 +87,7 @@ class Processes:
         """Whether it is so in any process; waits for all."""
         if self.count == 1:
             return mine
-        flag = torch.tensor(float(mine), device=device)
+        flag = torch.tensor(float(mine), dtype=torch.float32, device=device)
         dist.all_reduce(flag)
         return bool(flag)
 

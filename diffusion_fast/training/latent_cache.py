@@ -87,7 +87,9 @@ class LatentData(Dataset[Any]):
         if "text_embeds" not in states:
             return states["context"]
         height, width = map(float, self._size)  # SDXL: as if images had been this large, and whole
-        return states | {"time_ids": torch.tensor([height, width, 0.0, 0.0, height, width])}
+        return states | {
+            "time_ids": torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+        }
 
 
 def cache_latents(

@@ -124,7 +124,10 @@ def drop_condition(
     if null_context is None:
         checks.fail("null_context", "what stands for no condition, because of dropout", None)
     some = next(iter(context.values())) if isinstance(context, Mapping) else context
-    dropped = torch.rand(len(some), generator=generator, device=some.device) < probability
+    dropped = (
+        torch.rand(len(some), generator=generator, dtype=torch.float32, device=some.device)
+        < probability
+    )
     return replace_condition(context, null_context, dropped)
 
 

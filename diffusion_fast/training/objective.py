@@ -183,7 +183,7 @@ class Objective:
         if context is None:
             wanted = "batches (x_0, context), because of condition_dropout"
             checks.fail("dataloader", wanted, "x_0 alone")
-        draws = torch.rand(joint, generator=self.generator, device=self.device)
+        draws = torch.rand(joint, generator=self.generator, dtype=torch.float32, device=self.device)
         return replace_condition(
             context, self.null_context, self.processes.part(draws) < probability
         )

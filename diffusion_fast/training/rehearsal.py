@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from .. import ops
 from ..conditioning import Context, bind, form
@@ -153,7 +154,7 @@ def measured(model: nn.Module, objective: Objective, batch: Any) -> Step | None:
     _, x_0, context = split(x_0, context, options.accumulate)[0]
     exact = options.precision == "float32"  # what contests are about
     images = {"contiguous": x_0}
-    if x_0.dim() == 4 and (options.channels_last or exact):
+    if x_0.dim() == 4 and (options.channels_last or (exact and not _drops(model))):
         last = {"channels_last": channels_last(x_0)}
         images = last if options.channels_last else last | images
     weights = [(p.shape, p.stride(), p.dtype, p.requires_grad) for p in _parameters(model)]
@@ -175,14 +176,19 @@ def measured(model: nn.Module, objective: Objective, batch: Any) -> Step | None:
 def _calls(model: nn.Module, x_0: Tensor, context: Context) -> list[OpCall]:
     """The op calls of forward and backward pass, found on the meta device.
 
-    As far as that goes, where it lacks an operator of PyTorch's.
+    As far as that goes, where it lacks an operator of PyTorch's or a number is read.
     """
     place = torch.device("meta")
     twin, watch = _twin(model, lambda value: value.to(place)), Calls()
     t = torch.empty(len(x_0), dtype=torch.int64, device=place)
-    with watch, contextlib.suppress(NotImplementedError):
+    with watch, contextlib.suppress(NotImplementedError, RuntimeError, TypeError):
         bind(twin, moved(context, place))(x_0.to(place), t).square().sum().backward()
     return watch.found
+
+
+def _drops(model: nn.Module) -> bool:
+    """Whether numbers are dropped at random: which ones depends on how images lie in memory."""
+    return any(isinstance(one, _DropoutNd) and one.p > 0 for one in model.modules())
 
 
 def _parameters(model: nn.Module) -> list[nn.Parameter]:

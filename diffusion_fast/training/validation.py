@@ -93,7 +93,9 @@ def _loss(
     mixed = int(np.random.SeedSequence(key).generate_state(1)[0])
     generator = torch.Generator().manual_seed(mixed)
     batch = len(x_0)
-    places = torch.randperm(batch, generator=generator) + torch.rand((), generator=generator)
+    places = torch.randperm(batch, generator=generator) + torch.rand(
+        (), generator=generator, dtype=torch.float32
+    )
     t = (places / batch * schedule.timesteps).long().clamp_(max=schedule.timesteps - 1)
     noise = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype).to(x_0.device)
     prediction, target = predict(

@@ -190,7 +190,7 @@ def test_what_the_kernels_leave_to_pytorch() -> None:
     with ops.use_backend("cpu"):
         with pytest.raises(ops.BackendError, match="dtype"):
             ops.group_norm_silu(x.double(), 4, weight.double(), weight.double())
-        with pytest.raises(ops.BackendError, match="x is empty"):
+        with pytest.raises(ops.BackendError, match="a tensor is empty"):
             ops.group_norm_silu(x[:0], 4, weight, weight)
     assert ops.group_norm_silu(x[:0], 4, weight, weight).shape == (0, 8, 4, 4)
 

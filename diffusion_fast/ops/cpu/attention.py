@@ -40,8 +40,10 @@ def kind_of(
 def example(dtype: str, width: int, many: bool) -> tuple[Any, ...]:
     """A call of this kind, with work for all threads, of a few milliseconds."""
     generator, heads = torch.Generator().manual_seed(0), torch.get_num_threads()
-    q = torch.randn(1, 512, heads, width, generator=generator).to(_DTYPES[dtype])
-    k = torch.randn(1, 1024 if many else 77, heads, width, generator=generator).to(q.dtype)
+    q, k = (
+        _drawn(generator, count, heads, width).to(_DTYPES[dtype])
+        for count in (512, 1024 if many else 77)
+    )
     return q, k, k, width**-0.5, None, None, False
 
 
@@ -73,10 +75,14 @@ def training_example(heads: int, queries: int, keys: int, width: int) -> tuple[A
     """A call of ``attention_backward`` of this kind, whose result is still to be computed."""
     generator = torch.Generator().manual_seed(0)
     q, grad, k, v = (
-        torch.randn(1, count, heads, width, generator=generator)
-        for count in (queries, queries, keys, keys)
+        _drawn(generator, count, heads, width) for count in (queries, queries, keys, keys)
     )
     return grad, q, k, v, None, None, width**-0.5, None, None
+
+
+def _drawn(generator: torch.Generator, count: int, heads: int, width: int) -> Tensor:
+    size = 1, count, heads, width
+    return torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _untrained(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> list[str]:
@@ -151,7 +157,7 @@ def _run(
 ) -> Tensor:
     """Call the kernel: bias [B, H, Sq, Sk] and weights [B, parts - 1, Sq] are of float32."""
     q, k, v = [one if one.stride(-1) == 1 else one.contiguous() for one in (q, k, v)]
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = q.new_empty(q.shape)
     if key_lengths is not None:
         key_lengths = key_lengths.long().contiguous()
     counts = array("q", parts)
@@ -169,7 +175,8 @@ def _run(
         scale,
         *(DTYPES[q.dtype], torch.get_num_threads(), WAYS.index(BEST)),
     )
-    library.kernels.attention(arguments)
+    if library.kernels.attention(arguments):
+        raise MemoryError(library.NO_MEMORY)
     return out
 
 
@@ -202,7 +209,7 @@ def backward(
     """The gradients by q, k and v, contiguous, and an empty one by the bias that there isn't."""
     given = [one if one.stride(-1) == 1 else one.contiguous() for one in (q, k, v, out, grad)]
     lse = lse.contiguous()
-    dq, dk, dv = (torch.empty(value.shape) for value in (q, k, v))
+    dq, dk, dv = (value.new_empty(value.shape) for value in (q, k, v))
     if key_lengths is not None:
         key_lengths = key_lengths.long().contiguous()
     arguments = _OF_GRADIENTS.pack(
@@ -213,5 +220,6 @@ def backward(
         *(len(q), q.shape[2], q.shape[1], k.shape[1], q.shape[3]),
         *(scale, torch.get_num_threads()),
     )
-    library.kernels.attention_gradients(arguments)
+    if library.kernels.attention_gradients(arguments):
+        raise MemoryError(library.NO_MEMORY)
     return dq, dk, dv, q.new_empty(0)

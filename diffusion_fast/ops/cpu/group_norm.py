@@ -68,7 +68,8 @@ def _run(
         *(DTYPES[x.dtype], last, silu, torch.get_num_threads()),
         *pointers[8:],
     )
-    library.kernels.group_norm_silu(arguments)
+    if library.kernels.group_norm_silu(arguments):
+        raise MemoryError(library.NO_MEMORY)
 
 
 def forward(
@@ -92,7 +93,7 @@ def forward(
     x = x.contiguous(memory_format=layout)
     x2 = None if x2 is None else x2.contiguous(memory_format=layout)
     shape = (x.shape[0], weight.shape[0], *x.shape[2:])
-    y = torch.empty(shape, dtype=x.dtype, memory_format=layout)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     vectors, last = (weight, bias, add, scale, shift), layout == torch.channels_last
     _run(x, x2, last, num_groups, eps, silu, vectors, y)
     return y
@@ -120,7 +121,7 @@ def backward(
     sums = [
         None
         if value is None
-        else torch.empty((len(x), len(weight))[value.dim() == 1 :], dtype=torch.float32)
+        else x.new_empty((len(x), len(weight))[value.dim() == 1 :], dtype=torch.float32)
         for value in vectors
     ]
     gradients = (grad.contiguous(memory_format=layout), dx, dx2, *sums)

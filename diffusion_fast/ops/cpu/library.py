@@ -46,6 +46,7 @@ FLAGS = (
 )
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/cpu counts them
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as <malloc.h> numbers them
+NO_MEMORY = "too little memory for what a kernel works with"
 LATER = "it is compiled in the background; engines and trainers made from now on wait for it"
 
 _lock = threading.RLock()
@@ -270,8 +271,8 @@ def add(
         for value in tensors:
             if value.is_floating_point() and value.dtype not in DTYPES:
                 return [f"dtype {value.dtype}"]
-        if not tensors[0].numel():
-            return ["x is empty"]
+        if not all(value.numel() for value in tensors):
+            return ["a tensor is empty"]
         return [] if supports is None else supports(*args)
 
     def ready(*args: Any) -> list[str]:

@@ -18,12 +18,22 @@ LINE = 16  # columns of a packed weight are filled up to a multiple of it
 _ARGUMENTS = struct.Struct("@5P 3q 2i")
 
 
+def lines(columns: int) -> int:
+    """The number with the last line filled up."""
+    return -(-columns // LINE) * LINE
+
+
+def packed_size(weight: Tensor, geglu: bool) -> list[int]:
+    """Of what :func:`pack` makes of a weight."""
+    out, inner = weight.shape
+    return [1 + geglu, lines(out // (1 + geglu)), inner]
+
+
 def pack(weight: Tensor, _: int, geglu: bool) -> tuple[Tensor]:
     """A weight [N, K] as the kernel reads it, [1 or with ``geglu`` 2, N', K], N' whole lines."""
     out, inner = weight.shape
-    parts = 1 + geglu
     weight = weight.detach().contiguous()
-    packed = torch.empty(parts, -(-(out // parts) // LINE) * LINE, inner)
+    packed = weight.new_empty(packed_size(weight, geglu))
     library.kernels.linear_pack(
         *(ctypes.c_void_p(one.data_ptr()) for one in (weight, packed)),
         *(ctypes.c_int64(out), ctypes.c_int64(inner)),
@@ -70,7 +80,7 @@ def forward(
     """[..., N], with ``geglu`` [..., N / 2]."""
     out, inner = weight.shape
     x = x.contiguous()
-    y = torch.empty(*x.shape[:-1], out // (1 + geglu))
+    y = x.new_empty(*x.shape[:-1], out // (1 + geglu))
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
     rows = x.numel() // inner
@@ -78,5 +88,6 @@ def forward(
         *(0 if one is None else one.data_ptr() for one in (x, packed[0], y, bias, residual)),
         *(rows, inner, out, geglu, torch.get_num_threads()),
     )
-    library.kernels.linear(arguments)
+    if library.kernels.linear(arguments):
+        raise MemoryError(library.NO_MEMORY)
     return y

@@ -57,12 +57,12 @@ def linear_example(
     """
     rows = min(rows, max(1, MOST // (inner * out)))
     x, weight = (
-        torch.full((inner, count), 0.5).mT if turned else torch.full((count, inner), 0.5)
+        _filled(inner, count).mT if turned else _filled(count, inner)
         for count, turned in ((rows, x_columns), (out, columns))
     )
     plain = not (x_columns or columns)
-    bias = torch.full((out,), 0.5) if plain else None
-    residual = torch.full((rows, out), 0.5) if plain and not geglu else None
+    bias = _filled(out) if plain else None
+    residual = _filled(rows, out) if plain and not geglu else None
     return x, weight, bias, residual, geglu, None, None, None, ()
 
 
@@ -118,9 +118,9 @@ def conv2d_example(
     line = batch * channels * width * out * rows * columns
     height = min(height, max(rows, MOST * stride**2 // line))
     x = _image(batch, channels, height, width)
-    weight = torch.full((out, channels, rows, columns), 0.5)
+    weight = _filled(out, channels, rows, columns)
     residual = _image(batch, out, *_after((height, width), (rows, columns), stride, pads))
-    return x, weight, torch.full((out,), 0.5), stride, list(pads), None, None, residual, ()
+    return x, weight, _filled(out), stride, list(pads), None, None, residual, ()
 
 
 def conv2d_backward_kind_of(
@@ -141,4 +141,8 @@ def conv2d_backward_example(by_x: bool, by_weight: bool, *kind: Any) -> tuple[An
 
 
 def _image(*size: int) -> Tensor:
-    return torch.full(size, 0.5).contiguous(memory_format=torch.channels_last)
+    return _filled(*size).contiguous(memory_format=torch.channels_last)
+
+
+def _filled(*size: int) -> Tensor:
+    return torch.full(size, 0.5, dtype=torch.float32, device="cpu")

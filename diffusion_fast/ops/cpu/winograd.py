@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...kernels.layout import format_of
 from . import library
-from .linear import LINE, is_packed
+from .linear import LINE, is_packed, lines
 
 _POINTER, _INT, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _LAST = torch.channels_last
@@ -35,6 +35,12 @@ def fits(weight: Tensor, stride: int) -> list[str]:
     return []
 
 
+def packed_size(weight: Tensor) -> tuple[int, ...]:
+    """Of what :func:`pack` makes of a weight [O, C, 3, 3]; () for another window."""
+    out, channels, *window = weight.shape
+    return (16, channels, lines(out)) if window == [3, 3] else ()
+
+
 def pack(weight: Tensor, **_: Any) -> tuple[Tensor]:
     """G g G^T of a weight [O, C, 3, 3] as the kernel reads it, [16, C, O'], O' whole lines.
 
@@ -42,8 +48,8 @@ def pack(weight: Tensor, **_: Any) -> tuple[Tensor]:
     """
     weight, strides = _dense(weight.detach())
     out, channels = weight.shape[:2]
-    padded = -(-out // LINE) * LINE
-    planes = torch.empty(16, channels * padded + LINE)
+    padded = lines(out)
+    planes = weight.new_empty(16, channels * padded + LINE)
     library.kernels.winograd_pack(
         *(_POINTER(one.data_ptr()) for one in (weight, planes)),
         *(_INT(one) for one in (out, channels, *strides)),
@@ -114,7 +120,7 @@ def _convolved(
     left, right, top, bottom = pads
     batch, channels, height, width = x.shape
     size = batch, out, height + top + bottom - 2, width + left + right - 2
-    y = torch.empty(size, memory_format=_LAST)
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_LAST)
     if residual is not None:
         residual = residual.contiguous(memory_format=_LAST)
     if bias is not None:
@@ -127,7 +133,8 @@ def _convolved(
         *(0 if add is None else add.stride(0), *strides),
         *(batch, height, width, channels, *size[2:], out, left, top, torch.get_num_threads()),
     )
-    library.kernels.winograd(arguments)
+    if library.kernels.winograd(arguments):
+        raise MemoryError(library.NO_MEMORY)
     return y
 
 
@@ -169,7 +176,7 @@ def backward(
 
 def _by_weight(grad: Tensor, x: Tensor, weight: Tensor, pads: Sequence[int]) -> Tensor:
     """The weight's gradient, laid out as the weight; both images are in channels_last."""
-    dweight, strides = _dense(torch.empty_like(weight))
+    dweight, strides = _dense(torch.empty_like(weight, memory_format=format_of(weight)))
     left, _, top, _ = pads
     batch, channels, height, width = x.shape
     arguments = _OF_GRADIENT.pack(
@@ -177,5 +184,6 @@ def _by_weight(grad: Tensor, x: Tensor, weight: Tensor, pads: Sequence[int]) -> 
         *(*strides, batch, height, width, channels, *grad.shape[2:], len(weight), left, top),
         torch.get_num_threads(),
     )
-    library.kernels.winograd_gradient(arguments)
+    if library.kernels.winograd_gradient(arguments):
+        raise MemoryError(library.NO_MEMORY)
     return dweight

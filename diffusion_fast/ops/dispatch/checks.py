@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("diffusion_fast", "FRAGMENT")
 _watchers = torch._C._len_torch_dispatch_stack
@@ -157,8 +158,9 @@ torch.library.register_fake("diffusion_fast::values_between", lambda *_: None, l
 
 
 def transformed() -> bool:
-    """Whether torch.func (vmap, grad, ...) is at work, whose tensors have no numbers to look at."""
-    return torch._C._functorch.maybe_current_level() is not None
+    """Whether torch.func (vmap, grad, ...) is at work, whose tensors have no numbers to look at, or
+    forward-mode AD."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def needs_gradient(*values: Any) -> bool:

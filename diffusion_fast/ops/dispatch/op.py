@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import autocast, checks
 from . import backend as _backend
@@ -20,7 +21,7 @@ _MOST = 4096  # signatures that an op remembers
 _watchers = torch._C._len_torch_dispatch_stack
 _any_autocast, _is_compiling = torch._C._is_any_autocast_enabled, torch.compiler.is_compiling
 _grad_enabled, _functorch_level = torch.is_grad_enabled, torch._C._functorch.maybe_current_level
-NO_TRANSFORM = "torch.func transforms PyTorch's own functions only"
+NO_TRANSFORM = "torch.func and forward-mode AD transform PyTorch's own functions only"
 NO_GRADIENT = "a gradient is needed"
 PLAIN = (Tensor, torch.nn.Parameter)
 NUMBERS = (int, float, bool)
@@ -122,7 +123,7 @@ class Op:
             return self._through(args)
         grad = _grad_enabled()
         # All that a choice can depend on, in one flat tuple: it is made at every call.
-        parts: list[Any] = [_backend.overrides, grad, _functorch_level()]
+        parts: list[Any] = [_backend.overrides, grad, _functorch_level(), forward_ad._current_level]
         for a in args[: self._keyed]:
             if a is None:
                 parts.append(None)
@@ -237,7 +238,8 @@ class Op:
 
     def _asked(self, args: tuple[Any, ...]) -> Resolved:
         """The first backend, of those asked for, that can and will run the call."""
-        choices, transformed = _backend.overrides, _functorch_level() is not None
+        choices = _backend.overrides
+        transformed = _functorch_level() is not None or forward_ad._current_level >= 0
         asked = dict(choices.per_op).get(self.name, choices.everywhere)
         tensors = [value for value in args if isinstance(value, Tensor)]
         gradient = _grad_enabled() and any(one.requires_grad for one in tensors)
