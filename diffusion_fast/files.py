@@ -89,9 +89,14 @@ def visible_files(folder: AnyPath, suffixes: Sequence[str]) -> list[Path]:
 
     Hidden files and folders are left out, and so are those that other programs leave beside data.
     """
-    found = []
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if is_visible(name)]
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:  # by a link
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if is_visible(name))
         found += [Path(root, name) for name in names if is_visible(name)]
     return sorted(path for path in found if path.suffix.lower() in suffixes)
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..finetuning import Settings, read_toml
+from ..finetuning.settings import OPTIONS_OF
 from .common import check_device, check_folder
 
 
@@ -61,7 +62,8 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     text = field.metadata["help"]
     if choices := field.metadata.get("choices"):
         text += f" One of: {', '.join(choices)}."
-    name = {"validation_prompts": "--validation-prompt"}.get(field.name)
+    single = {several: option for option, several in OPTIONS_OF.items()}.get(field.name)
+    name = single and f"--{single.replace('_', '-')}"
     option = typer.Option(
         *filter(None, [name]), help=text, show_default=str(shown) if shown else False
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..conditioning import Context, PerStep, by_row
 from ..models import UNet2DCondition
 from ..ops import checks
+from ..ops.cpu import library as cpu_kernels
 from ..ops.sampler_step import COLUMNS
 from ..samplers.table import INDEX, StepTable
 from .buffers import Generators
@@ -138,6 +139,8 @@ class Slots:
         self.model, self.slots, self.max_rows = model, slots, max_rows
         weight = model.conv_in.weight
         self.device, self.model_dtype = weight.device, weight.dtype
+        if self.device.type == "cpu":
+            cpu_kernels.settle()  # before the first step, none of which waits
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.idle = slots * max_rows  # the row that changes nothing
         pooled = model.config.addition_embed_type is not None

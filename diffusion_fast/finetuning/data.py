@@ -76,28 +76,30 @@ class Data:
         if processes.first:
             folder.mkdir(parents=True, exist_ok=True)
             there = len(visible_files(folder, SUFFIXES))
-            pipe, size = StableDiffusion(self.parts), self._resolution()
-            for number in range(there, settings.class_images):
-                (picture,) = pipe(prompt, size=size, seed=settings.seed + number).images
-                save_picture(picture, folder / f"{number:05d}.png", {"prompt": prompt})
-                self._counter("class images")(number + 1, settings.class_images)
+            numbers = [int(one.stem) for one in folder.iterdir() if one.stem.isdecimal()]
+            first = max(there, 1 + max(numbers, default=-1))  # a name, and a seed, of its own
+            pipe, size = StableDiffusion(self.parts), self.resolution()
+            for number in range(settings.class_images - there):
+                (picture,) = pipe(prompt, size=size, seed=settings.seed + first + number).images
+                save_picture(picture, folder / f"{first + number:05d}.png", {"prompt": prompt})
+                self._counter("class images")(there + number + 1, settings.class_images)
         processes.wait()
         self.examples = self._examples()
 
     def _examples(self, folders: Sequence[DataFolder] | None = None) -> list[Example]:
         """The pictures of folders, by default of the run's, and the shapes they are trained in."""
-        settings = self.settings
+        settings, trains = self.settings, folders is None
+        prior = self._class_folder
         if folders is None:
             folders = settings.data
-            prior = self._class_folder
             if settings.class_prompt and prior.is_dir() and visible_files(prior, SUFFIXES):
                 folders = [*folders, DataFolder(prior, 1, settings.class_prompt, prior=True)]
         prompt = settings.prompt
         if prompt is None and settings.method == "embedding":
             prompt = WORD
-        beside = [settings.conditioning] if settings.conditioning else []
-        if settings.masks not in (None, "alpha"):
-            beside.append(Path(str(settings.masks)))
+        masks = None if settings.masks == "alpha" else settings.masks
+        apart = (settings.conditioning, masks, settings.validation_data, settings.out, prior)
+        beside = [Path(one) for one in apart if one]
         pictures = read_pictures(folders, prompt, settings.broken == "skip", beside)
         if settings.word is not None and settings.method == "embedding":
             word = pattern([settings.word])
@@ -108,9 +110,9 @@ class Data:
         if self.steered:
             skip = settings.broken == "skip"
             pictures = with_hints(pictures, settings.conditioning, skip)
-        if settings.masks is not None:
-            pictures = with_masks(pictures, settings.masks)
-        resolution, step = self._resolution(), settings.bucket_step
+        if settings.masks is not None and trains:
+            pictures = with_masks(pictures, settings.masks, settings.broken == "skip")
+        resolution, step = self.resolution(), settings.bucket_step
         chunks = [self._chunks(one.caption) for one in pictures]
         if not settings.buckets:
             square = resolution, resolution
@@ -157,7 +159,7 @@ class Data:
             for text in captions.texts(caption)
         )
 
-    def _resolution(self) -> int:
+    def resolution(self) -> int:
         """Side of the square of the area that images are scaled to."""
         grain = self.parts.vae.downsampling
         trained = self.parts.unet.config.sample_size or 64
@@ -166,6 +168,9 @@ class Data:
         for name, value in (("resolution", resolution), ("bucket_step", self.settings.bucket_step)):
             if value % grain:
                 checks.fail(name, f"a multiple of {grain}", value)
+        if self.settings.buckets and self.settings.bucket_step > resolution:
+            step = self.settings.bucket_step
+            checks.fail("bucket_step", f"at most the resolution ({resolution})", step)
         return resolution
 
     def _weights(self, examples: Sequence[Example]) -> tuple[float, float] | None:

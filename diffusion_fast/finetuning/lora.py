@@ -41,6 +41,14 @@ def add_lora(networks: Mapping[str, nn.Module], settings: Settings) -> dict[str,
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("LoRA is trained by peft: pip install peft") from error
     chosen = _chosen(networks, settings.targets)
+    if settings.train_text and not any(chosen[name] for name in networks if name != "unet"):
+        wanted = "layers of the text encoders too, because of train_text"
+        checks.fail("targets", wanted, ", ".join(settings.targets))
+    every = [networks[part].get_submodule(name) for part in networks for name in chosen[part]]
+    given = {"conv_rank": settings.conv_rank, "conv_alpha": settings.conv_alpha}
+    for name, value in given.items():
+        if value is not None and not any(map(_is_large, every)):
+            checks.fail(name, "none, because targets are no convolutions larger than 1 x 1", value)
     configs = {}
     for component, network in networks.items():
         names = chosen[component]

@@ -40,6 +40,7 @@ class Picture:
         mask: an image that is white where it counts; the picture itself for its transparency, None
             where all counts.
         hint: what a ControlNet reads, an image of the same shape; None for none.
+        root: the data folder that it is in.
     """
 
     file: Path
@@ -49,6 +50,7 @@ class Picture:
     prior: bool = False
     mask: Path | None = None
     hint: Path | None = None
+    root: Path = Path()
 
     def weights(self, how: Fit, corner: Size, flipped: bool, grain: int) -> Tensor:
         """What of it counts in the loss, [1, H / grain, W / grain] in [0, 1], by its mask.
@@ -122,8 +124,8 @@ def with_hints(
     if folder is not None:
         if not folder.is_dir():
             checks.fail("conditioning", "a folder", f"{folder}, which is none")
-        found = {file.stem: file for file in visible_files(folder, SUFFIXES)}
-        pictures = [replace(p, hint=found.get(p.file.stem)) for p in pictures]
+        found = _named_alike("conditioning", pictures, folder)
+        pictures = [replace(p, hint=found.get(p.file)) for p in pictures]
     bare = [p.file for p in pictures if p.hint is None]
     if bare:
         where = METADATA if folder is None else folder
@@ -132,35 +134,77 @@ def with_hints(
     kept = []
     for one in pictures:
         assert one.hint is not None
-        try:
-            height, width = picture_size(one.hint)
-        except ValueError as error:
-            report(f"{one.hint}: {error}", skip_broken)
-            continue
-        ratio = height * one.size[1] / (width * one.size[0])
-        if not 0.98 < ratio < 1.02:
-            wanted = f"the shape of {one.file} ({one.size[1]} x {one.size[0]})"
-            checks.fail(str(one.hint), wanted, f"{width} x {height}")
-        kept.append(one)
+        if _is_of_its_shape(one.hint, one, skip_broken):
+            kept.append(one)
     return kept
 
 
-def with_masks(pictures: Sequence[Picture], masks: str) -> list[Picture]:
+def _is_of_its_shape(beside: Path, picture: Picture, skip_broken: bool) -> bool:
+    """Whether a mask or a conditioning image can be read; it must have the picture's shape."""
+    try:
+        height, width = picture_size(beside)
+    except ValueError as error:
+        report(f"{beside}: {error}", skip_broken)
+        return False
+    ratio = height * picture.size[1] / (width * picture.size[0])
+    if not 0.98 < ratio < 1.02:
+        wanted = f"the shape of {picture.file} ({picture.size[1]} x {picture.size[0]})"
+        checks.fail(str(beside), wanted, f"{width} x {height}")
+    return True
+
+
+def _named_alike(name: str, pictures: Sequence[Picture], folder: Path) -> dict[Path, Path]:
+    """The file in a folder for each picture that has one.
+
+    It lies there as the picture lies in its data folder (or below the name of that). Where a
+    picture's own name occurs once in both, folders don't matter.
+
+    Args:
+        name: the setting, for errors.
+        pictures: the pictures.
+        folder: of masks, or of conditioning images.
+    """
+    files = visible_files(folder, SUFFIXES)
+    there = {file.relative_to(folder).with_suffix(""): file for file in files}
+    if len(there) < len(files):
+        twice = [file for file in files if file not in there.values()]
+        checks.fail(name, "one file of a name", some(twice, "whose name another one has"))
+    places = {p.file: p.file.relative_to(p.root).with_suffix("") for p in pictures}
+    same_place, own = Counter(places.values()), Counter(place.name for place in places.values())
+    theirs = Counter(place.name for place in there)
+    alone = {place.name: file for place, file in there.items() if theirs[place.name] == 1}
+    found = {}
+    for one in pictures:
+        place = places[one.file]
+        file = there.get(one.root.absolute().name / place)
+        if file is None and same_place[place] == 1:
+            file = there.get(place) or (alone.get(place.name) if own[place.name] == 1 else None)
+        if file is not None:
+            found[one.file] = file
+    return found
+
+
+def with_masks(pictures: Sequence[Picture], masks: str, skip_broken: bool) -> list[Picture]:
     """Pictures with the masks in a folder, or with ``"alpha"`` their own; class images have none.
 
     Raises:
-        ValueError: a picture without one; names it.
+        ValueError: a picture without one, or one of another shape; names it.
     """
     if masks == "alpha":
         return [p if p.prior else replace(p, mask=p.file) for p in pictures]
     root = Path(masks)
     if not root.is_dir():
         checks.fail("masks", "a folder, or alpha", masks)
-    found = {file.stem: file for file in visible_files(root, SUFFIXES)}
-    bare = [p.file for p in pictures if not p.prior and p.file.stem not in found]
+    own = [p for p in pictures if not p.prior]
+    found = _named_alike("masks", own, root)
+    bare = [p.file for p in own if p.file not in found]
     if bare:
         checks.fail("masks", f"one of its name in {root} for each image", some(bare, "without"))
-    return [p if p.prior else replace(p, mask=found[p.file.stem]) for p in pictures]
+    return [
+        p if p.prior else replace(p, mask=found[p.file])
+        for p in pictures
+        if p.prior or _is_of_its_shape(found[p.file], p, skip_broken)
+    ]
 
 
 def read_pictures(
@@ -175,8 +219,8 @@ def read_pictures(
         folders: what :class:`DataFolder` says.
         prompt: caption of images that have none, and whose folder has none.
         skip_broken: leave out what can't be read, with one warning for each.
-        beside: folders of masks or conditioning images, which are not trained on where they lie
-            among the images.
+        beside: folders that are not trained on where they lie among the images: of masks, of
+            conditioning or validation images, of what a run writes.
 
     Raises:
         ValueError: a folder that is none or holds no images, captions that are missing or without
@@ -199,7 +243,9 @@ def _of_folder(
     for metadata in listed:
         hints |= _hints(metadata)
     steering = {file.resolve() for file in hints.values()}
-    folders = [one.resolve() for one in beside]
+    within = root.resolve()
+    inner = [one.resolve() for one in beside]
+    folders = [one for one in inner if one != within and one.is_relative_to(within)]
     files = [
         file
         for file in files
@@ -217,9 +263,9 @@ def _of_folder(
     found, bare = [], []
     for file in files:
         repeats, caption = folder.repeats, captions.get(file) or _beside(file)
-        inner = [of_kohya(part) for part in file.relative_to(root).parts[:-1]]
-        named = of_kohya(root.name) if folder.repeats == 1 and not any(inner) else None
-        for repeated in filter(None, [named, *inner]):
+        below = [of_kohya(part) for part in file.relative_to(root).parts[:-1]]
+        named = of_kohya(root.name) if folder.repeats == 1 and not any(below) else None
+        for repeated in filter(None, [named, *below]):
             repeats, caption = repeats * repeated[0], caption or folder.prompt or repeated[1]
         caption = caption or folder.prompt or prompt
         if caption is None:
@@ -230,7 +276,8 @@ def _of_folder(
         except ValueError as error:
             report(f"{file}: {error}", skip_broken)
             continue
-        found.append(Picture(file, caption, size, repeats, folder.prior, hint=hints.get(file)))
+        hint = hints.get(file.resolve())
+        found.append(Picture(file, caption, size, repeats, folder.prior, hint=hint, root=root))
     if bare:
         wanted = f"a caption for each image ({METADATA}, a .txt beside it, or a prompt for all)"
         others = visible_files(root, _TABLES)
@@ -242,7 +289,7 @@ def _of_folder(
 
 
 def _hints(metadata: Path) -> dict[Path, Path]:
-    """The conditioning images in a ``metadata.jsonl``, by image.
+    """The conditioning images in a ``metadata.jsonl``, by image, whose path is resolved.
 
     Raises:
         ValueError: a line that can't be read, or one that is not there; names it.
@@ -255,7 +302,7 @@ def _hints(metadata: Path) -> dict[Path, Path]:
         where = f"{metadata}, line {number}"
         if not isinstance(named[0], str) or not (metadata.parent / named[0]).is_file():
             checks.fail(where, "a conditioning image that is there", repr(named[0]))
-        found[metadata.parent / entry["file_name"]] = metadata.parent / named[0]
+        found[(metadata.parent / entry["file_name"]).resolve()] = metadata.parent / named[0]
     return found
 
 

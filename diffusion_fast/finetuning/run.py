@@ -17,7 +17,8 @@ from torch import nn
 from ..files import CheckpointError, read_json, staged
 from ..images import read_picture
 from ..ops import checks
-from ..pipelines import StableDiffusion
+from ..pipelines import StableDiffusion, inputs
+from ..pipelines.call import said
 from ..pipelines.loading import load
 from ..schedule import DiffusionSchedule
 from ..training import (
@@ -38,7 +39,7 @@ from ..training.tensor_store import fingerprint
 from ..training.watch import OnRead, show_progress
 from . import lora_export
 from .data import Data, Tell
-from .methods import attach
+from .methods import WORD, attach
 from .network import Finetuned
 from .previews import Previews
 from .settings import Settings
@@ -61,7 +62,7 @@ class Finetuning:
 
     def __init__(self, settings: Settings, tell: Tell = lambda line: None) -> None:
         self.settings, self.tell = settings, tell
-        self.device = local_device() if settings.device == "cuda" else torch.device(settings.device)
+        self.device = _device(settings.device)
         check_optimizer(settings.optimizer, self.device)
         dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16}
         frozen = torch.float32  # FSDP takes weights of one dtype only
@@ -76,6 +77,7 @@ class Finetuning:
             raise CheckpointError(wanted)
         self._schedule()
         self.data = Data(settings, self.parts, tell)
+        self._check_drawn()
         text = self.parts.text
         networks = {"unet": self.parts.unet, "vae": self.parts.vae, **text.modules()}
         self.base = fingerprint(networks)
@@ -226,6 +228,33 @@ class Finetuning:
         schedule = DiffusionSchedule.from_config(config)
         self.parts.scheduler = replace(scheduler, schedule=schedule, config=config)
 
+    def _check_drawn(self) -> None:
+        """Raise a ValueError if pictures can't be drawn as asked for: that would end the run."""
+        settings = self.settings
+        words = {*self.parts.text.embeddings.names, *filter(None, [settings.word])}
+        for name, prompts in (
+            ("validation_prompts", self._prompts()),
+            ("class_prompt", [settings.class_prompt] if settings.class_prompt else []),
+        ):
+            if prompts:
+                inputs.prompt_list(name, prompts, words)
+                said(name, prompts, lambda: settings.validation_steps, words)
+        most = self.parts.scheduler.schedule.timesteps
+        if settings.validation_steps > most:
+            checks.fail("validation_steps", f"at most {most}", settings.validation_steps)
+        for file in settings.validation_conditioning:
+            try:
+                read_picture(file)
+            except (ValueError, OSError) as error:
+                checks.fail("validation_conditioning", "an image", f"{file}: {error}")
+
+    def _prompts(self) -> list[str]:
+        """The prompts of pictures that are drawn while it trains."""
+        prompts = list(self.settings.validation_prompts)
+        if self.settings.method != "embedding":
+            return prompts
+        return [one.replace(WORD, str(self.settings.word)) for one in prompts]
+
     def _check_checkpoints(self) -> None:
         """Raise a ValueError if there are checkpoints of another run, or of one on another base."""
         there = self._checkpoints.newest()
@@ -234,7 +263,11 @@ class Finetuning:
             checks.fail("resume", wanted, "false")
         if self.newest is None:
             return
-        saved = read_json(self.newest / STATE).get("settings", {}).get("base")
+        there = read_json(self.newest / STATE).get("settings", {})
+        precision, saved = there.get("precision"), there.get("base")
+        if precision is not None and precision != self.settings.precision:
+            wanted = f"{precision}, as {self.newest} was trained"
+            checks.fail("precision", wanted, self.settings.precision)
         if saved is not None and saved != self.base:
             wanted = f"the base that {self.newest} was trained on (hash {saved[:12]})"
             checks.fail("model", wanted, f"{self.settings.model} (hash {self.base[:12]})")
@@ -270,7 +303,7 @@ class Finetuning:
         return Previews(
             pipe,
             trainer,
-            settings.validation_prompts,
+            self._prompts(),
             settings.out / "samples",
             every=settings.validation_every,
             before=refresh,
@@ -278,6 +311,7 @@ class Finetuning:
             steps=settings.validation_steps,
             clip_skip=settings.clip_skip,
             seed=settings.seed,
+            size=self.data.resolution(),
             **options,
         )
 
@@ -293,6 +327,17 @@ class Finetuning:
                 yield [show]
 
         return shown()
+
+
+def _device(name: str) -> torch.device:
+    """The device of this process. Raises ValueError: there is none of this name."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        checks.fail("device", "one of PyTorch's, such as cpu or cuda", f"{name!r}: {error}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        checks.fail("device", "cpu, because PyTorch finds no GPU", repr(name))
+    return local_device() if name == "cuda" else device
 
 
 def _copy(source: nn.Module, target: nn.Module) -> None:

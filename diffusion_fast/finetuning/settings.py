@@ -23,6 +23,9 @@ from ..training.options import PRECISIONS, SHARDINGS
 METHODS = ("lora", "full", "embedding", "controlnet")
 FORMATS = ("peft", "kohya", "both")
 WEIGHTINGS = ("none", "min_snr", "p2", "debiased")
+# Options of the command line, which may be repeated, by the field that has them all.
+OPTIONS_OF = {"validation_prompt": "validation_prompts"}
+MOST_LETTERS = 200  # of a word, whose file's name has a suffix too
 TARGETS = ("attention", "transformer", "all")
 _NEEDED = {
     "model": "a folder, a file or a hub id",
@@ -185,7 +188,7 @@ class Settings:
     )
     compile: bool = _option(False, "Run the networks through torch.compile.")
     sharding: str = _option("ddp", "What processes under torchrun share.", choices=SHARDINGS)
-    seed: int = _option(0, "Seed of all that is random.")
+    seed: int = _option(0, "Seed of all that is random.", least=0, most=2**63 - 1)
     device: str = _option("cpu", "Where to train: cpu, cuda, cuda:1 ...")
     # what is kept and shown
     checkpoint_every: int = _option(500, "Steps between checkpoints.", least=1)
@@ -222,6 +225,15 @@ class Settings:
         if self.optimizer == "prodigy" and self.text_learning_rate not in (None, self.rate):
             wanted = f"{self.rate:g}, because prodigy has one rate for all"
             checks.fail("text_learning_rate", wanted, self.text_learning_rate)
+        if self.class_images != 100 and self.class_prompt is None:
+            checks.fail("class_prompt", "a prompt, because of class_images", None)
+        if self.snr_gamma != 5 and self.loss_weighting != "min_snr":
+            wanted = f"none, because the loss weighting is {self.loss_weighting}"
+            checks.fail("snr_gamma", wanted, self.snr_gamma)
+        if self.masks is not None and not self.masks.strip():
+            checks.fail("masks", "a folder, or alpha", repr(self.masks))
+        if self.word is not None:
+            _check_word(self.word)
         self._check_controlnet()
         check_sharding(self.optimizer, self.sharding)
         if self.class_data is not None and self.class_prompt is None:
@@ -284,6 +296,14 @@ class Settings:
         return values | {"targets": list(self.targets)}
 
 
+def _check_word(word: str) -> None:
+    """Raise a ValueError unless a file can have a word's name, and prompts can have it in them."""
+    if not word.strip() or set(word) & {"/", "\\", "\0"} or word.strip(".") == "":
+        checks.fail("word", "a word without / or \\, after which a file is named", repr(word))
+    if len(word.encode()) > MOST_LETTERS:
+        checks.fail("word", f"at most {MOST_LETTERS} letters", len(word.encode()))
+
+
 def read_toml(path: AnyPath) -> dict[str, Any]:
     """The settings in a TOML file. Names may have dashes, as options of the command line.
 
@@ -296,6 +316,7 @@ def read_toml(path: AnyPath) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: can't be read as TOML: {error}") from error
     values = {name.replace("-", "_"): value for name, value in found.items()}
+    values = {OPTIONS_OF.get(name, name): value for name, value in values.items()}
     hints = typing.get_type_hints(Settings)
     for name in values:
         known(name, hints, f"{path}: ")
@@ -331,7 +352,9 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
     if name == "data":
         return _folders(value)
     if hint == tuple[str, ...]:
-        values = (value,) if isinstance(value, str) else tuple(value)
+        values = (value,) if isinstance(value, str) else value
+        if not isinstance(values, (list, tuple)):
+            checks.fail(name, "texts", f"{value!r} ({type(value).__name__})")
         return tuple(_typed(name, str, one) for one in values)
     if isinstance(hint, types.UnionType):
         if value is None:
@@ -352,7 +375,9 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
 
 def _folders(value: Any) -> tuple[DataFolder, ...]:
     single = isinstance(value, (str, Path, Mapping, DataFolder))
-    values: Sequence[Any] = [value] if single else list(value)
+    if not single and not isinstance(value, (list, tuple)):
+        checks.fail("data", "folders, or tables with a folder", repr(value))
+    values: Sequence[Any] = [value] if single else value
     return tuple(map(_folder, values))
 
 

@@ -63,6 +63,8 @@ class LoRAs:
             CheckpointError: a damaged file, or one for another model; nothing changes then.
             ValueError: a name that is taken, or a scale that isn't finite.
         """
+        if not isinstance(name, str) or not name.strip():
+            checks.fail("name", "a word", repr(name))
         if name in self._loaded:
             checks.fail("name", f"one that isn't taken ({', '.join(self.names)})", repr(name))
         checks.finite("scale", scale)
@@ -82,6 +84,8 @@ class LoRAs:
             RuntimeError: a weight was edited while a LoRA was on it, so that what it was without
                 is not known any more.
         """
+        if not isinstance(scales, Mapping | None):
+            raise TypeError(f"scales: expected a mapping of names to numbers, got {scales!r}")
         scales = dict(scales or {})
         for name, scale in scales.items():
             checks.one_of("scales", name, self._loaded)

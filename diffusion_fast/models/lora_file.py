@@ -97,6 +97,11 @@ def read_lora(path: AnyPath, components: Mapping[str, nn.Module]) -> dict[str, d
     problems: list[str] = []
     known = {stem: parts for stem, parts in sorted(layers.items()) if stem in targets}
     for stem, parts in known.items():
+        for part, value in parts.items():
+            if value.is_floating_point() and not value.float().isfinite().all():
+                told = "expected finite numbers, got infinity or NaN"
+                raise CheckpointError(f"{file}: {stem}.{part}: {told}")
+    for stem, parts in known.items():
         component, name, layer = targets[stem]
         for kind, adapter in _adapters(parts, settings, component, name):
             parameter = getattr(layer, kind, None)

@@ -128,7 +128,7 @@ def _check(
     )
     if packed:
         sizes = [list(one.shape) for one in packed]
-        own = winograd.packed_size(weight) if winograd.is_packed(packed) else weight.shape
+        own = weight.shape if packed[0].dim() == 4 else winograd.packed_size(weight)
         if sizes != [list(own)]:
             checks.fail("packed", f"what is made of a weight {list(weight.shape)}", sizes)
 

@@ -104,8 +104,11 @@ def _check(
     result = *x.shape[:-1], out // (2 if geglu else 1)
     checks.shapes(("bias", bias, (out,), "[N]"), ("residual", residual, result, "[..., N]"))
     if packed:
-        own, sizes = on_cpu.packed_size(weight, geglu), [list(one.shape) for one in packed]
-        wanted = [own] if on_cpu.is_packed(packed) else [own[1:]] * (1 + geglu)
+        sizes, wanted = [list(one.shape) for one in packed], [[result[-1], x.shape[-1]]]
+        if on_cpu.is_packed(packed):
+            wanted = [on_cpu.packed_size(weight, geglu)]
+        elif geglu:
+            wanted *= 2
         if sizes != wanted:
             expected = f"what is made of a weight {list(weight.shape)} with geglu={geglu}"
             checks.fail("packed", expected, sizes)

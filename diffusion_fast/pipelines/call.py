@@ -20,6 +20,8 @@ from ..models.text import TextStates
 from ..models.vae_memory import Autoencoding
 from ..ops import checks
 from ..samplers import SamplerOptions, reads_unconditional
+from ..samplers.names import options_of as meaning_of
+from ..samplers.registry import SAMPLERS
 from . import inputs
 from .parts import Parts
 
@@ -169,6 +171,11 @@ def options_of(
         guidance_scale=told,
         strength=None if masked and strength == 1 else strength,  # pure noise
     )
+    spacing = more.get("timestep_spacing")
+    means = meaning_of(options.sampler, options.timestep_spacing, SAMPLERS, options.convention)
+    if spacing is not None and means.get("timestep_spacing", spacing) != spacing:
+        expected = f"{means['timestep_spacing']!r} or none beside the sampler {options.sampler!r}"
+        checks.fail("timestep_spacing", expected, repr(spacing))
     if own_grid:
         options = options.replace(steps=options.steps_of(parts.scheduler.schedule.timesteps))
     if not reads_unconditional(options):

@@ -32,7 +32,7 @@ def prompt_list(name: str, value: Any, embeddings: Collection[str] = ()) -> list
     Raises:
         TypeError: something else than strings; ValueError: an empty list, a prompt that
             :func:`~diffusion_fast.models.prompt.parse` refuses. Of a prompt that changes with the
-            steps, :func:`.prompts.said` looks at what it says.
+            steps, :func:`.call.said` looks at what it says.
     """
     prompts = [value] if isinstance(value, str) else value
     if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
@@ -171,10 +171,15 @@ def image_tensor(image: Any, size: Size | None, grain: int) -> Tensor:
         grain: what height and width must be multiples of.
 
     Raises:
-        ValueError: another shape or size; TypeError: no image.
+        ValueError: another shape, size or range; TypeError: no image.
     """
     x = _pictures("image", image, size)
-    x = x if isinstance(image, Tensor) else x * 2 - 1
+    if isinstance(image, Tensor):
+        low, high = x.min().item(), x.max().item()
+        if low < -1.01 or high > 1.01:  # more than rounding
+            checks.fail("image", "values in [-1, 1]", f"{low:g} to {high:g}")
+    else:
+        x = x * 2 - 1
     _check_sides("image", x, size, grain)
     return x
 

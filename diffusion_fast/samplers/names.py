@@ -116,8 +116,11 @@ def options_of(
         convention: what is asked for beside our own name.
 
     Raises:
+        TypeError: no name.
         ValueError: a name that nobody has, or that of a sampler that is no table.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"sampler: expected a name, got {name!r} ({type(name).__name__})")
     plain = name.strip()
     if plain.endswith(("sde_gpu", "sde_heun_gpu")):  # ComfyUI: noise drawn on the GPU
         plain = plain.removesuffix("_gpu")

@@ -177,15 +177,19 @@ def read_captions(path: Path, files: Iterable[Path], key: str = "text") -> dict[
             that are not there; names them.
     """
     captions: dict[Path, str] = {}
+    known = {file.resolve(): file for file in files}
+    lost = []
     for number, entry in read_entries(path):
         name, text = entry["file_name"], entry.get(key)
         if not isinstance(text, str):
             checks.fail(f"{path}, line {number}", f"a text {key!r}", text)
-        if path.parent / name in captions:
+        file = known.get((path.parent / name).resolve())
+        if file is None:
+            lost.append(path.parent / name)
+            continue
+        if file in captions:
             raise ValueError(f"{path}, line {number}: a second caption for {name}")
-        captions[path.parent / name] = text
-    known = set(files)
-    lost = [file for file in captions if file not in known]
+        captions[file] = text
     if lost:
         checks.fail(METADATA, "an image for each caption", some(lost, "captions without"))
     return captions

@@ -183,9 +183,9 @@ def test_a_resumed_run_has_the_number_of_its_checkpoint(times: list[int], tmp_pa
     timed = len(times)
     file = contest._file()
     found = dict(measurements.results(file))
-    assert sorted(found.values()) == [str(FASTEST), LAYOUT]
+    assert sorted(found.values()) == [str(FASTEST)]  # dropout leaves the layout as it is
     for key in found:
-        measurements.remember(file, key, "channels_last" if key.startswith("layout") else "2")
+        measurements.remember(file, key, "2")
     again = trainer(tmp_path)
     steps = seen(again)
     assert again.resume() == 3
@@ -368,7 +368,7 @@ def test_images_are_laid_out_as_was_the_fastest(
 ) -> None:
     """Also where a run goes on, whatever was measured since."""
     monkeypatch.setattr(step_contest, "_first_of", lambda ways: (layout, True))
-    one = trainer(tmp_path)
+    one = trainer(tmp_path, unet(0.0))
     one.fit(3)
     saved = Checkpoints(tmp_path).newest()
     assert layouts[-1] == FORMATS[layout]
@@ -376,10 +376,24 @@ def test_images_are_laid_out_as_was_the_fastest(
         contest.known().clear()
         monkeypatch.setattr(step_contest, "_first_of", lambda ways, other=other: (other, True))
         layouts.clear()
-        again = trainer()
+        again = trainer(model=unet(0.0))
         again.resume(saved)
         again.fit(4)
         assert layouts == [FORMATS[layout]]
+
+
+@pytest.mark.parametrize("option", [False, True])
+def test_what_is_dropped_does_not_depend_on_a_measurement(
+    times: list[int],
+    layouts: list[torch.memory_format],
+    monkeypatch: pytest.MonkeyPatch,
+    option: bool,
+) -> None:
+    """A mask is another one in another layout."""
+    other = "contiguous" if option else "channels_last"
+    monkeypatch.setattr(step_contest, "_first_of", lambda ways: (other, True))
+    trainer(model=unet(dropout=0.3), channels_last=option).fit(1)
+    assert layouts[-1] == FORMATS["channels_last" if option else "contiguous"]
 
 
 def test_what_is_not_measured_is_laid_out_as_the_options_say(
