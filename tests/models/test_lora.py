@@ -255,6 +255,9 @@ def test_errors_name_what_is_wrong_and_change_nothing(
     fails({f"{first}.hada_w1_a": torch.zeros(3)}, rf"missing: one of the matrices of {first}")
     magnitude = {**state, f"{first}.lora_magnitude_vector": torch.zeros(63)}
     fails(magnitude, rf"misshapen: {first} is for a weight .* dora_scale \[63\]")
+    for number in (float("nan"), float("inf")):
+        value = torch.full_like(state[f"{first}.lora_A.weight"], number)
+        fails(state | {f"{first}.lora_A.weight": value}, rf"{first}\.\w+: expected finite numbers")
     good.with_name("cut.safetensors").write_bytes(good.read_bytes()[:500])
     with pytest.raises(CheckpointError, match=r"cut\.safetensors: truncated"):
         loras.load(tmp_path / "cut.safetensors", "cut")
@@ -268,5 +271,11 @@ def test_errors_name_what_is_wrong_and_change_nothing(
         loras.set({"bad": 1.0})
     with pytest.raises(ValueError, match="scales"):
         loras.set({"good": float("nan")})
+    for names in ("good", ["good"]):
+        with pytest.raises(TypeError, match=r"^scales: expected a mapping of names to numbers"):
+            loras.set(names)  # type: ignore[arg-type]
+    for name in ("", " ", None, 3):
+        with pytest.raises(ValueError, match=r"^name: expected a word"):
+            loras.load(good, name)  # type: ignore[arg-type]
     for name, value in ours["unet"].state_dict().items():
         assert torch.equal(value, before[name]), name

@@ -292,6 +292,20 @@ def test_numbers_of_numpy(pipe: StableDiffusion) -> None:
     assert json.loads(json.dumps(result.settings)) == json.loads(json.dumps(expected.settings))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"image": picture(64, 64)}])
+def test_the_default_dtype_is_the_users(
+    pipe: StableDiffusion, dtype: torch.dtype, changes: dict[str, Any]
+) -> None:
+    expected = draw(pipe, "a (cat:1.3)", sampler="euler_ancestral", **changes).latents
+    torch.set_default_dtype(dtype)
+    try:
+        found = draw(pipe, "a (cat:1.3)", sampler="euler_ancestral", **changes).latents
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
 def test_zero_terminal_snr(tiny_folder: Folder) -> None:
     folder = tiny_folder("sd21")
     pipe = StableDiffusion.from_pretrained(folder, zero_terminal_snr=True)
@@ -324,6 +338,15 @@ def test_zero_terminal_snr(tiny_folder: Folder) -> None:
         ({"seed": 1.5}, "seed: expected an integer"),
         ({"seed": [1, 2]}, "seed: expected one, or one for each of 1 images, got 2"),
         ({"sampler": "fast"}, "sampler: expected one of ddpm"),
+        ({"sampler": 3}, r"sampler: expected a name, got 3 \(int\)"),
+        *(
+            ({"sampler": sampler, "timestep_spacing": spacing}, f"timestep_spacing: expected {own}")
+            for sampler, spacing, own in (
+                ("Euler a", "trailing", "'normal' or none beside the sampler 'Euler a', got"),
+                ("DPM++ 2M Karras", "exponential", "'karras' or none beside"),
+                ("comfyui/euler", "trailing", "'normal' or none beside"),
+            )
+        ),
         ({"guidance_scale": float("nan")}, "guidance_scale: expected finite"),
         ({"output": "jpg"}, "output: expected one of pil"),
         ({"magic": 1}, "magic: expected one of the keywords"),
@@ -334,6 +357,10 @@ def test_zero_terminal_snr(tiny_folder: Folder) -> None:
         ({"image": torch.zeros(3, 64, 64), "size": 72}, "image: expected the size asked for"),
         ({"image": torch.full((3, 64, 64), float("nan"))}, "image: expected finite numbers"),
         ({"image": torch.zeros(1, 64, 64)}, r"image: expected shape \[3, H, W\]"),
+        (
+            {"image": torch.full((3, 64, 64), 255.0)},
+            r"image: expected values in \[-1, 1\], got 255",
+        ),
         ({"image": [picture()] * 2}, "image: expected one, or one for each of 1 images, got 2"),
         ({"image": picture(), "strength": 0.0}, "strength: expected a number in"),
         ({"image": picture(), "strength": 0.1}, "strength: expected at least 1 / steps"),

@@ -57,6 +57,16 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_00000005", "step_00000006"]
 
 
+def test_a_loss_that_is_no_number_is_not_the_best(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step, loss in enumerate((float("nan"), float("inf"), 0.5, float("nan"), 0.7), 1):
+        checkpoints.save(step, GROUPS, {}, loss)
+    assert checkpoints.best() == checkpoints.path(3)
+    only = Checkpoints(tmp_path / "other")
+    only.save(1, GROUPS, {}, float("nan"))
+    assert only.best() is None
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     checkpoints = save(tmp_path, 7)
     with pytest.raises(FileExistsError, match="step_00000007: there is a checkpoint"):

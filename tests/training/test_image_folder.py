@@ -65,6 +65,18 @@ def test_captions(tmp_path: Path) -> None:
     assert context.shape == (2, 1)
 
 
+@pytest.mark.parametrize("way", ["absolute", "through another folder"])
+def test_captions_of_names_in_other_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    draw(tmp_path / "data" / "deep" / "a.png")
+    file = tmp_path / "data" / "deep" / "a.png"
+    name = str(file) if way == "absolute" else "deep/../deep/a.png"
+    captions(tmp_path / "data", [{"file_name": name, "text": "one"}])
+    monkeypatch.chdir(tmp_path)
+    assert ImageFolder("data", 8, encode=length).captions == ["one"]
+
+
 @pytest.mark.parametrize("character", [*"\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"])
 def test_a_caption_is_one_line_whatever_it_holds(tmp_path: Path, character: str) -> None:
     draw(tmp_path / "a.png")
