@@ -101,6 +101,9 @@ def read_lora(path: AnyPath, components: Mapping[str, nn.Module]) -> dict[str, d
             if value.is_floating_point() and not value.float().isfinite().all():
                 told = "expected finite numbers, got infinity or NaN"
                 raise CheckpointError(f"{file}: {stem}.{part}: {told}")
+            if part == "alpha" and value.numel() != 1:
+                shape = list(value.shape)
+                raise CheckpointError(f"{file}: {stem}.alpha: expected one number, got {shape}")
     for stem, parts in known.items():
         component, name, layer = targets[stem]
         for kind, adapter in _adapters(parts, settings, component, name):

@@ -100,10 +100,16 @@ class Settings(BaseModel):
         )
         loras = {}
         for path, scale in self.lora.items():
-            stem = Path(path).stem
+            name = _name_of(Path(path))
             try:
-                pipe.loras.load(path, stem, scale)
+                pipe.loras.load(path, name, scale)
             except ValueError as error:
                 raise ValueError(f"--lora: {error}") from error
-            loras[stem] = scale
+            loras[name] = scale
         return pipe, loras
+
+
+def _name_of(file: Path) -> str:
+    """What clients call a LoRA: its folder's name where the file's is the one that all have."""
+    usual = file.stem in ("pytorch_lora_weights", "adapter_model")
+    return file.absolute().parent.name if usual else file.stem

@@ -258,6 +258,8 @@ def test_errors_name_what_is_wrong_and_change_nothing(
     for number in (float("nan"), float("inf")):
         value = torch.full_like(state[f"{first}.lora_A.weight"], number)
         fails(state | {f"{first}.lora_A.weight": value}, rf"{first}\.\w+: expected finite numbers")
+    for several in (torch.ones(2), torch.ones(0)):
+        fails(state | {f"{first}.alpha": several}, rf"{first}\.alpha: expected one number, got \[")
     good.with_name("cut.safetensors").write_bytes(good.read_bytes()[:500])
     with pytest.raises(CheckpointError, match=r"cut\.safetensors: truncated"):
         loras.load(tmp_path / "cut.safetensors", "cut")

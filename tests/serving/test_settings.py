@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from pydantic import ValidationError
+from safetensors.torch import save_file
 
+from diffusion_fast import StableDiffusion
 from diffusion_fast.cli.serve import serve
 from diffusion_fast.serving.settings import TOKEN, Settings
 
@@ -49,6 +52,22 @@ def test_wrong_ones(change: dict[str, Any]) -> None:
 def test_a_model_that_is_not_there() -> None:
     with pytest.raises(ValueError, match="nowhere: no such file or folder"):
         Settings(model="nowhere").load()
+
+
+def test_loras_whose_files_all_have_one_name(tmp_path: Path) -> None:
+    unet = StableDiffusion.from_pretrained("tiny").unet
+    name = next(name for name, _ in unet.named_modules() if name.endswith("attn1.to_q"))
+    out, inner = unet.get_parameter(f"{name}.weight").shape
+    state = {f"unet.{name}.lora_A.weight": torch.ones(2, inner)}
+    state[f"unet.{name}.lora_B.weight"] = torch.ones(out, 2)
+    files = [tmp_path / one / "pytorch_lora_weights.safetensors" for one in ("first", "second")]
+    for file in (*files, tmp_path / "style.safetensors"):
+        file.parent.mkdir(exist_ok=True)
+        save_file(state, file)
+    scales = {str(files[0]): 0.5, str(files[1]): 1.0, str(tmp_path / "style.safetensors"): 0.25}
+    pipe, loras = Settings(model="tiny", lora=scales).load()
+    assert loras == {"first": 0.5, "second": 1.0, "style": 0.25}
+    assert pipe.loras.names == ["first", "second", "style"]
 
 
 def config(name: str) -> dict[str, Any]:
