@@ -63,6 +63,8 @@ class Finetuning:
     def __init__(self, settings: Settings, tell: Tell = lambda line: None) -> None:
         self.settings, self.tell = settings, tell
         self.device = _device(settings.device)
+        if settings.out.exists() and not settings.out.is_dir():
+            checks.fail("out", "a folder to write to", f"{settings.out}, which is a file")
         check_optimizer(settings.optimizer, self.device)
         dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16}
         frozen = torch.float32  # FSDP takes weights of one dtype only

@@ -140,7 +140,9 @@ def _misfit(adapter: Adapter, parameter: Tensor | None) -> str | None:
     try:
         Adapter(parts).delta(parameter.detach().float().to("meta"))
     except KeyError as error:
-        return f"missing: one of the matrices of {{stem}} ({error.args[0]}), got {shapes}"
+        pairs = (("lora_down", "lora_up"), ("lora_up", "lora_down"))
+        lacking = next((other for one, other in pairs if one in parts), error.args[0])
+        return f"missing: one of the matrices of {{stem}} ({lacking}), got {shapes}"
     except (RuntimeError, ValueError, IndexError):
         wanted = list(parameter.shape)
         return f"misshapen: {{stem}} is for a {{kind}} {wanted}, got {shapes}"

@@ -144,6 +144,14 @@ def test_settings_are_refused_at_once(changes: dict[str, Any], message: str) -> 
         Settings.of({"model": "tiny", "data": "images", "out": "out"} | changes)
 
 
+def test_out_is_a_folder(tiny_folder: Tiny, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(ValueError, match=r"^out: expected a folder to write to, got .*out, which"):
+        run(tiny_folder("sd15"), images, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"^device: expected one of PyTorch's, such as cpu"):
+        run(tiny_folder("sd15"), images, tmp_path / "other", device="foo")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

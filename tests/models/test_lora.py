@@ -251,7 +251,7 @@ def test_errors_name_what_is_wrong_and_change_nothing(
     fails(nowhere, r"a LoRA for another model, .* unet\.nowhere")
     fails({**state, f"{first}.lora_A.weight": torch.zeros(3, 4)}, rf"misshapen: {first} is for")
     without = {n: v for n, v in state.items() if n != f"{first}.lora_B.weight"}
-    fails(without, rf"missing: one of the matrices of {first}")
+    fails(without, rf"missing: one of the matrices of {first} \(lora_up\)")
     fails({f"{first}.hada_w1_a": torch.zeros(3)}, rf"missing: one of the matrices of {first}")
     magnitude = {**state, f"{first}.lora_magnitude_vector": torch.zeros(63)}
     fails(magnitude, rf"misshapen: {first} is for a weight .* dora_scale \[63\]")
