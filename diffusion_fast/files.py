@@ -88,6 +88,7 @@ def visible_files(folder: AnyPath, suffixes: Sequence[str]) -> list[Path]:
     """Files below a folder with one of the suffixes, sorted.
 
     Hidden files and folders are left out, and so are those that other programs leave beside data.
+    Links to folders are followed; a folder that is reached twice is read once.
     """
     found, seen = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
@@ -96,7 +97,8 @@ def visible_files(folder: AnyPath, suffixes: Sequence[str]) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if is_visible(name))
+        inner = [Path(root, name) for name in sorted(folders) if is_visible(name)]
+        folders[:] = [one.name for one in sorted(inner, key=Path.is_symlink)]  # links come last
         found += [Path(root, name) for name in names if is_visible(name)]
     return sorted(path for path in found if path.suffix.lower() in suffixes)
 

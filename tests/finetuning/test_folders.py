@@ -119,8 +119,11 @@ def test_linked_folders_are_read_once(tmp_path: Path) -> None:
     image(tmp_path / "far" / "2.png")
     (tmp_path / "data" / "linked").symlink_to(tmp_path / "far")
     (tmp_path / "far" / "back").symlink_to(tmp_path / "data")
+    image(tmp_path / "data" / "own" / "3.png")
+    (tmp_path / "data" / "before").symlink_to(tmp_path / "data" / "own")  # that has its own place
     files = visible_files(tmp_path / "data", (".png",))
-    assert [file.name for file in files] == ["1.png", "2.png"]
+    names = [str(file.relative_to(tmp_path / "data")) for file in files]
+    assert names == ["1.png", "linked/2.png", "own/3.png"]
 
 
 @pytest.mark.parametrize(

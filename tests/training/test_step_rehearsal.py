@@ -215,7 +215,7 @@ def test_another_machine_measures_for_itself(times: list[int], tmp_path: Path) -
         *(("images_channels_last", value) for value in ("yes", 1, [True])),
         *(
             ("contests", value)
-            for value in ([], "none", {"ways": ["cpu"]}, {"ways": {"linear": 1}})
+            for value in ([], "none", {"ways": ["cpu"]}, {"machine": "a"}, {"ways": {"linear": 1}})
         ),
     ],
 )
